@@ -1,0 +1,264 @@
+"""What the user asks for: typed, unknown keys refused, `--set a.b=c` over any field.
+
+A recipe is YAML. Every field has a default, so a recipe says only what it changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from edgedistill.errors import UserError, did_you_mean
+
+QUICKSTART = "quickstart"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+MAX_RECIPE_BYTES = 1 << 20
+
+
+class Section(BaseModel):
+    """Base of the recipe's sections: unknown keys refused, no silent conversions of kind."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+class ShapeAsk(Section):
+    """Sizes of a decoder to build; what stays out is designed."""
+
+    hidden_size: int | None = Field(None, ge=8, le=65536)
+    intermediate_size: int | None = Field(None, ge=8, le=262144)
+    num_hidden_layers: int | None = Field(None, ge=1, le=512)
+    num_attention_heads: int | None = Field(None, ge=1, le=1024)
+    num_key_value_heads: int | None = Field(None, ge=1, le=1024)
+    head_dim: int | None = Field(None, ge=2, le=1024)
+
+
+class Training(Section):
+    """How a model is trained, teacher or student."""
+
+    tokens: int | None = Field(None, ge=1, description="tokens to train on; wins over epochs")
+    epochs: float = Field(3.0, gt=0, le=10000, description="passes over the training part")
+    context_tokens: int = Field(512, ge=8, le=1 << 20, description="length of a packed sequence")
+    batch_sequences: int = Field(16, ge=1, description="packed sequences an optimizer step")
+    micro_batch_sequences: int | None = Field(None, ge=1, description="sequences a forward pass; default: the batch")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: for the layers' matrices, AdamW elsewhere")
+    learning_rate: float = Field(1e-3, gt=0, le=10, description="AdamW's peak")
+    muon_learning_rate: float = Field(0.02, gt=0, le=10, description="Muon's peak, where it is used")
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising rate")
+    final_rate_share: float = Field(0.05, ge=0, le=1, description="the cosine's end, as a share of the peak")
+    weight_decay: float = Field(0.1, ge=0, le=10)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    clip_norm: float = Field(1.0, gt=0)
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: autocast over fp32 weights")
+    evaluate_every_share: float = Field(0.1, gt=0, le=1, description="evaluations, as a share of the steps")
+    patience: int = Field(0, ge=0, description="evaluations without a better one before stopping; 0: never stop early")
+    checkpoint_every_s: float = Field(30.0, gt=0, description="seconds between checkpoints")
+
+
+class TeacherTraining(Training):
+    """How the quickstart's teacher is made, where no teacher is named."""
+
+    vocab_size: int = Field(2048, ge=300, le=1 << 20)
+    shape: ShapeAsk = ShapeAsk()
+
+
+class Teacher(Section):
+    """The large model."""
+
+    model: str | None = Field(None, description="folder or hub id; none: train one (`teacher.train`)")
+    revision: str | None = None
+    trust_remote_code: bool = False
+    train: TeacherTraining = TeacherTraining()
+
+
+class Student(Section):
+    """The small model."""
+
+    start: Literal["fresh", "pretrained", "layers"] = Field(
+        "fresh", description="fresh: designed; pretrained: `student.model`; layers: cut from the teacher's"
+    )
+    model: str | None = Field(None, description="folder or hub id of a pretrained student")
+    revision: str | None = None
+    compression: float = Field(4.0, ge=1, le=10000, description="teacher's parameters ÷ student's, at least")
+    shape: ShapeAsk = ShapeAsk()
+
+
+class Data(Section):
+    """The text, and how it is split."""
+
+    source: str = Field("python-docs", description="python-docs, a file, a folder, or a hub id")
+    subset: str | None = Field(None, description="configuration of a hub dataset")
+    text_column: str = "text"
+    document_separator: str | None = Field(
+        None, min_length=1, description="what ends a document in a text file; default: a blank line, or a line each"
+    )
+    min_document_chars: int = Field(
+        2000, ge=0, description="shorter neighbours are joined to blocks of this size, so that intervals are honest"
+    )
+    split: Literal["hash", "tail"] = "hash"
+    eval_data: str | None = Field(None, description="held-out text of its own; then nothing is split off for it")
+    eval_share: float = Field(0.05, gt=0, lt=0.9)
+    calibration_share: float = Field(0.05, gt=0, lt=0.9)
+
+
+class Distill(Training):
+    """The student's training: Training's fields, and the losses."""
+
+    forward_kl: float = Field(1.0, ge=0, description="weight of KL(teacher ‖ student)")
+    cross_entropy: float = Field(0.0, ge=0, description="weight of the next token's cross-entropy")
+    temperature: float = Field(1.0, gt=0, le=100)
+
+
+class Export(Section):
+    """What is written. Default: what the target runs best."""
+
+    artifacts: list[str] = Field([], description="e.g. [gguf:Q4_K_M, onnx:INT4]; empty: the target's default")
+    context_tokens: int | None = Field(None, ge=8, description="context on the device; default: the target's")
+
+    @field_validator("artifacts", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+class Verify(Section):
+    """How retention is measured."""
+
+    min_retention: float = Field(0.80, ge=0, le=10)
+    context_tokens: int = Field(256, ge=8, description="window of the evaluation")
+    stride_tokens: int | None = Field(None, ge=1, description="step between windows; default: the window (disjoint)")
+    max_tokens: int = Field(60_000, ge=64, description="at most so many held-out tokens, whole documents")
+    bootstrap_samples: int = Field(2000, ge=100, le=1_000_000)
+
+
+class Bench(Section):
+    """How speed is measured. Default: the target's settings."""
+
+    prompt_tokens: int | None = Field(None, ge=1)
+    new_tokens: int | None = Field(None, ge=2)
+    warmup: int | None = Field(None, ge=0)
+    repeats: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1)
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    name: str = Field(QUICKSTART, pattern=NAME_PATTERN)
+    task: Literal["causal-lm"] = "causal-lm"
+    seed: int = Field(0, ge=0, lt=2**31)
+    teacher: Teacher = Teacher()
+    student: Student = Student()
+    data: Data = Data()
+    distill: Distill = Distill()
+    export: Export = Export()
+    verify: Verify = Verify()
+    bench: Bench = Bench()
+
+
+def builtin_recipes() -> list[str]:
+    """Names of the recipes that ship with edgedistill."""
+    folder = resources.files("edgedistill") / "recipes"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str = QUICKSTART, overrides: Iterable[str] = ()) -> Recipe:
+    """A built-in recipe by name, or a YAML file, with `key.path=value` overrides on top.
+
+    Raises UserError with cause, value and remedy for anything that is not a recipe.
+    """
+    return parse_recipe(recipe_text(name_or_path), where=name_or_path, overrides=overrides)
+
+
+def recipe_text(name_or_path: str) -> str:
+    """The YAML of a built-in recipe or of a file."""
+    if name_or_path in builtin_recipes():
+        return (resources.files("edgedistill") / "recipes" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    path = Path(name_or_path).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"no recipe '{name_or_path}': not a built-in one and no such file",
+            did_you_mean(name_or_path, builtin_recipes()),
+        )
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise UserError(f"recipe {path} has {path.stat().st_size} bytes", "a recipe is YAML text of at most 1 MiB")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {path} is not UTF-8 text: byte {error.start}", "save it as UTF-8") from error
+
+
+def parse_recipe(text: str, *, where: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Text of YAML → Recipe; `where` names it in errors."""
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {where} is not YAML: {str(error).splitlines()[0]}", "mend its syntax") from error
+    except RecursionError as error:
+        raise UserError(f"recipe {where} is nested too deeply", "a recipe has two or three levels") from error
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {where} holds a {type(tree).__name__}", "a recipe is a mapping, like `data: {...}`")
+    for override in overrides:
+        _set(tree, override)
+    _refuse_unknown(tree, Recipe, where, "")
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"recipe {where}: {path} = {first['input']!r}: {first['msg']}", f"see {path} in `edgedistill recipes show`") from error
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise UserError(f"--set {override!r} has no value", "write --set key.path=value")
+    try:
+        value = yaml.safe_load(text) if text.strip() else None
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not YAML", "quote it") from error
+    if isinstance(value, str):
+        value = _number(value)
+    node = tree
+    *parents, leaf = path.strip().split(".")
+    for part in parents:
+        child = node.setdefault(part, {})
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"--set {override!r}: {part} is not a section", "see `edgedistill recipes show`")
+        node = child
+    node[leaf] = value
+
+
+def _number(text: str) -> Any:
+    """YAML 1.1 reads 1e-3 as a string; a person means the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _refuse_unknown(tree: dict[str, Any], section: type[BaseModel], where: str, prefix: str) -> None:
+    for key, value in tree.items():
+        field = section.model_fields.get(str(key))
+        if field is None:
+            raise UserError(
+                f"recipe {where}: unknown key '{prefix}{key}'", did_you_mean(str(key), section.model_fields)
+            )
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            if value is None:
+                value = tree[key] = {}
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"recipe {where}: '{prefix}{key}' is {value!r}",
+                    f"it is a section with the keys {', '.join(inner.model_fields)}",
+                )
+            _refuse_unknown(value, inner, where, f"{prefix}{key}.")

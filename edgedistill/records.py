@@ -1,0 +1,289 @@
+"""What flows between the stages: typed, frozen, and refused when a key is unknown.
+
+Units stand in the field names. `retention.json` and `latency.json` are `Retention` and `Latency`;
+their JSON Schemas are kept in docs/schemas/ and held to these classes by tests/test_schemas.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Basis = Literal["measured", "proxy", "emulated", "derived"]
+RungName = Literal["teacher", "student", "quantized", "shipped"]
+Interval = tuple[float, float]
+
+
+class Record(BaseModel):
+    """Base: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class FileEntry(Record):
+    """A file: path relative to its folder (posix), size, content hash."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Figure(Record):
+    """A number that a person sees: never without its unit, basis and source."""
+
+    value: float
+    unit: str
+    basis: Basis
+    source: str
+
+
+class Shape(Record):
+    """The sizes that define a decoder (Llama, Qwen2, Qwen3 families)."""
+
+    family: str = "llama"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 2048
+    attention_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Exact number of parameters of the transformers model of this shape."""
+        return self.embedding_parameters + self.num_hidden_layers * self.layer_parameters + self.hidden_size
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Token embedding, and the output head where it is not tied."""
+        return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+
+    @property
+    def layer_parameters(self) -> int:
+        """One decoder layer: q, k, v, o, gate, up, down, two norms, biases and q/k norms where they are."""
+        q_width = self.num_attention_heads * self.head_dim
+        kv_width = self.num_key_value_heads * self.head_dim
+        attention = 2 * self.hidden_size * q_width + 2 * self.hidden_size * kv_width
+        bias = q_width + 2 * kv_width if self.attention_bias else 0
+        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        return attention + bias + 3 * self.hidden_size * self.intermediate_size + norms
+
+
+class SplitPart(Record):
+    """One part of the documents."""
+
+    documents: int
+    bytes: int
+    sha256: str
+
+
+class DataResult(Record):
+    """What the data stage leaves: `train.jsonl`, `calibration.jsonl`, `held_out.jsonl` of {"text"}."""
+
+    source: str
+    split: str
+    parts: dict[str, SplitPart]
+    duplicates_dropped: int
+    overlap: dict[str, float]
+    sha256: str
+
+
+class TrainResult(Record):
+    """How a training run went."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_s: float
+    best_step: int
+    stopped_early: bool
+    history: list[dict[str, float]]
+    loss: str
+    precision: str
+
+
+class TeacherResult(Record):
+    """The teacher: where its weights lie and what they are. `path` is a local folder."""
+
+    origin: Literal["trained", "folder", "hub"]
+    name: str
+    path: str
+    shape: Shape
+    parameters: int
+    weights_sha256: str
+    tokenizer_sha256: str
+    training: TrainResult | None = None
+
+
+class StudentResult(Record):
+    """A trained (or given) student: `model/` in its record's folder, as transformers saves it."""
+
+    path: str
+    start: Literal["fresh", "pretrained", "layers", "given"]
+    shape: Shape
+    parameters: int
+    weights_sha256: str
+    tokenizer_sha256: str
+    teacher_weights_sha256: str | None = None
+    training: TrainResult | None = None
+    adopted: bool = False
+
+
+class Fallback(Record):
+    """A tensor that got another type than the one asked for, and why."""
+
+    tensor: str
+    wanted: str
+    got: str
+    why: str
+
+
+class Artifact(Record):
+    """The exact bytes that ship. `entry` is what the runtime opens (a file, or "." for a folder)."""
+
+    format: Literal["gguf", "onnx"]
+    quantization: str
+    runtime: Literal["llama.cpp", "onnxruntime", "onnxruntime-genai"]
+    entry: str
+    files: list[FileEntry]
+    bytes: int
+    sha256: str
+    parameters: int
+    bits_per_weight: float
+    tensor_types: dict[str, int]
+    fallbacks: list[Fallback] = []
+    context_tokens: int
+    vocab_size: int
+    tool_versions: dict[str, str] = {}
+
+
+class Rung(Record):
+    """A line of the retention ladder, all rungs on the same tokens. Agreement is against the teacher."""
+
+    rung: RungName
+    value: float
+    ci95: Interval
+    perplexity: float
+    perplexity_ci95: Interval
+    next_token_accuracy: float
+    next_token_accuracy_ci95: Interval
+    retention: float
+    retention_ci95: Interval
+    kl_mean_nats: float
+    kl_mean_nats_ci95: Interval
+    kl_p99_nats: float | None
+    kl_p99_nats_ci95: Interval | None
+    top1_agreement: float
+    top1_agreement_ci95: Interval
+    artifact_sha256: str
+    basis: Basis
+    runtime: str
+
+
+class Scored(Record):
+    """A value with its 95 % interval."""
+
+    value: float
+    ci95: Interval
+
+
+class Agreement(Record):
+    """The shipped artifact against the teacher, token by token."""
+
+    top1: float
+    top1_ci95: Interval
+    kl_mean_nats: float
+    kl_mean_nats_ci95: Interval
+    kl_p99_nats: float | None
+    kl_p99_nats_ci95: Interval | None
+
+
+class Gate(Record):
+    """Passed where the retention interval's lower end reaches `min_retention`."""
+
+    min_retention: float
+    on: Literal["ci95_low"] = "ci95_low"
+    passed: bool
+
+
+class TokenizerCheck(Record):
+    """Token ids of the artifact's own tokenizer against the original's, over varied texts."""
+
+    texts: int
+    mismatches: int
+    first_mismatch: str | None = None
+
+
+class Retention(Record):
+    """`retention.json`: how much of the teacher the shipped bytes kept."""
+
+    schema_: Literal["edgedistill.retention/1"] = Field(default="edgedistill.retention/1", alias="schema")
+    task: str
+    metric: str
+    higher_is_better: bool
+    examples: int
+    documents: int
+    eval_sha256: str
+    context_tokens: int
+    stride_tokens: int
+    bos: bool
+    bootstrap: dict[str, int]
+    machine: dict[str, Any]
+    runtime_options: dict[str, Any]
+    rungs: list[Rung]
+    retention: Scored
+    agreement: Agreement
+    tokenizer: TokenizerCheck
+    gate: Gate
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Percentiles(Record):
+    """Of all samples, in milliseconds. A 99th percentile of fewer than 100 samples is null."""
+
+    p50: float
+    p90: float
+    p99: float | None
+
+
+class Workload(Record):
+    """What was run."""
+
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    warmup: int
+    repeats: int
+
+
+class Latency(Record):
+    """`latency.json`: how fast the artifact's bytes ran, on which machine, with every sample."""
+
+    schema_: Literal["edgedistill.latency/1"] = Field(default="edgedistill.latency/1", alias="schema")
+    target: str
+    measured_on: dict[str, Any]
+    basis: Basis
+    artifact_sha256: str
+    workload: Workload
+    ttft_ms: Percentiles
+    token_ms: Percentiles
+    prefill_tokens_per_s: float
+    prefill_tokens_per_s_ci95: Interval
+    decode_tokens_per_s: float
+    decode_tokens_per_s_ci95: Interval
+    load_ms: float
+    peak_rss_bytes: int
+    drift: float
+    energy_j: float | None = None
+    samples: dict[str, list[float]]
+    ceiling: Figure
+    notes: list[str] = []
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)

@@ -1,0 +1,1 @@
+"""See edgedistill/pipeline.py for where this stands in the flow."""
