@@ -112,6 +112,10 @@ class Distill(Training):
     forward_kl: float = Field(1.0, ge=0, description="weight of KL(teacher ‖ student)")
     cross_entropy: float = Field(0.0, ge=0, description="weight of the next token's cross-entropy")
     temperature: float = Field(1.0, gt=0, le=100)
+    documents_share: float = Field(1.0, gt=0, le=1, description="share of the training documents the student sees")
+    teacher_signals: Literal["auto", "live", "cached"] = Field(
+        "auto", description="cached: the teacher runs once over the text; auto: where that pays and fits"
+    )
 
 
 class Export(Section):

@@ -1,0 +1,63 @@
+"""The data stage: read, deduplicate, split, and put the parts in the store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from edgedistill.data.documents import PYTHON_DOCS, read_documents, source_hash
+from edgedistill.data.split import PARTS, split_documents
+from edgedistill.progress import QUIET, Progress
+from edgedistill.recipe import Data
+from edgedistill.records import DataResult
+from edgedistill.store import Store, Stored, Work, canonical_json
+
+
+def prepare_data(data: Data, *, store: Store, progress: Progress = QUIET) -> Stored[DataResult]:
+    """Documents split into train.jsonl, calibration.jsonl and held_out.jsonl, keyed by their content.
+
+    Reading is always done anew (it is what finds a changed file) unless the source is the running
+    Python's documentation, which cannot change between two runs of one interpreter.
+    """
+    if data.source == PYTHON_DOCS and data.eval_data is None:
+        interpreter = [sys.implementation.name, sys.version, Path(sys.base_prefix).as_posix()]
+        inputs: dict[str, Any] = {"data": data.model_dump(mode="json"), "interpreter": interpreter}
+        return store.run("data", inputs, lambda work: _build(work, data, None, None), DataResult, progress.say)
+    started = time.monotonic()
+    documents = read_documents(data.source, data)
+    held_out = read_documents(data.eval_data, data) if data.eval_data else None
+    settings = data.model_dump(mode="json", exclude={"source", "eval_data"})
+    inputs = {"data": settings, "documents": source_hash(data.source, documents)}
+    if held_out is not None:
+        inputs["held_out"] = source_hash("held-out", held_out)
+    progress.say(f"data: read {len(documents):,} documents in {time.monotonic() - started:.1f} s", level=2)
+    return store.run("data", inputs, lambda work: _build(work, data, documents, held_out), DataResult, progress.say)
+
+
+def _build(work: Work, data: Data, documents: list[str] | None, held_out: list[str] | None) -> DataResult:
+    if documents is None:
+        documents = read_documents(data.source, data)
+    split = split_documents(documents, data, held_out)
+    for name in PARTS:
+        with (work.out / f"{name}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in split.parts[name])
+    parts = split.summary()
+    hashes = canonical_json({name: part.sha256 for name, part in parts.items()})
+    return DataResult(
+        source=data.source if data.eval_data is None else f"{data.source} (held out: {data.eval_data})",
+        split="own file" if held_out is not None else data.split,
+        parts=parts,
+        duplicates_dropped=split.duplicates_dropped,
+        overlap=split.overlap,
+        sha256=hashlib.sha256(hashes.encode()).hexdigest(),
+    )
+
+
+def read_part(folder: Path, part: str) -> list[str]:
+    """The documents of one part of a data record."""
+    with (folder / f"{part}.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file]

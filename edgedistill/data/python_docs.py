@@ -1,0 +1,65 @@
+"""The quickstart's text: the English of the installed Python's own documentation.
+
+`pydoc_data.topics` (a document a topic) and the docstrings of the standard library (a document a
+module), without the test packages, whose docstrings are not documentation.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgedistill.errors import UserError
+
+SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "pydoc_data"})
+MIN_CHARS = 16
+
+
+def python_docs() -> list[str]:
+    """Documents of the running Python, in a fixed order; no passage stands in two of them."""
+    seen: set[str] = set()
+    documents = ["\n\n".join(fresh) for passages in _passages() if (fresh := _unseen(passages, seen))]
+    if not documents:
+        raise UserError(
+            "this Python carries no documentation (no pydoc_data, no docstrings in its standard library)",
+            "name a text with --data",
+        )
+    return documents
+
+
+def _unseen(passages: list[str], seen: set[str]) -> list[str]:
+    fresh = []
+    for passage in passages:
+        text = inspect.cleandoc(passage).strip()
+        if len(text) >= MIN_CHARS and text not in seen:
+            seen.add(text)
+            fresh.append(text)
+    return fresh
+
+
+def _passages() -> Iterator[list[str]]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions leave pydoc_data out; the docstrings are still there
+        topics = {}
+    for name in sorted(topics):
+        yield [topics[name]]
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(library.rglob("*.py"), key=lambda p: p.relative_to(library).as_posix()):
+        if not SKIPPED_FOLDERS.intersection(path.relative_to(library).parts):
+            yield _docstrings(path)
+
+
+def _docstrings(path: Path) -> list[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in old modules are not ours to report
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError):  # templates and deliberately broken files are no documentation
+        return []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return [text for node in ast.walk(tree) if isinstance(node, kinds) and (text := ast.get_docstring(node, clean=False))]

@@ -1,0 +1,149 @@
+"""Train, calibration and held-out parts; nothing in two of them goes unreported.
+
+`hash` puts each document where the hash of its text says, so that adding documents moves no other.
+`tail` holds out the end of the source, calibrates on what stands before it, and trains on the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from edgedistill.data.documents import source_hash
+from edgedistill.errors import UserError
+from edgedistill.records import SplitPart
+from edgedistill.recipe import Data
+
+PARTS = ("train", "calibration", "held_out")
+MIN_DOCUMENTS = 3
+MIN_HELD_OUT_DOCUMENTS = 2
+OVERLAP_WORDS = 13  # as GPT-3's decontamination: shorter runs are common phrases
+
+
+@dataclass(frozen=True)
+class Split:
+    """The three parts, as blocks of text, and what was dropped or found on the way."""
+
+    parts: dict[str, list[str]]
+    duplicates_dropped: int
+    overlap: dict[str, float]
+
+    def summary(self) -> dict[str, SplitPart]:
+        return {
+            name: SplitPart(
+                documents=len(texts), bytes=sum(len(t.encode()) for t in texts), sha256=source_hash(name, texts)
+            )
+            for name, texts in self.parts.items()
+        }
+
+
+def split_documents(documents: list[str], data: Data, held_out: list[str] | None = None) -> Split:
+    """Split by the recipe. `held_out`: a text of its own; then nothing is split off for it.
+
+    Exact duplicates are dropped first (the first stays). Raises UserError where a part would be empty.
+    """
+    unique = list(dict.fromkeys(documents))
+    dropped = len(documents) - len(unique)
+    if held_out is not None:
+        held_out = list(dict.fromkeys(held_out))
+    if len(unique) < MIN_DOCUMENTS:
+        raise UserError(
+            f"the data holds {len(unique)} document(s); {MIN_DOCUMENTS} are needed to train, calibrate and hold out",
+            "give more text, or say what ends a document with --document-separator",
+        )
+    eval_share = 0.0 if held_out is not None else data.eval_share
+    cut = _by_hash if data.split == "hash" else _by_tail
+    train, calibration, tail = cut(unique, eval_share, data.calibration_share)
+    parts = {
+        "train": join_short(train, data.min_document_chars),
+        "calibration": join_short(calibration, data.min_document_chars),
+        "held_out": join_short(held_out if held_out is not None else tail, data.min_document_chars),
+    }
+    for name, texts in parts.items():
+        if len(texts) < (MIN_HELD_OUT_DOCUMENTS if name == "held_out" else 1):
+            raise UserError(
+                f"the {name.replace('_', '-')} part got {len(texts)} document(s) of {len(unique)}",
+                "give more text, a smaller data.min_document_chars, or --eval-data a file of its own",
+            )
+    return Split(parts=parts, duplicates_dropped=dropped, overlap=overlap(parts["train"], parts["held_out"]))
+
+
+def _by_hash(documents: list[str], eval_share: float, calibration_share: float) -> tuple[list[str], ...]:
+    train: list[str] = []
+    calibration: list[str] = []
+    held_out: list[str] = []
+    for text in documents:
+        draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+        if draw < eval_share:
+            held_out.append(text)
+        elif draw < eval_share + calibration_share:
+            calibration.append(text)
+        else:
+            train.append(text)
+    return train, calibration, held_out
+
+
+def _by_tail(documents: list[str], eval_share: float, calibration_share: float) -> tuple[list[str], ...]:
+    """Cut by lines of text, not documents, and never hold out more than the share: a model that was
+    trained on the first 95 % of a file's lines must not meet one of them again in its last 5 %."""
+    lines = [sum(1 for line in text.split("\n") if line.strip()) for text in documents]
+    total = sum(lines)
+    first_held_out = _first_at(lines, total * (1 - eval_share))
+    first_calibration = _first_at(lines, total * (1 - eval_share - calibration_share))
+    return documents[:first_calibration], documents[first_calibration:first_held_out], documents[first_held_out:]
+
+
+def _first_at(lines: list[int], start: float) -> int:
+    before = 0
+    for index, count in enumerate(lines):
+        if before >= start:
+            return index
+        before += count
+    return len(lines)
+
+
+def join_short(texts: list[str], min_chars: int) -> list[str]:
+    """Neighbours joined by a line break until each block has `min_chars` (the last may be shorter).
+
+    Lines and paragraphs of one story are not independent: an interval over them would be too narrow.
+    """
+    blocks: list[str] = []
+    block: list[str] = []
+    size = 0
+    for text in texts:
+        block.append(text)
+        size += len(text) + 1
+        if size >= min_chars:
+            blocks.append("\n".join(block))
+            block, size = [], 0
+    if block:
+        if blocks and size < min_chars / 2:
+            blocks[-1] += "\n" + "\n".join(block)
+        else:
+            blocks.append("\n".join(block))
+    return blocks
+
+
+def overlap(train: list[str], held_out: list[str]) -> dict[str, float]:
+    """What stands in both parts: held-out documents, and their runs of 13 words, that training saw."""
+    known = {run for text in train for run in _runs(text)}
+    whole = set(train)
+    runs_shared = runs_total = documents_with_shared = 0
+    for text in held_out:
+        runs = list(_runs(text))
+        shared = sum(run in known for run in runs)
+        runs_total += len(runs)
+        runs_shared += shared
+        documents_with_shared += shared > 0
+    return {
+        "documents_in_both": float(sum(text in whole for text in held_out)),
+        "documents_sharing_13_words": float(documents_with_shared),
+        "share_of_13_word_runs": runs_shared / runs_total if runs_total else 0.0,
+    }
+
+
+def _runs(text: str) -> Iterator[int]:
+    words = text.lower().split()
+    for start in range(len(words) - OVERLAP_WORDS + 1):
+        yield hash(tuple(words[start : start + OVERLAP_WORDS]))

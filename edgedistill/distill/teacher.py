@@ -1,0 +1,168 @@
+"""The teacher: the user's own, or the quickstart's, trained on first use and kept in the store."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from edgedistill.data.prepare import read_part
+from edgedistill.errors import UserError
+from edgedistill.models import ModelFolder, open_model, tokenizer_sha256, weights_sha256
+from edgedistill.progress import QUIET, Progress
+from edgedistill.recipe import Recipe, TeacherTraining
+from edgedistill.records import DataResult, Shape, TeacherResult
+from edgedistill.shapes import config_from_shape
+from edgedistill.store import Store, Stored, Work, sha256_of, versions
+
+BOS, EOS = "<s>", "</s>"
+DEFAULT_SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+
+
+def teacher_shape(train: TeacherTraining) -> Shape:
+    """Sizes of the teacher that `teacher.train` asks for, before it exists."""
+    sizes = {name: getattr(train.shape, name) or value for name, value in DEFAULT_SHAPE.items()}
+    return Shape(
+        family="llama",
+        vocab_size=train.vocab_size,
+        tie_word_embeddings=True,
+        max_position_embeddings=max(1024, train.context_tokens),
+        **sizes,
+    )
+
+
+def obtain_teacher(
+    recipe: Recipe, *, data: Stored[DataResult] | None, store: Store, progress: Progress = QUIET
+) -> TeacherResult:
+    """The recipe's teacher: a checked folder (`teacher.model`), or one trained on the data and kept."""
+    if recipe.teacher.model is not None:
+        folder = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
+        return describe(folder, store)
+    if data is None:
+        raise UserError("no teacher is named and there is no data to train one on", "give --teacher or --data")
+    stored = store.run(
+        "teacher",
+        teacher_inputs(recipe, data),
+        lambda work: _train(recipe, data, work, progress),
+        TeacherResult,
+        progress.say,
+    )
+    return stored.result.model_copy(update={"path": str(stored.directory / "model")})
+
+
+def teacher_inputs(recipe: Recipe, data: Stored[DataResult]) -> dict[str, Any]:
+    """What a trained teacher's key is made of."""
+    return {
+        "train": recipe.teacher.train.model_dump(mode="json", exclude={"checkpoint_every_s"}),
+        "seed": recipe.seed,
+        "data": data.result.sha256,
+        "versions": versions("torch", "transformers", "tokenizers", "edgedistill"),
+    }
+
+
+def describe(folder: ModelFolder, store: Store) -> TeacherResult:
+    """The record of a teacher that the user gave."""
+    return TeacherResult(
+        origin="hub" if folder.origin == "hub" else "folder",
+        name=folder.name,
+        path=str(folder.path),
+        shape=folder.shape,
+        parameters=folder.shape.parameters,
+        weights_sha256=weights_sha256(folder, store),
+        tokenizer_sha256=tokenizer_sha256(folder.path),
+    )
+
+
+def _train(recipe: Recipe, data: Stored[DataResult], work: Work, progress: Progress) -> TeacherResult:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from edgedistill.distill.losses import LossSpec
+    from edgedistill.distill.trainer import train
+    from edgedistill.tasks.causal_lm import TextTokenizer, pack, scoring_windows
+
+    settings = recipe.teacher.train
+    shape = teacher_shape(settings)
+    texts = read_part(data.directory, "train")
+    folder = work.out / "model"
+    folder.mkdir()
+    train_tokenizer(texts, settings.vocab_size, folder)
+    config = config_from_shape(shape, bos_token_id=0, eos_token_id=1)
+    torch.manual_seed(recipe.seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    tokenizer = TextTokenizer.load(folder)
+    packed = pack(
+        tokenizer.encode(texts), context=settings.context_tokens, seed=recipe.seed, eos=tokenizer.eos, bos=tokenizer.bos
+    )
+    evaluation = scoring_windows(
+        tokenizer.encode(read_part(data.directory, "calibration")),
+        context=settings.context_tokens,
+        stride=None,
+        max_tokens=None,
+    )
+    progress.say(f"teacher: training {shape.parameters:,} parameters on {len(packed.stream):,} tokens")
+    result = train(
+        model,
+        data=packed,
+        evaluation=evaluation,
+        settings=settings,
+        loss=LossSpec(forward_kl=0.0, cross_entropy=1.0, temperature=1.0, vocab=tokenizer.vocab),
+        signals=None,
+        state=work.state,
+        progress=progress,
+        label="teacher",
+    )
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return TeacherResult(
+        origin="trained",
+        name=f"trained on {data.result.source}",
+        path="model",
+        shape=shape,
+        parameters=shape.parameters,
+        weights_sha256=weights_digest(folder),
+        tokenizer_sha256=tokenizer_sha256(folder),
+        training=result,
+    )
+
+
+def weights_digest(folder: Path) -> str:
+    """One hash over the safetensors that `save_pretrained` wrote."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{file.name} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> None:
+    """A byte-level BPE (GPT-2's pre-tokenizer) over `texts`, written as transformers reads it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[BOS, EOS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 0)]
+    )
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise UserError(
+            f"the text gave {tokenizer.get_vocab_size()} tokens of the {vocab_size} asked for",
+            "give more text, or a smaller teacher.train.vocab_size",
+        )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS).save_pretrained(folder)

@@ -1,0 +1,233 @@
+"""Model folders: found, checked before anything loads them, hashed.
+
+Only safetensors are read. Nothing here imports torch or transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgedistill.errors import UserError
+from edgedistill.records import Shape
+from edgedistill.shapes import shape_from_config
+from edgedistill.store import Store, canonical_json
+
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+MAX_JSON_BYTES = 256 << 20
+MAX_HEADER_BYTES = 100 << 20
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "LICENSE*", "NOTICE*"]
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A checked folder: `shape` from its config, `tensors` name → shape from the safetensors headers."""
+
+    path: Path
+    name: str
+    origin: str
+    config: dict[str, Any]
+    shape: Shape
+    tensors: dict[str, tuple[int, ...]]
+    weight_files: tuple[Path, ...]
+
+
+def open_model(name_or_path: str, *, revision: str | None = None, role: str = "model") -> ModelFolder:
+    """A model's local folder, fetched from the hub where the name is no folder, and checked.
+
+    Raises UserError: no such model, no weights, pickles only, truncated safetensors, an unsupported
+    architecture, weights that do not fit the config.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return check_folder(path.resolve(), name=name_or_path, origin="folder", role=role)
+    if path.exists():
+        raise UserError(f"{role} {name_or_path} is a file", "name the folder that holds config.json and the weights")
+    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
+        raise UserError(f"no {role} {name_or_path}: no such folder", "give a folder, or a hub id like `organisation/name`")
+    return check_folder(_fetch(name_or_path, revision, role), name=name_or_path, origin="hub", role=role)
+
+
+def _fetch(name: str, revision: str | None, role: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS))
+    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"no {role} '{name}': no such folder, and the hub did not give it ({reason})",
+            "check the name, your connection and your access, or give a local folder",
+        ) from error
+
+
+def check_folder(path: Path, *, name: str, origin: str, role: str) -> ModelFolder:
+    """Read and check what says what a model is; the weights' bytes are not read, only their headers."""
+    config_path = path / "config.json"
+    if not config_path.is_file():
+        raise UserError(f"{role} folder {path} has no config.json", "name a folder that transformers' save_pretrained wrote")
+    config = read_json(config_path)
+    if not isinstance(config, dict):
+        raise UserError(f"{config_path} holds a {type(config).__name__}", "it must be a JSON object")
+    files = _weight_files(path, role)
+    shape = shape_from_config(config, where=str(config_path))
+    tensors: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        tensors.update({key: tuple(entry["shape"]) for key, entry in safetensors_header(file).items()})
+    embedding = tensors.get("model.embed_tokens.weight")
+    if embedding is None:
+        raise UserError(
+            f"{role} folder {path} has no tensor model.embed_tokens.weight",
+            f"its weights are not those of a {config.get('model_type')} causal language model",
+        )
+    if embedding != (shape.vocab_size, shape.hidden_size):
+        raise UserError(
+            f"{role} folder {path}: the embedding is {embedding}, config.json says {(shape.vocab_size, shape.hidden_size)}",
+            "weights and config.json are of two different models",
+        )
+    layers = {key.split(".")[2] for key in tensors if key.startswith("model.layers.")}
+    if len(layers) != shape.num_hidden_layers:
+        raise UserError(
+            f"{role} folder {path}: the weights hold {len(layers)} layers, config.json says {shape.num_hidden_layers}",
+            "weights are missing, or config.json is of another model",
+        )
+    return ModelFolder(
+        path=path, name=name, origin=origin, config=config, shape=shape, tensors=tensors, weight_files=tuple(files)
+    )
+
+
+def _weight_files(path: Path, role: str) -> list[Path]:
+    index = path / INDEX
+    if index.is_file():
+        table = read_json(index)
+        names = sorted(set(table["weight_map"].values())) if isinstance(table, dict) and "weight_map" in table else []
+        files = [path / str(name) for name in names]
+        for file in files:
+            if file.resolve().parent != path.resolve() and not file.is_file():
+                raise UserError(f"{index} names {file.name} outside its folder", "mend the index")
+            if not file.is_file():
+                raise UserError(f"{role} folder {path} lacks {file.name}, which {INDEX} names", "copy the whole folder")
+        if files:
+            return files
+    files = sorted(path.glob("*.safetensors"))
+    if files:
+        return files
+    pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"{role} folder {path} holds its weights only as a pickle ({pickles[0]}), which can run code when loaded",
+            "save it with save_pretrained(..., safe_serialization=True) where you trust it",
+        )
+    raise UserError(f"{role} folder {path} holds no weights (*.safetensors)", "copy the whole folder")
+
+
+def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
+    """Name → {dtype, shape, data_offsets} of a safetensors file whose length agrees with it."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise UserError(f"{file} is no safetensors file, or truncated: {size} bytes", "copy it again")
+        try:
+            header = json.loads(stream.read(length))
+            entries = {key: entry for key, entry in header.items() if key != "__metadata__"}
+            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(f"{file}: its header is not readable", "copy it again") from error
+    if 8 + length + end != size:
+        raise UserError(
+            f"{file} is truncated or damaged: it has {size:,} bytes, its header asks for {8 + length + end:,}",
+            "copy it again",
+        )
+    return entries
+
+
+def read_json(path: Path) -> Any:
+    """JSON of a file of bounded size; UserError where it is not."""
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise UserError(f"{path} has {size:,} bytes", f"at most {MAX_JSON_BYTES:,} are read")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {str(error)[:120]}", "copy it again") from error
+
+
+def weights_sha256(folder: ModelFolder, store: Store) -> str:
+    """One hash over config and weights; file hashes are remembered by size, mtime and inode."""
+    config = hashlib.sha256(canonical_json(folder.config).encode()).hexdigest()
+    lines = [config, *(f"{file.name} {store.hash_file(file)}" for file in folder.weight_files)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    """One hash over the tokenizer's files."""
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            digest.update(f"{name}\n".encode())
+            digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files, byte for byte."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            (target / name).write_bytes((source / name).read_bytes())
+
+
+def vocabulary(folder: Path, role: str = "model") -> dict[str, int]:
+    """Token → id of tokenizer.json, added tokens included."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            f"{role} folder {folder} has no tokenizer.json", "save its fast tokenizer there with save_pretrained"
+        )
+    tree = read_json(path)
+    try:
+        table = tree["model"]["vocab"]
+        known = {token: index for index, (token, _) in enumerate(table)} if isinstance(table, list) else dict(table)
+        known.update({entry["content"]: entry["id"] for entry in tree.get("added_tokens") or []})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} has no vocabulary that can be read", "save it again with save_pretrained") from error
+    return known
+
+
+def require_same_tokenizer(teacher: Path, student: Path) -> None:
+    """Refuse a student whose tokens are not the teacher's. Padding of the embedding is another matter.
+
+    Raises UserError naming the first token that differs.
+    """
+    ours, theirs = vocabulary(teacher, "teacher"), vocabulary(student, "student")
+    if ours == theirs:
+        return
+    by_id = {index: token for token, index in theirs.items()}
+    for token, index in sorted(ours.items(), key=lambda item: item[1]):
+        other = theirs.get(token)
+        if other != index:
+            what = f"is {other} in the student's" if other is not None else "is not in the student's"
+            raise UserError(
+                f"teacher and student do not share a tokenizer: token {token!r} has id {index} in the teacher's and {what}"
+                f" (id {index} there: {by_id.get(index)!r}; {len(ours):,} against {len(theirs):,} tokens)",
+                "choose a student of the teacher's family, or start it fresh or from the teacher's layers",
+            )
+    extra = next(token for token in theirs if token not in ours)
+    raise UserError(
+        f"teacher and student do not share a tokenizer: the student's token {extra!r} is not in the teacher's"
+        f" ({len(ours):,} against {len(theirs):,} tokens)",
+        "choose a student of the teacher's family, or start it fresh or from the teacher's layers",
+    )
