@@ -45,10 +45,11 @@ def shape_from_config(config: Mapping[str, Any], *, where: str) -> Shape:
     if family == "qwen3":
         head_dim = _size(config, "head_dim", where, default=DEFAULT_QWEN3_HEAD_DIM)
     else:
-        if config.get("head_dim") is None and hidden % heads:
+        # transformers refuses such a Llama even where head_dim is stated.
+        if hidden % heads and (config.get("head_dim") is None or model_type == "llama"):
             raise UserError(
                 f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}",
-                "mend config.json, or state head_dim in it",
+                "mend config.json: these heads do not divide the hidden size",
             )
         head_dim = _size(config, "head_dim", where, default=hidden // heads)
     if head_dim % 2:

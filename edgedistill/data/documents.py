@@ -44,7 +44,7 @@ def read_documents(source: str, data: Data) -> list[str]:
     return documents
 
 
-def source_hash(source: str, documents: Iterable[str]) -> str:
+def source_hash(documents: Iterable[str]) -> str:
     """sha256 over the documents in order; independent of how they lay on disk."""
     digest = hashlib.sha256()
     for text in documents:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+from edgedistill import __version__
 from edgedistill.data.documents import PYTHON_DOCS, read_documents, source_hash
 from edgedistill.data.split import PARTS, split_documents
 from edgedistill.progress import QUIET, Progress
@@ -23,19 +23,27 @@ def prepare_data(data: Data, *, store: Store, progress: Progress = QUIET) -> Sto
     Reading is always done anew (it is what finds a changed file) unless the source is the running
     Python's documentation, which cannot change between two runs of one interpreter.
     """
+    inputs, documents, held_out = _inputs(data)
+    return store.run("data", inputs, lambda work: _build(work, data, documents, held_out), DataResult, progress.say)
+
+
+def find_data(data: Data, *, store: Store) -> Stored[DataResult] | None:
+    """The finished record of this data, or None."""
+    return store.find("data", _inputs(data)[0], DataResult)
+
+
+def _inputs(data: Data) -> tuple[dict[str, Any], list[str] | None, list[str] | None]:
+    """The key's inputs, and the documents where they had to be read for it."""
+    settings = data.model_dump(mode="json", exclude={"source", "eval_data"})
     if data.source == PYTHON_DOCS and data.eval_data is None:
         interpreter = [sys.implementation.name, sys.version, Path(sys.base_prefix).as_posix()]
-        inputs: dict[str, Any] = {"data": data.model_dump(mode="json"), "interpreter": interpreter}
-        return store.run("data", inputs, lambda work: _build(work, data, None, None), DataResult, progress.say)
-    started = time.monotonic()
+        return {"data": settings, "interpreter": interpreter, "version": __version__}, None, None
     documents = read_documents(data.source, data)
     held_out = read_documents(data.eval_data, data) if data.eval_data else None
-    settings = data.model_dump(mode="json", exclude={"source", "eval_data"})
-    inputs = {"data": settings, "documents": source_hash(data.source, documents)}
+    inputs = {"data": settings, "documents": source_hash(documents), "version": __version__}
     if held_out is not None:
-        inputs["held_out"] = source_hash("held-out", held_out)
-    progress.say(f"data: read {len(documents):,} documents in {time.monotonic() - started:.1f} s", level=2)
-    return store.run("data", inputs, lambda work: _build(work, data, documents, held_out), DataResult, progress.say)
+        inputs["held_out"] = source_hash(held_out)
+    return inputs, documents, held_out
 
 
 def _build(work: Work, data: Data, documents: list[str] | None, held_out: list[str] | None) -> DataResult:

@@ -32,7 +32,7 @@ class Split:
     def summary(self) -> dict[str, SplitPart]:
         return {
             name: SplitPart(
-                documents=len(texts), bytes=sum(len(t.encode()) for t in texts), sha256=source_hash(name, texts)
+                documents=len(texts), bytes=sum(len(t.encode()) for t in texts), sha256=source_hash(texts)
             )
             for name, texts in self.parts.items()
         }

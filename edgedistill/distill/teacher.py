@@ -57,6 +57,14 @@ def obtain_teacher(
     return stored.result.model_copy(update={"path": str(stored.directory / "model")})
 
 
+def find_teacher(recipe: Recipe, *, data: Stored[DataResult] | None, store: Store) -> TeacherResult | None:
+    """The teacher where it exists already; nothing is trained."""
+    if recipe.teacher.model is not None:
+        return describe(open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher"), store)
+    stored = None if data is None else store.find("teacher", teacher_inputs(recipe, data), TeacherResult)
+    return None if stored is None else stored.result
+
+
 def teacher_inputs(recipe: Recipe, data: Stored[DataResult]) -> dict[str, Any]:
     """What a trained teacher's key is made of."""
     return {

@@ -52,6 +52,8 @@ class TextTokenizer:
             # a tokenizer that names no BOS (Qwen) means it: config.json's leftover is not used then
             return value if isinstance(value, int) and f"{name}_token" not in settings else None
 
+        # text that spells a control token is text, not control
+        backend.encode_special_tokens = True
         bos = special("bos")
         if settings.get("add_bos_token") is False and settings.get("bos_token") is None:
             bos = None

@@ -1,0 +1,110 @@
+"""The decode ceiling: no runtime makes tokens faster than memory can deliver the bytes that one needs.
+
+tokens/s ≤ bandwidth ÷ bytes read a token, where those are the weights, read once a token, and the KV
+cache. An embedding table that only looks rows up (not tied to the output head) is not read as a whole:
+one row counts. Activations and the tokens' own new cache rows are left out, so it stays a ceiling.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgedistill.errors import UserError
+from edgedistill.records import Artifact, Figure
+
+GGUF_EMBEDDING = "token_embd.weight"
+GGUF_HEAD = "output.weight"
+KV_CACHE_BYTES = 2  # llama.cpp's default cache is F16
+ONNX_LOOKUPS = ("Gather", "GatherBlockQuantized")
+
+
+@dataclass(frozen=True)
+class BytesRead:
+    """What one decoded token reads at `context_tokens`. `left_out`: weights that are not read, and why."""
+
+    weights: int
+    kv_cache: int
+    left_out: str
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache
+
+
+def ceiling(bandwidth: Figure, read: BytesRead, *, context_tokens: int) -> Figure:
+    """Decode tokens/s ≤ `bandwidth` (bytes/s) ÷ bytes read a token, as a derived figure."""
+    left_out = f" ({read.left_out})" if read.left_out else ""
+    source = (
+        f"bandwidth {bandwidth.value:.4g} {bandwidth.unit} ({bandwidth.basis}: {bandwidth.source}) ÷ "
+        f"{read.total:,} bytes a token: weights {read.weights:,}{left_out}, "
+        f"KV cache {read.kv_cache:,} at {context_tokens} tokens"
+    )
+    return Figure(value=bandwidth.value / read.total, unit="tokens/s", basis="derived", source=source)
+
+
+def bytes_read_a_token(artifact: Artifact, folder: Path, *, context_tokens: int) -> BytesRead:
+    """Read from the artifact's own files. Raises UserError where they lack what it takes."""
+    if artifact.format == "gguf":
+        return _gguf(folder / artifact.entry, context_tokens)
+    entry = folder / artifact.entry
+    return _onnx(entry / "model.onnx" if entry.is_dir() else entry, context_tokens)
+
+
+def _gguf(path: Path, context_tokens: int) -> BytesRead:
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise UserError(f"{path} cannot be read as GGUF: {error}", "export the artifact again") from error
+    weights = {tensor.name: int(tensor.n_bytes) for tensor in reader.tensors}
+    total = sum(weights.values())
+    left_out = ""
+    if GGUF_HEAD in weights and GGUF_EMBEDDING in weights:
+        rows = int(next(t for t in reader.tensors if t.name == GGUF_EMBEDDING).shape[1])
+        total -= weights[GGUF_EMBEDDING] - weights[GGUF_EMBEDDING] // rows
+        left_out = f"without {GGUF_EMBEDDING}, of which one row is read"
+    width = sum(
+        int(tensor.shape[1])
+        for tensor in reader.tensors
+        if tensor.name.endswith(("attn_k.weight", "attn_v.weight")) and tensor.name.startswith("blk.")
+    )
+    return BytesRead(weights=total, kv_cache=width * context_tokens * KV_CACHE_BYTES, left_out=left_out)
+
+
+def _onnx(path: Path, context_tokens: int) -> BytesRead:
+    import onnx
+
+    from edgedistill.runtimes.ort import genai_config
+
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    # protobuf's DecodeError shares no base with OSError.
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as ONNX: {error}", "export the artifact again") from error
+    sizes = {
+        tensor.name: _tensor_bytes(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize, list(tensor.dims))
+        for tensor in graph.initializer
+    }
+    dims = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    looked_up = {node.input[0] for node in graph.node if node.op_type in ONNX_LOOKUPS}
+    read_whole = {name for node in graph.node for name in node.input if node.op_type not in ONNX_LOOKUPS}
+    tables = {name for name in (looked_up - read_whole) & set(sizes) if len(dims[name]) >= 2}
+    total = sum(sizes.values()) - sum(sizes[name] - sizes[name] // dims[name][0] for name in tables)
+    decoder = genai_config(path.parent).get("model", {}).get("decoder", {})
+    cache = 0
+    for node in graph.input:
+        if node.name.startswith("past_key_values"):
+            kind = node.type.tensor_type
+            shape = [dim.dim_value for dim in kind.shape.dim]
+            heads = shape[1] or int(decoder.get("num_key_value_heads", 0))
+            width = shape[3] or int(decoder.get("head_size", 0))
+            cache += heads * width * context_tokens * onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).itemsize
+    left_out = f"without {', '.join(sorted(tables))}, of which one row is read" if tables else ""
+    return BytesRead(weights=total, kv_cache=cache, left_out=left_out)
+
+
+def _tensor_bytes(itemsize: int, dims: list[int]) -> int:
+    return math.prod(dims) * itemsize

@@ -1,0 +1,181 @@
+"""How fast an artifact's bytes run on this machine, with every sample kept.
+
+A fresh process, pinned to as many CPUs as it has threads; seeded random tokens; `warmup` runs that are
+thrown away, then `repeats` that count, each from an empty KV cache. All samples of one artifact come
+from one process: start-up differs from process to process, and `load_ms` tells of it separately.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgedistill import machine
+from edgedistill.bench.ceiling import bytes_read_a_token, ceiling
+from edgedistill.errors import UserError
+from edgedistill.progress import QUIET, Progress
+from edgedistill.recipe import Bench
+from edgedistill.records import Artifact, Basis, Interval, Latency, Percentiles, Workload
+from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.store import Store
+from edgedistill.targets import Target, is_this_machine
+
+BOOTSTRAP_SAMPLES = 2000
+MIN_SAMPLES_FOR_P99 = 100
+MAPPED_WEIGHTS = (
+    "peak_rss_bytes counts the pages of the mapped weights that were touched; "
+    "the system can drop those under pressure, unlike the rest"
+)
+
+
+def bench(
+    artifact: Artifact,
+    folder: Path,
+    target: Target,
+    *,
+    store: Store,
+    settings: Bench | None = None,
+    seed: int = 0,
+    notes: Sequence[str] = (),
+    progress: Progress = QUIET,
+) -> Latency:
+    """Measure `folder / artifact.entry` in `artifact.runtime` on this machine.
+
+    `settings` override the target's. Basis `measured` where this machine is the target, else `proxy`.
+    Raises UserError where the workload does not fit the artifact, RuntimeCrashed where the runtime dies.
+    """
+    workload, asked_threads = _workload(artifact, target, settings or Bench())
+    here = machine.describe()
+    basis: Basis = "measured" if is_this_machine(target, here) else "proxy"
+    found_notes = [*notes, *_thread_notes(asked_threads)]
+    threads = min(asked_threads, len(machine.usable_cpus()))
+    ttft_ms: list[float] = []
+    token_ms: list[list[float]] = []
+    with RuntimeProcess(
+        artifact.runtime,
+        folder / artifact.entry,
+        threads=threads,
+        context_tokens=workload.prompt_tokens + workload.new_tokens,
+        logits_all=False,
+        pin=True,
+        store=store,
+    ) as runtime:
+        vocabulary = min(artifact.vocab_size, int(runtime.info["vocab_size"]))
+        prompt = np.random.default_rng(seed).integers(0, vocabulary, workload.prompt_tokens)
+        for run in range(workload.warmup + workload.repeats):
+            timed = runtime.timed(prompt, workload.new_tokens)
+            if run >= workload.warmup:
+                ttft_ms.append(float(timed["ttft_ms"]))
+                token_ms.append([float(ms) for ms in timed["token_ms"]])
+            progress.step("bench", run + 1, workload.warmup + workload.repeats)
+        peak = runtime.peak_rss_bytes()
+        info = runtime.info
+    found_notes += _runtime_notes(target, basis, here, info)
+    all_token_ms = [ms for run_ms in token_ms for ms in run_ms]
+    prefill, prefill_ci95 = rate(np.full(len(ttft_ms), workload.prompt_tokens), np.array(ttft_ms), seed=seed)
+    decode_ms = np.array([sum(run_ms) for run_ms in token_ms])
+    decode, decode_ci95 = rate(np.array([len(run_ms) for run_ms in token_ms]), decode_ms, seed=seed)
+    read = bytes_read_a_token(artifact, folder, context_tokens=workload.prompt_tokens)
+    return Latency(
+        target=target.name,
+        measured_on=here
+        | {
+            "runtime": info["runtime"],
+            "runtime_version": info["runtime_version"],
+            "threads": threads,
+            "options": info["options"],
+        },
+        basis=basis,
+        artifact_sha256=artifact.sha256,
+        workload=workload,
+        ttft_ms=percentiles(ttft_ms),
+        token_ms=percentiles(all_token_ms),
+        prefill_tokens_per_s=prefill,
+        prefill_tokens_per_s_ci95=prefill_ci95,
+        decode_tokens_per_s=decode,
+        decode_tokens_per_s_ci95=decode_ci95,
+        load_ms=float(info["load_ms"]),
+        peak_rss_bytes=peak,
+        drift=drift(all_token_ms),
+        samples={
+            "ttft_ms": ttft_ms,
+            "token_ms": all_token_ms,
+            "load_ms": [float(info["load_ms"])],
+            "process_start_to_ready_ms": [float(info["spawn_ms"])],
+        },
+        ceiling=ceiling(target.bandwidth_bytes_per_s, read, context_tokens=workload.prompt_tokens),
+        notes=found_notes,
+    )
+
+
+def percentiles(samples_ms: Sequence[float]) -> Percentiles:
+    """p50, p90 and p99 (linear between samples); no p99 of fewer than 100 samples."""
+    values = np.asarray(samples_ms)
+    return Percentiles(
+        p50=float(np.percentile(values, 50)),
+        p90=float(np.percentile(values, 90)),
+        p99=float(np.percentile(values, 99)) if len(values) >= MIN_SAMPLES_FOR_P99 else None,
+    )
+
+
+def rate(tokens_R: NDArray[np.integer[Any]], ms_R: NDArray[np.float64], *, seed: int) -> tuple[float, Interval]:
+    """Tokens/s over all R repeats (all tokens ÷ all time), with a 95 % percentile bootstrap over the repeats."""
+    repeats = len(ms_R)
+    picks = np.random.default_rng(seed).integers(0, repeats, (BOOTSTRAP_SAMPLES, repeats))
+    rates = 1e3 * tokens_R[picks].sum(axis=1) / ms_R[picks].sum(axis=1)
+    low, high = np.percentile(rates, [2.5, 97.5])
+    return float(1e3 * tokens_R.sum() / ms_R.sum()), (float(low), float(high))
+
+
+def drift(samples_ms: Sequence[float]) -> float:
+    """Mean of the last quarter ÷ mean of the first, in the order measured: above 1, the machine slowed down.
+
+    With fewer than four repeats it also holds the growth of the KV cache within a repeat.
+    """
+    quarter = max(1, len(samples_ms) // 4)
+    return float(np.mean(samples_ms[-quarter:]) / np.mean(samples_ms[:quarter]))
+
+
+def _workload(artifact: Artifact, target: Target, settings: Bench) -> tuple[Workload, int]:
+    """The workload and the threads asked for: the recipe's where it says so, else the target's."""
+    asked = {name: value for name, value in settings.model_dump().items() if value is not None}
+    values = target.bench.model_dump() | asked
+    threads = int(values.pop("threads"))
+    workload = Workload(batch=1, **values)
+    needed = workload.prompt_tokens + workload.new_tokens
+    if needed > artifact.context_tokens:
+        raise UserError(
+            f"bench wants {workload.prompt_tokens} + {workload.new_tokens} tokens, and the artifact was exported for "
+            f"a context of {artifact.context_tokens}",
+            "set bench.prompt_tokens and bench.new_tokens to fewer, or export.context_tokens to more",
+        )
+    return workload, threads
+
+
+def _thread_notes(asked_threads: int) -> list[str]:
+    usable = len(machine.usable_cpus())
+    if asked_threads <= usable:
+        return []
+    return [f"{asked_threads} threads were asked for and this machine has {usable} CPUs: {usable} threads were used"]
+
+
+def _runtime_notes(target: Target, basis: Basis, here: dict[str, Any], info: dict[str, Any]) -> list[str]:
+    options = info["options"]
+    found = []
+    if basis == "proxy":
+        found.append(f"this machine is not {target.name}: the figures tell nothing of its speed")
+    if target.gpu and not options.get("n_gpu_layers"):
+        found.append(f"it ran on the CPU, not on a GPU: {info['runtime_version']} has no GPU support here")
+    if info["runtime"] == "llama.cpp":
+        found.append(MAPPED_WEIGHTS)
+        if not options["use_extra_bufts"]:
+            found.append(f"use_extra_bufts is off: {options['use_extra_bufts_reason']}")
+    if options["cpus"] is None:
+        found.append("the process could not be pinned to CPUs on this system")
+    if here["governor"] not in (None, "performance"):
+        found.append(f"the CPU governor is {here['governor']}: clocks may change while it runs")
+    return found

@@ -1,0 +1,49 @@
+"""The bench stage: a measurement kept per artifact, target settings and machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgedistill import machine
+from edgedistill.progress import QUIET, Progress
+from edgedistill.recipe import Bench
+from edgedistill.records import Artifact, Latency
+from edgedistill.store import Store, Stored, Work, versions
+from edgedistill.targets import Target
+
+
+def bench_artifact(
+    exported: Stored[Artifact],
+    target: Target,
+    *,
+    settings: Bench,
+    seed: int,
+    store: Store,
+    progress: Progress = QUIET,
+) -> Latency:
+    """latency.json of an artifact on this machine: found in the store, or measured now."""
+    inputs: dict[str, Any] = {
+        "artifact": exported.result.sha256,
+        "target": target.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json"),
+        "seed": seed,
+        "machine": machine.fingerprint(),
+        "versions": versions("edgedistill", "llama-cpp-python", "onnxruntime", "onnxruntime-genai"),
+    }
+
+    def measure(work: Work) -> Latency:
+        from edgedistill.bench.measure import bench
+
+        progress.say(f"bench: {exported.result.runtime} with the settings of {target.name}")
+        return bench(
+            exported.result, exported.directory, target, settings=settings, seed=seed, store=store, progress=progress
+        )
+
+    stored = store.run("bench", inputs, measure, Latency, progress.say)
+    latency = stored.result
+    progress.say(
+        f"bench: {latency.decode_tokens_per_s:,.0f} tokens/s decoding, first token after {latency.ttft_ms.p50:.1f} ms"
+        f" ({latency.basis}{'' if latency.basis == 'measured' else ': this machine is not the target'})"
+        f"{' (from the store)' if stored.reused else ''}"
+    )
+    return latency

@@ -1,0 +1,382 @@
+"""The bundle: a folder that a mobile team can take as it is, written beside its place and put there whole."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+from edgedistill import __version__, machine
+from edgedistill.bundle.card import find_license, license_text, model_card, notice_text
+from edgedistill.bundle.check import verify_bundle
+from edgedistill.bundle.golden import make_golden
+from edgedistill.bundle.manifest import (
+    MANIFEST,
+    SIGNATURE,
+    SUMS,
+    BundleArtifact,
+    DataNote,
+    Manifest,
+    ModelNote,
+    Tensor,
+    is_bundle,
+    json_text,
+    manifest_bytes,
+    sums_text,
+    unsafe_path,
+)
+from edgedistill.bundle.samples import write_samples
+from edgedistill.bundle.sbom import sbom_text
+from edgedistill.errors import UserError
+from edgedistill.recipe import Recipe
+from edgedistill.records import Artifact, DataResult, FileEntry, Latency, Retention, StudentResult, TeacherResult
+from edgedistill.report.html import render
+from edgedistill.store import (
+    Store,
+    combined_sha256,
+    file_entries,
+    fsync_folder,
+    fsync_tree,
+    sha256_of,
+    versions,
+    write_durably,
+)
+from edgedistill.targets import Target
+
+GOLDEN_THREADS = 4
+PREPROCESS_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+TOOLS = ("edgedistill", "torch", "transformers", "gguf", "llama-cpp-python", "onnx", "onnxruntime", "onnxruntime-genai")
+RENAME_EXCHANGE = 2
+AT_FDCWD = -100
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@dataclass(frozen=True)
+class BundledArtifact:
+    """An artifact with its records. `folder`: where `artifact.files` lie."""
+
+    artifact: Artifact
+    folder: Path
+    retention: Retention
+    latency: Latency | None
+
+
+def bundle(
+    folder: Path,
+    *,
+    recipe: Recipe,
+    target: Target,
+    artifacts: Sequence[BundledArtifact],
+    student: StudentResult,
+    teacher: TeacherResult | None,
+    data: DataResult | None,
+    student_dir: Path,
+    held_out_texts: Sequence[str],
+    store: Store,
+) -> Path:
+    """Write the bundle `folder`; the first artifact is the primary one. An older bundle there is replaced.
+
+    Golden vectors are computed on the copied bytes in the real runtime. Whatever goes wrong, what was
+    at `folder` before stays. Raises UserError where `folder` is something else than a bundle, an
+    artifact's bytes are not those of its record, or the disk is full; RuntimeCrashed.
+    """
+    folder = folder.absolute()
+    _check_asked(artifacts)
+    lock = store.lock(f"bundle-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}")
+    with lock:
+        temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+        try:
+            _prepare(folder)
+            temporary.mkdir()
+            bundled = [
+                _artifact(temporary, one, position, [o.artifact for o in artifacts[:position]], student_dir, held_out_texts, store)
+                for position, one in enumerate(artifacts)
+            ]
+            _preprocess(temporary, student_dir)
+            write_samples(temporary, [one.artifact for one in artifacts])
+            manifest = _manifest(folder.name, bundled, artifacts, recipe, target, student, teacher, data)
+            _documents(temporary, manifest, artifacts, [Path(teacher.path) if teacher else None, student_dir])
+            _seal(temporary, manifest)
+            # Read back as the one who gets it will.
+            verify_bundle(temporary, replay=False)
+            fsync_tree(temporary)
+            _put_in_place(temporary, folder)
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            raise UserError(
+                f"the bundle {folder} cannot be written: {error.strerror}", "free space or name another --out; what was there is unchanged"
+            ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _check_asked(artifacts: Sequence[BundledArtifact]) -> None:
+    if not artifacts:
+        raise UserError("a bundle of no artifacts", "export one first")
+    names = [_name(one.artifact) for one in artifacts]
+    if len(set(names)) != len(names):
+        raise UserError(f"a bundle with the same artifact twice: {', '.join(names)}", "name each artifact once")
+    for one in artifacts:
+        for label, digest in _judged(one):
+            if digest != one.artifact.sha256:
+                raise UserError(
+                    f"{label} of {_name(one.artifact)} is of other bytes: {digest[:16]}…, not {one.artifact.sha256[:16]}…",
+                    "run that stage again on this artifact",
+                )
+
+
+def _judged(one: BundledArtifact) -> list[tuple[str, str]]:
+    """(record, the artifact's hash that it carries)."""
+    shipped = [rung.artifact_sha256 for rung in one.retention.rungs if rung.rung == "shipped"]
+    return [*(("retention", digest) for digest in shipped), *([("latency", one.latency.artifact_sha256)] if one.latency else [])]
+
+
+def _name(artifact: Artifact) -> str:
+    return f"{artifact.format}:{artifact.quantization}"
+
+
+def _prepare(folder: Path) -> None:
+    """Refuse to replace what is no bundle; remove what killed runs left."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    left = sorted(folder.parent.glob(f".{folder.name}.old-*"))
+    if left and not folder.exists():
+        os.rename(left.pop(0), folder)  # killed between two renames: the old bundle comes back
+    for path in [*left, *folder.parent.glob(f".{folder.name}.tmp-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{folder} is not a folder", "name another --out")
+    if folder.exists() and any(folder.iterdir()) and not is_bundle(folder):
+        raise UserError(f"{folder} exists and is not a bundle", "move it away, or name another --out")
+
+
+def _artifact(
+    root: Path,
+    one: BundledArtifact,
+    position: int,
+    before: Sequence[Artifact],
+    student_dir: Path,
+    held_out_texts: Sequence[str],
+    store: Store,
+) -> BundleArtifact:
+    """Copy an artifact and its records into the bundle, and make its golden vectors there."""
+    artifact = one.artifact
+    suffix, reports = "", "reports"
+    if position:
+        alone = artifact.format not in [other.format for other in before]
+        suffix = f"/{artifact.format}" if alone else f"/{artifact.format}-{artifact.quantization.lower()}"
+        reports = f"reports/{artifact.format}-{artifact.quantization}"
+    artifact = _copy_model(one, root / f"model{suffix}")
+    write = {f"{reports}/retention.json": one.retention, f"{reports}/latency.json": one.latency}
+    for path, record in write.items():
+        if record is not None:
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_text(json_text(record, what=path), encoding="utf-8", newline="\n")
+    model = root / f"model{suffix}" / artifact.entry
+    inputs, outputs = _signature(artifact, model)
+    golden = make_golden(
+        artifact,
+        model,
+        root,
+        f"golden{suffix}",
+        held_out_texts,
+        tokenizer_json=student_dir / "tokenizer.json",
+        threads=GOLDEN_THREADS,
+        store=store,
+    )
+    return BundleArtifact(
+        **artifact.model_dump(exclude={"tool_versions"}),
+        name=_name(artifact),
+        folder=f"model{suffix}",
+        inputs=inputs,
+        outputs=outputs,
+        reports=reports,
+        retention=f"{reports}/retention.json",
+        latency=f"{reports}/latency.json" if one.latency is not None else None,
+        golden=golden,
+    )
+
+
+def _copy_model(one: BundledArtifact, to: Path) -> Artifact:
+    """Copy the files, hash the copies; a GGUF of one file is called model.gguf. The artifact as it lies there."""
+    artifact = one.artifact
+    rename = artifact.format == "gguf" and len(artifact.files) == 1
+    files = []
+    for entry in artifact.files:
+        if why := unsafe_path(entry.path):
+            raise UserError(f"the artifact's path {entry.path!r} is refused: {why}", "export the artifact again")
+        name = "model.gguf" if rename else entry.path
+        copy = to / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(one.folder / entry.path, copy)
+        if sha256_of(copy) != entry.sha256:
+            raise UserError(
+                f"{one.folder / entry.path} is not what its record says: sha256 is not {entry.sha256[:16]}…",
+                "export the artifact again",
+            )
+        files.append(FileEntry(path=name, bytes=entry.bytes, sha256=entry.sha256))
+    if combined_sha256(files) != artifact.sha256:
+        raise UserError(
+            f"the record of {_name(artifact)} disagrees with itself: its sha256 is not that of its files",
+            "export the artifact again",
+        )
+    return artifact.model_copy(update={"files": files, "entry": "model.gguf" if rename else artifact.entry})
+
+
+def _signature(artifact: Artifact, model: Path) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs and outputs: an ONNX graph's own; a GGUF's are what llama_decode takes and gives."""
+    if artifact.format == "gguf":
+        logits = Tensor(name="logits", dtype="float32", shape=["tokens", artifact.vocab_size])
+        return [Tensor(name="tokens", dtype="int32", shape=["tokens"])], [logits]
+    import onnx
+
+    from edgedistill.runtimes.ort import model_file
+
+    graph = onnx.load(str(model_file(model)), load_external_data=False).graph
+
+    def tensor(value: onnx.ValueInfoProto) -> Tensor:
+        kind = value.type.tensor_type
+        return Tensor(
+            name=value.name,
+            dtype=onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name,
+            shape=[dim.dim_param or int(dim.dim_value) for dim in kind.shape.dim],
+        )
+
+    weights = {initializer.name for initializer in graph.initializer}
+    return [tensor(v) for v in graph.input if v.name not in weights], [tensor(v) for v in graph.output]
+
+
+def _preprocess(root: Path, student_dir: Path) -> None:
+    folder = root / "preprocess"
+    folder.mkdir()
+    found = [name for name in PREPROCESS_FILES if (student_dir / name).is_file()]
+    if not found:
+        raise UserError(f"{student_dir} holds no tokenizer", "a bundle needs one: tokenizer.json")
+    for name in found:
+        shutil.copyfile(student_dir / name, folder / name)
+
+
+def _manifest(
+    name: str,
+    bundled: list[BundleArtifact],
+    artifacts: Sequence[BundledArtifact],
+    recipe: Recipe,
+    target: Target,
+    student: StudentResult,
+    teacher: TeacherResult | None,
+    data: DataResult | None,
+) -> Manifest:
+    tools = {**versions(*TOOLS), "edgedistill": __version__, "python": machine.describe()["python"]}
+    for one in artifacts:
+        tools |= one.artifact.tool_versions
+    return Manifest(
+        name=name,
+        edgedistill=__version__,
+        artifacts=bundled,
+        files=[],
+        target=target.model_dump(mode="json"),
+        limits={**target.limits.model_dump(mode="json"), "context_tokens": bundled[0].context_tokens},
+        recipe=recipe.model_dump(mode="json"),
+        seeds={"recipe": recipe.seed},
+        teacher=_teacher_note(teacher),
+        student=ModelNote(
+            name=recipe.name,
+            origin=student.start + (", adopted from another version" if student.adopted else ""),
+            shape=student.shape,
+            parameters=student.parameters,
+            weights_sha256=student.weights_sha256,
+            tokenizer_sha256=student.tokenizer_sha256,
+        ),
+        data=DataNote(source=data.source, split=data.split, sha256=data.sha256, parts=data.parts) if data else None,
+        tool_versions=dict(sorted(tools.items())),
+        machine=machine.describe(),
+        basis_notes=[note for one in artifacts for note in _basis_notes(one)],
+    )
+
+
+def _teacher_note(teacher: TeacherResult | None) -> ModelNote | None:
+    if teacher is None:
+        return None
+    return ModelNote(
+        # A folder's own name is enough; where it lay is nobody's business.
+        name=PurePath(teacher.name).name if teacher.origin == "folder" else teacher.name,
+        origin=teacher.origin,
+        shape=teacher.shape,
+        parameters=teacher.parameters,
+        weights_sha256=teacher.weights_sha256,
+        tokenizer_sha256=teacher.tokenizer_sha256,
+    )
+
+
+def _basis_notes(one: BundledArtifact) -> list[str]:
+    name = _name(one.artifact)
+    shipped = [rung.basis for rung in one.retention.rungs if rung.rung == "shipped"]
+    notes = [f"{name}: retention of the shipped bytes is {basis}" for basis in shipped]
+    if one.latency is None:
+        return [*notes, f"{name}: speed was not measured"]
+    where = one.latency.measured_on.get("cpu") or "an unnamed CPU"
+    return [*notes, f"{name}: speed and memory are {one.latency.basis}, on {where}; the ceiling is {one.latency.ceiling.basis}"]
+
+
+def _documents(
+    root: Path, manifest: Manifest, artifacts: Sequence[BundledArtifact], license_folders: Sequence[Path | None]
+) -> None:
+    found = find_license(license_folders)
+    figures = [(one.retention, one.latency) for one in artifacts]
+    texts = {
+        "MODEL_CARD.md": model_card(manifest, figures, license_found=found is not None),
+        "LICENSE": license_text(found, manifest),
+        "NOTICE": notice_text(found, manifest),
+        "sbom.cdx.json": sbom_text(manifest),
+        "reports/report.html": render(manifest, figures),
+    }
+    for path, text in texts.items():
+        (root / path).write_text(text, encoding="utf-8", newline="\n")
+
+
+def _seal(root: Path, manifest: Manifest) -> None:
+    """manifest.json over every other file, then SHA256SUMS over all."""
+    files = file_entries(root, skip=frozenset({MANIFEST, SUMS, SIGNATURE}))
+    (root / MANIFEST).write_bytes(manifest_bytes(manifest.model_copy(update={"files": files})))
+    hashes = {entry.path: entry.sha256 for entry in files} | {MANIFEST: sha256_of(root / MANIFEST)}
+    write_durably(root / SUMS, sums_text(hashes))
+
+
+def _put_in_place(new: Path, final: Path) -> None:
+    """Rename, or where an older bundle is there exchange the two in one step if the system can."""
+    if not final.exists():
+        os.rename(new, final)
+    elif not _exchange(new, final):
+        old = final.with_name(f".{final.name}.old-{os.getpid()}")
+        os.rename(final, old)
+        try:
+            os.rename(new, final)
+        except OSError:
+            os.rename(old, final)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    fsync_folder(final.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders' names atomically (Linux, where the file system can). False where it cannot."""
+    with suppress(OSError, AttributeError):
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+        return int(rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)) == 0
+    return False

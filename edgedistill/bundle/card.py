@@ -1,0 +1,167 @@
+"""MODEL_CARD.md, LICENSE and NOTICE: what is known is said, what is not known is called unknown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgedistill.bundle.manifest import Manifest
+from edgedistill.records import Latency, Retention
+
+LICENSE_NAMES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "LICENCE.md", "COPYING")
+MAX_LICENSE_BYTES = 1 << 20
+TO_FILL = "**To be filled in by whoever ships this model.**"
+
+
+def find_license(folders: Sequence[Path | None]) -> Path | None:
+    """The first licence file in the folders (the teacher's, then the student's)."""
+    for folder in folders:
+        for name in LICENSE_NAMES if folder is not None else ():
+            path = (folder or Path()) / name
+            if path.is_file() and path.stat().st_size <= MAX_LICENSE_BYTES:
+                return path
+    return None
+
+
+def license_text(found: Path | None, manifest: Manifest) -> str:
+    """The teacher's licence, word for word, or a text that says that none was found."""
+    if found is not None:
+        return found.read_text(encoding="utf-8", errors="replace")
+    teacher = f"the teacher ({_plain(manifest.teacher.name)})" if manifest.teacher else "the model that it was made from"
+    data = f"the text ({_plain(manifest.data.source)})" if manifest.data else "the text that it was trained on"
+    return (
+        "The licence of these weights is not known.\n\n"
+        f"It is decided by the licences of {teacher} and of {data}. No licence file was found\n"
+        "beside the weights. Find both licences before you use or distribute this model; until then no permission\n"
+        "is given or implied by this file.\n\n"
+        "The files in samples/ are part of edgedistill and are licensed under the Apache License 2.0.\n"
+    )
+
+
+def notice_text(found: Path | None, manifest: Manifest) -> str:
+    """Who made what, and what of others is inside."""
+    lines = [
+        f"{manifest.name}",
+        "",
+        f"Made with edgedistill {manifest.edgedistill} (Apache License 2.0, which covers samples/).",
+    ]
+    if manifest.teacher is not None:
+        teacher = manifest.teacher
+        lines.append(f"Teacher: {_plain(teacher.name)} ({teacher.origin}), weights sha256 {teacher.weights_sha256}.")
+    else:
+        lines.append("Teacher: unknown; the student was given.")
+    if manifest.data is not None:
+        lines.append(f"Text: {_plain(manifest.data.source)}, sha256 {manifest.data.sha256}.")
+        if manifest.data.source == "python-docs":
+            lines.append("That text is the documentation of Python's standard library (PSF License Version 2).")
+    else:
+        lines.append("Text: unknown.")
+    origin = f"copied from {found.name} beside the weights" if found else "not found: see LICENSE"
+    lines += [
+        f"Licence of the weights: {origin}.",
+        "golden/ holds short excerpts of the held-out text.",
+        "No runtime is inside; llama.cpp and onnxruntime are under the MIT License.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def model_card(
+    manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]], *, license_found: bool
+) -> str:
+    """The card, with the metadata block that model hubs read. `figures`: one pair an artifact, in its order."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    hub = manifest.teacher.name if manifest.teacher and manifest.teacher.origin == "hub" else None
+    data = ModelCardData(
+        base_model=hub,
+        library_name={"gguf": "llama.cpp", "onnx": "onnxruntime"}[manifest.artifacts[0].format],
+        license="other" if license_found else "unknown",
+        pipeline_tag="text-generation",
+        tags=["edgedistill", "knowledge-distillation", *dict.fromkeys(a.format for a in manifest.artifacts)],
+    )
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(manifest, figures, license_found)}")
+    return str(card).rstrip() + "\n"
+
+
+def _body(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]], license_found: bool) -> str:
+    student, teacher = manifest.student, manifest.teacher
+    parts = [f"# {_md(manifest.name)}", "", f"A language model of {student.parameters:,} parameters for {_target(manifest)}."]
+    if teacher is not None:
+        parts.append(f"Distilled from {_md(teacher.name)} ({teacher.parameters:,} parameters, {teacher.origin}).")
+    else:
+        parts.append("Its teacher is unknown: the student was given.")
+    parts += ["", "## Intended use", "", TO_FILL, "", "## Out of scope, risks, bias", ""]
+    parts += [f"Not evaluated. {TO_FILL}", "", "## What it kept of its teacher", ""]
+    for artifact, (retention, _latency) in zip(manifest.artifacts, figures, strict=True):
+        parts += _retention(artifact.name, retention)
+    parts += ["## Speed", ""]
+    for artifact, (_retention_record, latency) in zip(manifest.artifacts, figures, strict=True):
+        parts += _speed(artifact.name, latency)
+    data = manifest.data
+    parts += ["## Training text", ""]
+    parts.append(
+        f"{_md(data.source)}, split `{_md(data.split)}`, sha256 `{data.sha256}`." if data else "Unknown."
+    )
+    parts += ["", "## Licence", ""]
+    parts.append(
+        "See LICENSE: it was beside the weights that this model was made from. The text's licence may add to it."
+        if license_found
+        else "Unknown: no licence was found beside the weights. See LICENSE."
+    )
+    parts += ["", "## Check it", "", "    edgedistill bundle verify .", ""]
+    return "\n".join(parts)
+
+
+def _retention(name: str, retention: Retention) -> list[str]:
+    gate = retention.gate
+    lines = [
+        f"### {_md(name)}",
+        "",
+        f"{retention.documents} documents, {retention.examples:,} tokens, sha256 `{retention.eval_sha256[:16]}…`. The gate "
+        f"asks for at least {gate.min_retention:g} at the lower end of the interval: "
+        f"**{'passed' if gate.passed else 'FAILED'}**.",
+        "",
+    ]
+    # Two bases never share a column: each has a table of its own.
+    for basis in dict.fromkeys(rung.basis for rung in retention.rungs):
+        lines += [
+            f"| rung (basis: {basis}) | perplexity | 95 % | retention | 95 % | top-1 agreement |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {rung.rung} | {rung.perplexity:.3f} | {_interval(rung.perplexity_ci95)} "
+            f"| {rung.retention:.4f} | {_interval(rung.retention_ci95)} | {rung.top1_agreement:.3f} |"
+            for rung in retention.rungs
+            if rung.basis == basis
+        ]
+        lines.append("")
+    return lines
+
+
+def _speed(name: str, latency: Latency | None) -> list[str]:
+    if latency is None:
+        return [f"{_md(name)}: not measured.", ""]
+    on = latency.measured_on
+    where = _md(f"{on.get('machine')}, {on.get('cpu')}, {on.get('threads')} threads")
+    figures = f"decode {latency.decode_tokens_per_s:,.1f} tokens/s, first token {latency.ttft_ms.p50:,.1f} ms (p50)"
+    note = " Another machine than the target: it tells nothing of the target's speed." if latency.basis == "proxy" else ""
+    return [f"{_md(name)}: {figures}; basis **{latency.basis}** on {where}.{note}", ""]
+
+
+def _target(manifest: Manifest) -> str:
+    return _md(str(manifest.target.get("title") or manifest.target.get("name", "an unnamed target")))
+
+
+def _interval(ci95: tuple[float, float]) -> str:
+    return f"{ci95[0]:.4g}–{ci95[1]:.4g}"
+
+
+def _plain(text: str) -> str:
+    """One line without control characters."""
+    return re.sub(r"\s+", " ", "".join(c if c.isprintable() or c.isspace() else "?" for c in text)).strip()
+
+
+def _md(text: str) -> str:
+    """Text of a record as Markdown that shows it as it is: no tables, links, HTML or headings come of it."""
+    return re.sub(r"([\\`*_{}\[\]<>#|!])", r"\\\1", _plain(text))

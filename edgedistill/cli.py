@@ -1,0 +1,454 @@
+"""The command line: parse, call the function of the same name, print. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from edgedistill import errors
+from edgedistill.progress import Progress
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="[RECIPE]", help="a built-in recipe or a YAML file")]
+Targets = Annotated[list[str], typer.Option("--target", "-t", help="device profile; may be given several times")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, over any field of the recipe")]
+TeacherOption = Annotated[str | None, typer.Option("--teacher", help="folder or hub id of the large model")]
+StudentOption = Annotated[str | None, typer.Option("--student", help="folder or hub id of a pretrained student")]
+DataOption = Annotated[str | None, typer.Option("--data", help="text file, folder, .jsonl, .csv, .parquet, or a hub id")]
+EvalData = Annotated[str | None, typer.Option("--eval-data", help="held-out text of its own")]
+Separator = Annotated[str | None, typer.Option("--document-separator", help="what ends a document in a text file")]
+MinRetention = Annotated[float | None, typer.Option("--min-retention", help="the gate, on the interval's lower end")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="folder for bundles")]
+Host = Annotated[str, typer.Option("--on", help="host to benchmark on; only 'local' so far")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="more detail")]
+
+
+# Typer carries its own copy of click from 0.29 on; this is its ClickException either way.
+ClickException: Any = typer.BadParameter.__mro__[2]
+
+
+class FallThrough(TyperGroup):
+    """A group whose own command runs where no subcommand is named: `bundle [RECIPE]` beside `bundle verify DIR`."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        if "--help" not in args[:1] and (not args or args[0] not in self.commands):
+            args = ["make", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Distil a large model into a small one that a device can run, and prove what it kept and how fast it is.",
+)
+bundle_app = typer.Typer(cls=FallThrough, help="Write a bundle ([RECIPE] --target NAME), or verify one.")
+targets_app = typer.Typer(no_args_is_help=True, help="Device profiles.")
+recipes_app = typer.Typer(no_args_is_help=True, help="Recipes that ship with edgedistill.")
+store_app = typer.Typer(no_args_is_help=True, help="What finished work is kept.")
+app.add_typer(bundle_app, name="bundle")
+app.add_typer(targets_app, name="targets")
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(store_app, name="store")
+
+
+def _print(as_json: bool, document: Any, text: str) -> None:
+    print(json.dumps(document, indent=2, default=str) if as_json else text)
+
+
+def _progress(quiet: bool, verbose: bool) -> Progress:
+    return Progress(level=0 if quiet else 2 if verbose else 1)
+
+
+def _asked(recipe: str, sets: list[str] | None, **named: Any) -> Any:
+    from edgedistill.recipe import load_recipe
+
+    paths = {
+        "teacher": "teacher.model",
+        "data": "data.source",
+        "eval_data": "data.eval_data",
+        "document_separator": "data.document_separator",
+        "min_retention": "verify.min_retention",
+    }
+    overrides = [f"{paths[name]}={json.dumps(value)}" for name, value in named.items() if name in paths and value is not None]
+    if named.get("student") is not None:
+        overrides += [f"student.model={json.dumps(named['student'])}", "student.start=pretrained"]
+    return load_recipe(recipe, [*overrides, *(sets or [])])
+
+
+def _targets(names: list[str]) -> Any:
+    from edgedistill.targets import load_target
+
+    targets = [load_target(name) for name in names]
+    for name, target in zip(names, targets, strict=True):
+        if name in target.aliases:
+            print(f"target {name} is {target.name}", file=sys.stderr)
+    unique = {target.name: target for target in targets}
+    return list(unique.values())
+
+
+def _store() -> Any:
+    from edgedistill.store import Store
+
+    return Store()
+
+
+def _local(host: str) -> None:
+    if host != "local":
+        raise errors.HostUnreachable(f"host '{host}' cannot be reached: only 'local' is known", "leave --on away")
+
+
+@app.command()
+def build(
+    target: Targets,
+    recipe: RecipeArgument = "quickstart",
+    sets: Sets = None,
+    teacher: TeacherOption = None,
+    student: StudentOption = None,
+    data: DataOption = None,
+    eval_data: EvalData = None,
+    document_separator: Separator = None,
+    min_retention: MinRetention = None,
+    out: Out = Path("bundles"),
+    on: Host = "local",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """The whole flow: teacher, student, artifact, proof, speed, bundle."""
+    from edgedistill import pipeline, show
+
+    _local(on)
+    asked = _asked(
+        recipe, sets, teacher=teacher, student=student, data=data, eval_data=eval_data,
+        document_separator=document_separator, min_retention=min_retention,
+    )  # fmt: skip
+    trained, built = pipeline.build(
+        asked, _targets(target), store=_store(), out=out, progress=_progress(quiet, verbose)
+    )
+    _print(as_json, show.built_json(trained, built), show.built_text(trained, built))
+
+
+@app.command()
+def plan(
+    target: Targets,
+    recipe: RecipeArgument = "quickstart",
+    sets: Sets = None,
+    teacher: TeacherOption = None,
+    student: StudentOption = None,
+    data: DataOption = None,
+    eval_data: EvalData = None,
+    document_separator: Separator = None,
+    as_json: Json = False,
+) -> None:
+    """What build would do, without doing it: sizes, memory, ceilings, disk."""
+    from edgedistill import pipeline, show
+
+    asked = _asked(
+        recipe, sets, teacher=teacher, student=student, data=data, eval_data=eval_data,
+        document_separator=document_separator,
+    )  # fmt: skip
+    result = pipeline.preflight(asked, _targets(target), store=_store())
+    _print(as_json, result.model_dump(mode="json"), show.plan_text(result))
+
+
+@app.command()
+def distill(
+    target: Targets,
+    recipe: RecipeArgument = "quickstart",
+    sets: Sets = None,
+    teacher: TeacherOption = None,
+    student: StudentOption = None,
+    data: DataOption = None,
+    eval_data: EvalData = None,
+    document_separator: Separator = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train the student that the targets need; it stays in the store."""
+    from edgedistill import pipeline, show
+
+    asked = _asked(
+        recipe, sets, teacher=teacher, student=student, data=data, eval_data=eval_data,
+        document_separator=document_separator,
+    )  # fmt: skip
+    trained = pipeline.distill(asked, _targets(target), store=_store(), progress=_progress(quiet, verbose))
+    _print(as_json, show.trained_json(trained), show.trained_text(trained))
+
+
+@app.command()
+def export(
+    student: Annotated[str, typer.Option("--student", help="folder or hub id of the model to export")],
+    format_: Annotated[str, typer.Option("--format", help="gguf or onnx")] = "gguf",
+    quantization: Annotated[str, typer.Option("--quantization", help="e.g. Q4_K_M, Q8_0, F16; INT4, INT8")] = "F16",
+    context_tokens: Annotated[int | None, typer.Option(help="context of the artifact; default: the model's")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder to write; must be new or empty")] = Path("exported"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Export a finished model as it is, without distilling, and check that its runtime opens it."""
+    from edgedistill import show, single
+
+    made = single.export(
+        student, format_=format_, quantization=quantization, context_tokens=context_tokens, out=out, store=_store(),
+        progress=_progress(quiet, verbose),
+    )  # fmt: skip
+    _print(as_json, made.model_dump(mode="json"), show.artifact_text(made, out))
+
+
+@app.command()
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="folder that `export` wrote")],
+    student: Annotated[str, typer.Option("--student", help="the model that the artifact was made of")],
+    data: Annotated[str, typer.Option("--data", help="held-out text")],
+    teacher: Annotated[str | None, typer.Option("--teacher", help="default: the student is its own teacher")] = None,
+    document_separator: Separator = None,
+    sets: Sets = None,
+    min_retention: MinRetention = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """The retention ladder of an exported artifact on a text; exit code 3 where the gate fails."""
+    from edgedistill import show, single
+
+    asked = _asked(
+        "quickstart", sets, data=data, document_separator=document_separator, min_retention=min_retention
+    )
+    retention, reports = single.verify(
+        artifact, student=student, teacher=teacher, recipe=asked, store=_store(), progress=_progress(quiet, verbose)
+    )
+    _print(as_json, retention.model_dump(mode="json", by_alias=True), show.retention_text(retention))
+    single.require_gate(retention, reports)
+
+
+@app.command()
+def bench(
+    artifact: Annotated[Path, typer.Argument(help="folder that `export` wrote")],
+    target: Annotated[str, typer.Option("--target", "-t", help="whose settings and ceiling to use")],
+    sets: Sets = None,
+    on: Host = "local",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure an exported artifact's speed and memory here and now."""
+    from edgedistill import show, single
+
+    _local(on)
+    latency = single.bench(
+        artifact, _targets([target])[0], recipe=_asked("quickstart", sets), store=_store(),
+        progress=_progress(quiet, verbose),
+    )  # fmt: skip
+    _print(as_json, latency.model_dump(mode="json", by_alias=True), show.latency_text(latency))
+
+
+@bundle_app.command("make", hidden=True)
+def bundle(
+    target: Targets,
+    recipe: RecipeArgument = "quickstart",
+    sets: Sets = None,
+    teacher: TeacherOption = None,
+    student: StudentOption = None,
+    data: DataOption = None,
+    eval_data: EvalData = None,
+    document_separator: Separator = None,
+    min_retention: MinRetention = None,
+    out: Out = Path("bundles"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write the bundles of a recipe; what the store has is reused, what it lacks is made."""
+    build(
+        target, recipe, sets, teacher, student, data, eval_data, document_separator, min_retention, out, "local",
+        as_json, quiet, verbose,
+    )  # fmt: skip
+
+
+@bundle_app.command("verify")
+def bundle_verify(directory: Annotated[Path, typer.Argument(help="bundle folder")], as_json: Json = False) -> None:
+    """Hashes, signature and golden vectors of a bundle, with only its runtime installed."""
+    from edgedistill.bundle.check import verify_bundle
+    from edgedistill.show import check_text
+
+    check = verify_bundle(directory, store=_store())
+    _print(as_json, check.model_dump(mode="json"), check_text(check))
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="bundle folder")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="file to write; default: beside the bundle")] = None,
+    as_json: Json = False,
+) -> None:
+    """The HTML report of a bundle: one file, nothing loaded from outside."""
+    from edgedistill.report.html import report as write_report
+
+    path = write_report(directory, out)
+    _print(as_json, {"report": str(path)}, str(path))
+
+
+@targets_app.command("list")
+def targets_list(as_json: Json = False) -> None:
+    """The device profiles."""
+    from edgedistill import show, targets
+
+    found = targets.targets_list()
+    _print(as_json, [t.model_dump(mode="json") for t in found], show.targets_text(found))
+
+
+@targets_app.command("show")
+def targets_show(name: str, as_json: Json = False) -> None:
+    """One profile with every figure, its basis and source."""
+    from edgedistill import targets
+
+    found = targets.targets_show(name)
+    _print(as_json, found.model_dump(mode="json"), targets.target_yaml(found))
+
+
+@targets_app.command("check")
+def targets_check(profile: str, as_json: Json = False) -> None:
+    """Validate a profile of your own."""
+    from edgedistill import targets
+
+    found = targets.targets_check(profile)
+    _print(as_json, {"name": found.name, "valid": True}, f"{found.name}: every field is valid")
+
+
+@targets_app.command("probe")
+def targets_probe(as_json: Json = False) -> None:
+    """Draft a profile of this machine, its memory bandwidth measured."""
+    from edgedistill import targets
+    from edgedistill.targets_probe import targets_probe as probe
+
+    found = probe()
+    _print(as_json, found.model_dump(mode="json"), targets.target_yaml(found))
+
+
+@recipes_app.command("list")
+def recipes_list(as_json: Json = False) -> None:
+    """The recipes that ship with edgedistill."""
+    from edgedistill.recipe import builtin_recipes
+
+    names = builtin_recipes()
+    _print(as_json, names, "\n".join(names))
+
+
+@recipes_app.command("show")
+def recipes_show(recipe: RecipeArgument = "quickstart", sets: Sets = None, as_json: Json = False) -> None:
+    """A recipe with every field."""
+    import yaml
+
+    document = _asked(recipe, sets).model_dump(mode="json")
+    _print(as_json, document, yaml.safe_dump(document, sort_keys=False).rstrip())
+
+
+@store_app.command("list")
+def store_list(as_json: Json = False) -> None:
+    """Finished records and unfinished work."""
+    from edgedistill import show
+    from edgedistill import store as module
+
+    rows = module.store_list(_store())
+    _print(as_json, rows, show.store_text(rows))
+
+
+@store_app.command("verify")
+def store_verify(as_json: Json = False) -> None:
+    """Hash every file of every record again."""
+    from edgedistill import store as module
+
+    problems = module.store_verify(_store())
+    _print(as_json, {"problems": problems}, "\n".join(problems) or "every record is whole")
+    if problems:
+        raise errors.UserError(f"{len(problems)} problem(s) in the store", "remove what is damaged: edgedistill store prune")
+
+
+@store_app.command("prune")
+def store_prune(
+    stage: Annotated[str | None, typer.Option(help="only this stage's records")] = None,
+    older_than_days: Annotated[float, typer.Option(help="only records older than this")] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Remove records and unfinished work that nobody is building."""
+    from edgedistill import store as module
+
+    removed = module.store_prune(_store(), stage=stage, older_than_days=older_than_days)
+    _print(as_json, {"removed": removed}, "\n".join(removed) or "nothing to remove")
+
+
+@app.command()
+def doctor(target: Annotated[list[str] | None, typer.Option("--target", "-t")] = None, as_json: Json = False) -> None:
+    """What this machine can and cannot do for each target, and how to mend it."""
+    from edgedistill import doctor as module
+    from edgedistill import show
+
+    found = module.doctor(_targets(target) if target else None, store=_store())
+    _print(as_json, found, show.doctor_text(found))
+
+
+@app.command()
+def version(as_json: Json = False) -> None:
+    """The version of edgedistill."""
+    from edgedistill import __version__
+
+    _print(as_json, {"version": __version__}, __version__)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; every expected error ends here, with its exit code and no traceback."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        code = app(args=arguments, prog_name="edgedistill", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else errors.EXIT_DONE)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except ClickException as error:
+        error.show()
+        sys.exit(errors.EXIT_USER)
+    except (KeyboardInterrupt, typer.Abort):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print("\ninterrupted: what was finished is kept; the same command goes on from there", file=sys.stderr)
+        sys.exit(errors.EXIT_INTERRUPTED)
+    except errors.EdgedistillError as error:
+        _complain(error.cause, error.remedy)
+        sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package == "edgedistill":
+            traceback.print_exc()
+            sys.exit(errors.EXIT_BUG)
+        _complain(f"the package {package} is not installed", "pip install 'edgedistill[build]' (see `edgedistill doctor`)")
+        sys.exit(errors.EXIT_USER)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            traceback.print_exc()
+            sys.exit(errors.EXIT_BUG)
+        _complain(
+            f"the disk is full{f': {error.filename}' if error.filename else ''}",
+            "free some space (`edgedistill store list`, `edgedistill store prune`) and run the command again",
+        )
+        sys.exit(errors.EXIT_USER)
+
+
+def _complain(cause: str, remedy: str) -> None:
+    print(f"error: {cause}", file=sys.stderr)
+    if remedy:
+        print(f"  try: {remedy}", file=sys.stderr)

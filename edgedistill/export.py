@@ -1,0 +1,79 @@
+"""The export stage: a checkpoint → the artifact, in the store, or a folder of the user's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edgedistill import machine
+from edgedistill.errors import UserError
+from edgedistill.progress import QUIET, Progress
+from edgedistill.records import Artifact
+from edgedistill.store import Store, Stored, Work, versions
+from edgedistill.targets import parse_artifact
+
+
+def export_model(
+    checkpoint: Path,
+    artifact: str,
+    *,
+    context_tokens: int,
+    name: str,
+    weights_sha256: str,
+    tokenizer_sha256: str,
+    store: Store,
+    progress: Progress = QUIET,
+) -> Stored[Artifact]:
+    """`artifact` ("gguf:Q4_K_M", "onnx:INT4") of a transformers folder, found in the store or written there.
+
+    Raises UserError where the model cannot be converted, RuntimeCrashed where a converter dies.
+    """
+    format_, quantization = parse_artifact(artifact)
+    inputs: dict[str, Any] = {
+        "artifact": artifact,
+        "weights": weights_sha256,
+        "tokenizer": tokenizer_sha256,
+        "context_tokens": context_tokens,
+        "name": name,
+        "versions": versions(
+            "edgedistill", *(("gguf", "llama-cpp-python") if format_ == "gguf" else ("onnxruntime-genai", "onnx-ir"))
+        ),
+    }
+
+    def write(work: Work) -> Artifact:
+        progress.say(f"export: {artifact}")
+        return write_artifact(
+            checkpoint, work.out, format_=format_, quantization=quantization, context_tokens=context_tokens, name=name
+        )
+
+    stored = store.run("export", inputs, write, Artifact, progress.say)
+    made = stored.result
+    progress.say(
+        f"export: {artifact} has {made.bytes:,} bytes, {made.bits_per_weight:.2f} bits a weight"
+        f"{' (from the store)' if stored.reused else ''}"
+    )
+    if made.fallbacks:
+        first = made.fallbacks[0]
+        progress.say(
+            f"export: {len(made.fallbacks)} tensors got another type than asked, e.g. {first.tensor}:"
+            f" {first.got} instead of {first.wanted}, because {first.why}"
+        )
+    return stored
+
+
+def write_artifact(
+    checkpoint: Path, out: Path, *, format_: str, quantization: str, context_tokens: int, name: str
+) -> Artifact:
+    """Write the artifact into `out`, which must be empty or new."""
+    threads = max(1, len(machine.usable_cpus()))
+    if format_ == "gguf":
+        from edgedistill.gguf.quantize import export_gguf
+
+        return export_gguf(
+            checkpoint, out, quantization=quantization, context_tokens=context_tokens, threads=threads, name=name
+        )
+    if format_ == "onnx":
+        from edgedistill.onnx.decoder import export_onnx
+
+        return export_onnx(checkpoint, out, quantization=quantization, context_tokens=context_tokens, name=name)
+    raise UserError(f"no format '{format_}'", "use gguf or onnx")

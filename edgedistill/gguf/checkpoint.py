@@ -1,0 +1,179 @@
+"""Reads a transformers folder's safetensors without torch: checked whole before any work, then one tensor at a time.
+
+Format: https://github.com/huggingface/safetensors (u64 header length, JSON header, data).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgedistill.errors import UserError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+# BF16 has no numpy type: it is the upper half of a float32.
+DTYPES: dict[str, tuple[str, int]] = {"F32": ("<f4", 4), "F16": ("<f2", 2), "BF16": ("<u2", 2), "F64": ("<f8", 8)}
+MISMATCHES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: file, absolute byte offset, its dtype's safetensors name, shape."""
+
+    path: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+
+def read_json(path: Path, *, what: str) -> dict[str, Any]:
+    """A JSON object from a file; UserError where it is missing, broken or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path} is missing", f"the folder needs {what}, as transformers' save_pretrained writes it"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}", f"replace it with a whole {what}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}", f"{what} is a JSON object")
+    return value
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint folder, from the headers of its safetensors files.
+
+    Raises UserError for a folder without weights, with only a pickle, with a missing shard, and for a file
+    that is cut short or whose header does not fit its data.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no model folder {folder}", "give a folder as transformers' save_pretrained writes it")
+    index = folder / INDEX_FILE
+    if (folder / SINGLE_FILE).is_file():
+        return _read_header(folder / SINGLE_FILE)
+    if not index.is_file():
+        raise _no_weights(folder)
+    weight_map = read_json(index, what=INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise UserError(f"{index} has no usable weight_map", f"replace it with a whole {INDEX_FILE}")
+    headers: dict[str, dict[str, StoredTensor]] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise UserError(f"shard {shard!r} of {index} is missing", "download or copy all shards of the model")
+        headers[shard] = _read_header(folder / shard)
+    for name, shard in weight_map.items():
+        if name not in headers[shard]:
+            raise UserError(
+                f"{index}: tensor {name} is not in {shard}", "replace the index and shards by one whole set"
+            )
+    return {name: headers[shard][name] for name, shard in weight_map.items()}
+
+
+def read_tensor(tensor: StoredTensor) -> NDArray[np.float32]:
+    """Its values as float32, in its shape; only this tensor is read."""
+    numpy_type, _ = DTYPES[tensor.dtype]
+    raw = np.fromfile(tensor.path, dtype=numpy_type, count=tensor.elements, offset=tensor.offset)
+    if raw.size != tensor.elements:
+        raise UserError(f"{tensor.path} ended early, at {raw.size} of {tensor.elements} values", "copy the file again")
+    if tensor.dtype == "BF16":
+        values = (raw.astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = raw.astype(np.float32, copy=False)
+    return values.reshape(tensor.shape)
+
+
+def check_tensors(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], *, where: str) -> None:
+    """Refuse what is missing, unexpected, or of a shape that disagrees with config.json."""
+    wrong = [
+        f"{name} is {list(stored[name].shape)}, config.json says {list(shape)}"
+        for name, shape in expected.items()
+        if name in stored and stored[name].shape != shape
+    ]
+    if wrong:
+        raise UserError(f"{where}: {_some(wrong)}", "config.json and the weights must come from the same model")
+    missing = [name for name in expected if name not in stored]
+    if missing:
+        raise UserError(
+            f"{where}: {len(missing)} tensors are missing, e.g. {_some(missing)}",
+            "use the whole checkpoint of a causal language model, not an adapter or a base model without its head",
+        )
+    extra = [name for name in stored if name not in expected]
+    if extra:
+        raise UserError(
+            f"{where}: {len(extra)} tensors that this architecture does not have, e.g. {_some(extra)}",
+            "merge adapters and remove additions before the export; config.json must describe all weights",
+        )
+
+
+def _some(items: list[str]) -> str:
+    rest = len(items) - MISMATCHES_SHOWN
+    return ", ".join(items[:MISMATCHES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _no_weights(folder: Path) -> UserError:
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt", ".th"})
+    if pickles:
+        return UserError(
+            f"{folder} has its weights only as a pickle ({pickles[0]}), which can run code when it is loaded",
+            "load it once where you trust it, and save it with save_pretrained(..., safe_serialization=True)",
+        )
+    return UserError(f"{folder} holds no weights", f"it needs {SINGLE_FILE}, or {INDEX_FILE} with its shards")
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    size = path.stat().st_size
+    again = f"copy or download it again (it has {size:,} bytes)"
+    if size < 8:
+        raise UserError(f"{path} is cut short: {size} bytes, less than its header's length", again)
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise UserError(f"{path} is not a safetensors file: its header would have {header_bytes:,} bytes", again)
+        if 8 + header_bytes > size:
+            raise UserError(f"{path} is cut short: its header alone needs {8 + header_bytes:,} bytes", again)
+        raw = file.read(header_bytes)
+    try:
+        header = json.loads(raw)
+    except ValueError as error:
+        raise UserError(f"{path}: its header is not JSON ({error})", again) from error
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: its header is not a table of tensors", again)
+    header.pop("__metadata__", None)
+    found = {name: _entry(path, name, entry, 8 + header_bytes) for name, entry in header.items()}
+    end = max((t.offset + t.elements * DTYPES[t.dtype][1] for t in found.values()), default=8 + header_bytes)
+    if end > size:
+        raise UserError(f"{path} is cut short: its tensors end at byte {end:,}", again)
+    if end < size:
+        raise UserError(f"{path} has {size - end:,} bytes behind its last tensor", again)
+    return found
+
+
+def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    try:
+        dtype, shape = str(entry["dtype"]), tuple(int(d) for d in entry["shape"])
+        start, end = (int(o) for o in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: the header's entry of {name} is damaged", "copy or download it again") from error
+    if dtype not in DTYPES:
+        raise UserError(
+            f"{path}: {name} is stored as {dtype}", f"use the model's original weights; {', '.join(DTYPES)} work"
+        )
+    if start < 0 or any(d < 0 for d in shape) or end - start != prod(shape) * DTYPES[dtype][1]:
+        raise UserError(
+            f"{path}: {name} of shape {list(shape)} in {dtype} has {end - start:,} bytes", "copy or download it again"
+        )
+    return StoredTensor(path=path, offset=data_start + start, dtype=dtype, shape=shape)

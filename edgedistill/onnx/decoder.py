@@ -1,0 +1,260 @@
+"""A checkpoint → the folder that onnxruntime-genai opens: the builder in a child process, its result held to torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgedistill.errors import RuntimeCrashed, UserError, did_you_mean
+from edgedistill.gguf.architectures import architecture_of, rope_of, tensor_map
+from edgedistill.gguf.checkpoint import check_tensors, read_json, read_tensor, stored_tensors
+from edgedistill.gguf.convert import TIED_HEAD, as_stored
+from edgedistill.onnx.graph import count_types, stored_weights
+from edgedistill.records import Artifact, Fallback, Shape
+from edgedistill.runtimes.child import RuntimeProcess, signal_name
+from edgedistill.shapes import shape_from_config
+from edgedistill.store import combined_sha256, file_entries, versions
+
+BLOCK_SIZE = 32
+# 4: activations to INT8 before each product, which is what makes INT4 fast on ARM (dotprod, i8mm) and x86.
+ACCURACY_LEVEL = 4
+# The relative error (root mean square) of the logits against torch beyond which the graph must be wrong:
+# what rounding of that width costs is several times less, a wrong rotary embedding or layout costs about 1.
+MAX_RELATIVE_ERROR: dict[str, float] = {"FP32": 1e-3, "INT8": 0.1, "INT4": 0.6}
+PARITY_TOKENS = 48
+DECODED_TOKENS = 4
+FUSED_ROPE_MULTIPLE = 16  # of the head size: GroupQueryAttention rotates no others
+BUILD_TIMEOUT_S = 6 * 3600.0
+LOG_LINES_SHOWN = 6
+TOKENIZER_FILES = ("tokenizer.json",)
+
+
+def export_onnx(
+    checkpoint: Path,
+    out: Path,
+    *,
+    quantization: str,
+    context_tokens: int,
+    name: str,
+    threads: int = 2,
+) -> Artifact:
+    """Write model.onnx (+ .data), genai_config.json and the tokenizer into the folder `out`, and describe them.
+
+    The same input gives the same bytes. `context_tokens` is capped at what the model was trained for; the
+    rotary tables and genai_config.json hold that many. Raises UserError for what cannot be exported faithfully,
+    a graph whose logits are not torch's included; RuntimeCrashed where the builder dies. On failure `out` is
+    as it was.
+    """
+    del name  # the folder says nothing about its name: equal models give equal bytes
+    if quantization == "FP16":
+        raise UserError(
+            "onnxruntime-genai 0.18 cannot decode an FP16 graph on a CPU (it reuses a buffer of another shape)",
+            "export with quantization FP32, INT8 or INT4",
+        )
+    if quantization not in MAX_RELATIVE_ERROR:
+        raise UserError(f"no ONNX quantization '{quantization}'", did_you_mean(quantization, MAX_RELATIVE_ERROR))
+    config, shape = _checked(checkpoint)
+    context = min(context_tokens, shape.max_position_embeddings)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch_name:
+        scratch = Path(scratch_name)
+        staged = _stage(checkpoint, scratch / "checkpoint", config, context)
+        tokens = _parity_tokens(shape.vocab_size, context)
+        separate_rope = shape.head_dim % FUSED_ROPE_MULTIPLE != 0
+        _run_builder(
+            checkpoint, staged, scratch,
+            quantization=quantization, separate_rope=separate_rope, tokens=tokens, threads=threads,
+        )  # fmt: skip
+        built = scratch / "out"
+        for file in TOKENIZER_FILES:
+            # transformers rebuilds some tokenizers when it loads them; what ships is the original.
+            shutil.copyfile(checkpoint / file, built / file)
+        error = _relative_error(built, scratch / "reference.npy", tokens, context=context, threads=threads)
+        if not error <= MAX_RELATIVE_ERROR[quantization]:
+            raise UserError(
+                f"the {quantization} ONNX graph of {checkpoint} does not compute what torch does: "
+                f"relative error of the logits {error:.2g}, at most {MAX_RELATIVE_ERROR[quantization]:g} is rounding",
+                "export it as GGUF, or with quantization FP32 to see whether the quantization is the cause",
+            )
+        _decodes(built, tokens, context=context, threads=threads)
+        artifact = _describe(built, shape, quantization=quantization, context=context)
+        for file in sorted(built.iterdir()):
+            out.mkdir(parents=True, exist_ok=True)
+            file.replace(out / file.name)
+    return artifact
+
+
+def _checked(checkpoint: Path) -> tuple[dict[str, Any], Shape]:
+    """config.json and its shape, after the same checks of the weights as for GGUF."""
+    where = str(checkpoint)
+    stored = stored_tensors(checkpoint)
+    config = read_json(checkpoint / "config.json", what="config.json")
+    architecture = architecture_of(config, where=where)
+    shape = shape_from_config(config, where=where)
+    rope_of(config, shape, where=where)
+    expected = {k: s.shape for k, s in tensor_map(shape, architecture).items()}
+    kept = {k: v for k, v in stored.items() if not k.endswith("inv_freq")}
+    if shape.tie_word_embeddings:
+        kept.pop(TIED_HEAD, None)
+    check_tensors(kept, expected, where=where)
+    if not (checkpoint / "tokenizer.json").is_file():
+        raise UserError(f"{checkpoint} has no tokenizer.json", "save the tokenizer into the folder with save_pretrained")
+    for tensor_name, tensor in kept.items():
+        as_stored(read_tensor(tensor), "F32", tensor=tensor_name)  # refuses NaN and infinity
+    return config, shape
+
+
+def _stage(checkpoint: Path, staged: Path, config: Mapping[str, Any], context: int) -> Path:
+    """The checkpoint as links, with a config.json of `context` positions: the builder sizes its tables by it."""
+    staged.mkdir()
+    for file in checkpoint.iterdir():
+        if file.is_file() and file.name != "config.json":
+            (staged / file.name).symlink_to(file.resolve())
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    changed = dict(config)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "yarn":  # there the number of positions is part of the computation
+        changed["max_position_embeddings"] = context
+    original = rope.get("original_max_position_embeddings")
+    if original is not None:
+        # The builder looks for it here and would otherwise take max_position_embeddings.
+        changed["original_max_position_embeddings"] = original
+    (staged / "config.json").write_text(json.dumps(changed, indent=1), encoding="utf-8")
+    return staged
+
+
+def _parity_tokens(vocab_size: int, context: int) -> list[int]:
+    rng = np.random.default_rng(0)
+    return [int(t) for t in rng.integers(0, vocab_size, min(PARITY_TOKENS, context))]
+
+
+def _run_builder(
+    original: Path,
+    staged: Path,
+    scratch: Path,
+    *,
+    quantization: str,
+    separate_rope: bool,
+    tokens: list[int],
+    threads: int,
+) -> None:
+    options = []
+    if quantization in ("INT4", "INT8"):
+        options = [f"int4_block_size={BLOCK_SIZE}", f"int4_accuracy_level={ACCURACY_LEVEL}"]
+    if separate_rope:
+        options.append("fuse_qkv=false")  # q and k must be apart to be rotated
+    request = scratch / "request.json"
+    request.write_text(
+        json.dumps(
+            {
+                "checkpoint": str(staged.absolute()),
+                "original": str(original.absolute()),
+                "out": str((scratch / "out").absolute()),
+                "cache": str((scratch / "cache").absolute()),
+                "reference": str((scratch / "reference.npy").absolute()),
+                "precision": quantization.lower(),
+                "options": options,
+                "separate_rope": separate_rope,
+                "tokens": tokens,
+                "threads": threads,
+            }
+        ),
+        encoding="utf-8",
+    )
+    package_root = str(Path(__file__).resolve().parents[2])
+    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+    command = [sys.executable, "-P", "-m", "edgedistill.onnx.builder_child", str(request)]
+    log_path = scratch / "log.txt"
+    with log_path.open("wb") as log:
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, timeout=BUILD_TIMEOUT_S,
+                check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeCrashed(
+                f"the onnxruntime-genai builder did not finish {original} in {BUILD_TIMEOUT_S:g} s", "export as GGUF"
+            ) from error
+    if done.returncode != 0:
+        lines = log_path.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()
+        died = signal_name(done.returncode) if done.returncode < 0 else ""
+        raise RuntimeCrashed(
+            f"the onnxruntime-genai builder {f'died of {died}' if died else 'failed'} on {original}: "
+            + " | ".join(line.strip()[:200] for line in lines[-LOG_LINES_SHOWN:]),
+            "free memory if it was killed (SIGKILL), or export as GGUF",
+            died,
+        )
+
+
+def _relative_error(folder: Path, reference: Path, tokens: list[int], *, context: int, threads: int) -> float:
+    """Root mean square of (ONNX − torch) logits over that of the torch logits about their mean."""
+    expected_TV = np.load(reference, allow_pickle=False)
+    with RuntimeProcess("onnxruntime", folder, threads=threads, context_tokens=context) as runtime:
+        found_TV = runtime.logits(np.asarray(tokens, dtype=np.int64))
+    return _relative_rms(found_TV, expected_TV)
+
+
+def _decodes(folder: Path, tokens: list[int], *, context: int, threads: int) -> None:
+    """Let the runtime that ships decode a few tokens: a graph that it cannot run raises RuntimeCrashed here."""
+    new_tokens = min(DECODED_TOKENS, context - 1)
+    with RuntimeProcess("onnxruntime-genai", folder, threads=threads, context_tokens=context) as runtime:
+        runtime.greedy(tokens[: context - new_tokens], new_tokens)
+
+
+def _relative_rms(found_TV: NDArray[np.float32], expected_TV: NDArray[np.float32]) -> float:
+    centred = expected_TV - expected_TV.mean(axis=-1, keepdims=True)
+    scale = float(np.sqrt(np.mean(np.square(centred, dtype=np.float64))))
+    error = float(np.sqrt(np.mean(np.square(found_TV - expected_TV, dtype=np.float64))))
+    return error / scale if scale > 0 else error
+
+
+def _describe(folder: Path, shape: Shape, *, quantization: str, context: int) -> Artifact:
+    weights = stored_weights(folder)
+    files = file_entries(folder)
+    fallbacks = [
+        Fallback(
+            tensor=w.name,
+            wanted=quantization,
+            got=w.type,
+            why=(
+                "the builder has no INT8 embedding, and only INT4 where it is tied to the head"
+                if w.is_embedding
+                else "the builder left it in floating point"
+            ),
+        )
+        for w in weights
+        if quantization in ("INT4", "INT8") and w.rank > 1 and w.type != quantization
+    ]
+    return Artifact(
+        format="onnx",
+        quantization=quantization,
+        runtime="onnxruntime-genai",
+        entry=".",
+        files=files,
+        bytes=sum(f.bytes for f in files),
+        sha256=combined_sha256(files),
+        parameters=shape.parameters,
+        bits_per_weight=8 * sum(w.bytes for w in weights) / shape.parameters,
+        tensor_types=count_types(weights),
+        fallbacks=fallbacks,
+        context_tokens=context,
+        vocab_size=shape.vocab_size,
+        tool_versions=versions("onnxruntime-genai", "onnxruntime", "onnx", "torch", "transformers"),
+    )

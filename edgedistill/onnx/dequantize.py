@@ -1,0 +1,140 @@
+"""An ONNX decoder's stored weights as float32 under transformers' names: what the torch model must hold to equal it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgedistill.errors import UserError
+from edgedistill.onnx.graph import COMPUTED, EMBEDDING, attribute, load_graph, read_initializer
+from edgedistill.records import Shape
+from edgedistill.shapes import shape_from_config
+
+HEAD = "lm_head"
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+# The builder's names of what sits in a layer → transformers'.
+IN_A_LAYER = {
+    "attn.q_proj": "self_attn.q_proj",
+    "attn.k_proj": "self_attn.k_proj",
+    "attn.v_proj": "self_attn.v_proj",
+    "attn.o_proj": "self_attn.o_proj",
+    "mlp.gate_proj": "mlp.gate_proj",
+    "mlp.up_proj": "mlp.up_proj",
+    "mlp.down_proj": "mlp.down_proj",
+    "input_layernorm": "input_layernorm",
+    "post_attention_layernorm": "post_attention_layernorm",
+    "attn.q_norm.layernorm": "self_attn.q_norm",
+    "attn.k_norm.layernorm": "self_attn.k_norm",
+}
+FINAL_NORM = "final_norm_layernorm"
+PACKED = "attn.qkv_proj"
+
+
+def dequantized(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """(transformers name, float32 values in torch's [out, in] layout), one matrix at a time.
+
+    `config`: the checkpoint's parsed config.json. For a tied model `lm_head.weight` comes only where the file
+    stores it differently from the embedding (INT8): then the torch model must be untied to equal the artifact.
+    Raises UserError for a graph of another make.
+    """
+    shape = shape_from_config(config, where="config.json")
+    graph = load_graph(folder).graph
+    initializers = {t.name: t for t in graph.initializer}
+    used: set[str] = set()
+    has_embedding = EMBEDDING in initializers
+    for node in graph.node:
+        if node.op_type == "MatMulNBits":
+            parts = [read_initializer(initializers[name], folder) for name in node.input[1:4] if name]
+            used.update(name for name in node.input[1:4] if name)
+            values = unpack(
+                parts[0],
+                parts[1],
+                parts[2] if len(parts) > 2 else None,
+                columns=attribute(node, "K"),
+                bits=attribute(node, "bits"),
+                block_size=attribute(node, "block_size"),
+            )
+            yield from _named(node.input[1], values, shape, has_embedding=has_embedding)
+    for name, tensor in initializers.items():
+        if name in used or name.startswith(COMPUTED) or not _is_weight(name):
+            continue
+        values = read_initializer(tensor, folder).astype(np.float32)
+        # The builder stores float matrices as MatMul takes them, [in, out].
+        values = values.T if ".MatMul.weight" in name else values
+        yield from _named(name, np.ascontiguousarray(values), shape, has_embedding=has_embedding)
+
+
+def unpack(
+    packed: NDArray[np.uint8],
+    scales: NDArray[Any],
+    zero_points: NDArray[Any] | None,
+    *,
+    columns: int,
+    bits: int,
+    block_size: int,
+) -> NDArray[np.float32]:
+    """MatMulNBits' B [rows, blocks, block_size * bits / 8] as float32 [rows, columns].
+
+    (q − zero point) · scale per block of a row; without zero points 2^(bits − 1). INT4 is packed low half
+    first; rows are padded to whole blocks (com.microsoft MatMulNBits, onnxruntime's ContribOperators.md).
+    """
+    rows, blocks = packed.shape[0], packed.shape[1]
+    if bits not in (4, 8):
+        raise UserError(f"MatMulNBits of {bits} bits", "exports of INT4 and INT8 can be dequantized")
+    quantized = _nibbles(packed) if bits == 4 else packed
+    quantized = quantized.reshape(rows, blocks, block_size).astype(np.float32)
+    if zero_points is None:
+        quantized -= float(1 << (bits - 1))
+    elif zero_points.dtype == np.uint8:
+        unpacked = _nibbles(zero_points.reshape(rows, -1))[:, :blocks] if bits == 4 else zero_points
+        quantized -= unpacked.reshape(rows, blocks, 1).astype(np.float32)
+    else:
+        quantized -= zero_points.reshape(rows, blocks, 1).astype(np.float32)
+    quantized *= scales.reshape(rows, blocks, 1).astype(np.float32)
+    return np.ascontiguousarray(quantized.reshape(rows, blocks * block_size)[:, :columns])
+
+
+def _nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[..., n] bytes → [..., 2n] values of 4 bits, the low half of a byte first."""
+    return np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def _is_weight(name: str) -> bool:
+    return name == EMBEDDING or name.startswith(HEAD) or LAYER.fullmatch(name) is not None
+
+
+def _named(
+    initializer: str, values: NDArray[np.float32], shape: Shape, *, has_embedding: bool
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    if initializer == EMBEDDING:
+        yield EMBEDDING, values
+        return
+    if initializer.startswith(HEAD):
+        # Without an embedding of its own the graph looks tokens up in the head's matrix.
+        yield ("lm_head.weight" if has_embedding else EMBEDDING), values
+        return
+    match = LAYER.fullmatch(initializer)
+    if match is None:
+        raise UserError(f"unexpected weight {initializer}", "dequantize what this version of edgedistill exported")
+    layer, rest = match.groups()
+    if rest.startswith(FINAL_NORM):
+        yield "model.norm.weight", values
+        return
+    kind = "bias" if rest.endswith(".bias") else "weight"
+    part = re.sub(r"\.(MatMul\.weight.*|MatMulNBits\..*|Add\.bias|weight|bias)$", "", rest)
+    prefix = f"model.layers.{layer}"
+    if part == PACKED:
+        q_rows = shape.num_attention_heads * shape.head_dim
+        kv_rows = shape.num_key_value_heads * shape.head_dim
+        pieces = np.split(values, [q_rows, q_rows + kv_rows])
+        for letter, piece in zip("qkv", pieces, strict=True):
+            yield f"{prefix}.self_attn.{letter}_proj.{kind}", piece
+        return
+    if part not in IN_A_LAYER:
+        raise UserError(f"unexpected weight {initializer}", "dequantize what this version of edgedistill exported")
+    yield f"{prefix}.{IN_A_LAYER[part]}.{kind}", values

@@ -1,0 +1,332 @@
+"""START HERE: the whole flow, a step a call.
+
+    recipe + target ─ plan ─ teacher ─ student ─ distill ─ quantize/export ─ verify ─ bench ─ bundle
+
+`build` is the table of contents. Every step is a plain function that the command line, Python users and
+the tests call alike; each finds its record in the store, or makes it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgedistill import machine
+from edgedistill.data.prepare import prepare_data
+from edgedistill.errors import GateFailed, LimitBroken, UserError
+from edgedistill.fit import artifacts_of
+from edgedistill.models import open_model
+from edgedistill.plan import Plan, plan
+from edgedistill.progress import QUIET, Progress
+from edgedistill.recipe import Recipe
+from edgedistill.records import Artifact, DataResult, Latency, Retention, Shape, StudentResult, TeacherResult
+from edgedistill.store import Store, Stored
+from edgedistill.targets import Target
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What stands before any target: plan, data, teacher and the student in its record's folder."""
+
+    plan: Plan
+    data: Stored[DataResult]
+    teacher: TeacherResult
+    student: Stored[StudentResult]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One artifact of one target, with its proof and its speed."""
+
+    target: Target
+    exported: Stored[Artifact]
+    retention: Retention
+    retention_folder: Path
+    latency: Latency | None
+
+
+@dataclass(frozen=True)
+class Built:
+    """One target's bundle folder and what went into it (None: the gate failed, there is no bundle)."""
+
+    target: Target
+    bundle: Path | None
+    artifacts: list[Finished]
+
+
+def build(
+    recipe: Recipe, targets: Sequence[Target], *, store: Store, out: Path, progress: Progress = QUIET
+) -> tuple[Trained, list[Built]]:
+    """The whole job: one distilled student, one bundle in `out` per target.
+
+    Raises UserError before any work where the plan refuses; GateFailed after all targets are done where an
+    artifact kept too little (its reports stay in the store, named in the error); LimitBroken likewise where a
+    finished artifact breaks a limit of its target.
+    """
+    trained = distill(recipe, targets, store=store, progress=progress)
+    built = []
+    for target in targets:
+        finished = []
+        for artifact in artifacts_of(recipe, target):
+            exported = export(recipe, target, artifact, trained, store=store, progress=progress)
+            retention, folder = verify(recipe, exported, trained, store=store, progress=progress)
+            latency = None
+            if retention.gate.passed:
+                latency = bench(recipe, target, exported, store=store, progress=progress)
+            finished.append(Finished(target, exported, retention, folder, latency))
+        passed = all(item.retention.gate.passed for item in finished)
+        path = bundle(recipe, target, trained, finished, store=store, out=out, progress=progress) if passed else None
+        built.append(Built(target, path, finished))
+    _raise_failed_gates(built)
+    _raise_broken_limits(built)
+    return trained, built
+
+
+def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store) -> Plan:
+    """The plan of this recipe on this machine, with what the store already has. Raises UserError."""
+    teacher, parameters = _teacher_sizes(recipe)
+    room = store.root
+    while not room.exists():
+        room = room.parent
+    student = _given_student_shape(recipe)
+    sizes_only = plan(recipe, targets, teacher=teacher, teacher_parameters=parameters, student=student)
+    return plan(
+        recipe,
+        targets,
+        teacher=teacher,
+        teacher_parameters=parameters,
+        student=student,
+        store_hits=_store_hits(recipe, sizes_only.student, store),
+        free_disk_bytes=shutil.disk_usage(room).free,
+        machine_memory_bytes=machine.describe()["memory_bytes"],
+        machine_cores=len(machine.usable_cpus()),
+    )
+
+
+def distill(
+    recipe: Recipe, targets: Sequence[Target], *, store: Store, progress: Progress = QUIET
+) -> Trained:
+    """Plan, data, teacher and a student that fits all targets; whatever the store has is reused."""
+    from edgedistill.distill.stage import distill as train_student
+    from edgedistill.distill.teacher import obtain_teacher
+
+    planned = preflight(recipe, targets, store=store)
+    progress.say(
+        f"plan: student of {planned.student_parameters:,} parameters for {', '.join(planned.targets)}"
+        f" ({planned.compression:.1f}x smaller than the teacher's {planned.teacher_parameters:,})"
+    )
+    for warning in planned.warnings:
+        progress.warn(warning)
+    data = prepare_data(recipe.data, store=store, progress=progress)
+    _say(progress, data, f"{data.result.parts['train'].documents:,} documents to train on")
+    if data.result.overlap["documents_sharing_13_words"]:
+        progress.say(
+            f"data: {data.result.overlap['documents_sharing_13_words']:.0f} of"
+            f" {data.result.parts['held_out'].documents} held-out documents share a run of 13 words with the training"
+            f" part ({data.result.overlap['share_of_13_word_runs']:.2%} of such runs)"
+        )
+    teacher = obtain_teacher(recipe, data=data, store=store, progress=progress)
+    progress.say(f"teacher: {teacher.parameters:,} parameters, {teacher.name}")
+    student = train_student(
+        recipe, shape=planned.student, teacher=teacher, data=data, store=store, progress=progress
+    )
+    _say(progress, student, f"{student.result.parameters:,} parameters")
+    return Trained(planned, data, teacher, student)
+
+
+def export(
+    recipe: Recipe, target: Target, artifact: str, trained: Trained, *, store: Store, progress: Progress = QUIET
+) -> Stored[Artifact]:
+    """The student as `artifact` ("gguf:Q4_K_M") with the context of the target."""
+    from edgedistill.export import export_model
+    from edgedistill.fit import context_of
+
+    return export_model(
+        trained.student.directory / trained.student.result.path,
+        artifact,
+        context_tokens=context_of(recipe, target, trained.student.result.shape),
+        name=recipe.name,
+        weights_sha256=trained.student.result.weights_sha256,
+        tokenizer_sha256=trained.student.result.tokenizer_sha256,
+        store=store,
+        progress=progress,
+    )
+
+
+def verify(
+    recipe: Recipe, exported: Stored[Artifact], trained: Trained, *, store: Store, progress: Progress = QUIET
+) -> tuple[Retention, Path]:
+    """The retention ladder of an exported artifact on the held-out part, its gate, and the record's folder."""
+    from edgedistill.data.prepare import read_part
+    from edgedistill.verify.stage import verify_artifact
+
+    student = trained.student.result.model_copy(
+        update={"path": str(trained.student.directory / trained.student.result.path)}
+    )
+    return verify_artifact(
+        exported,
+        student=student,
+        teacher=trained.teacher,
+        held_out=read_part(trained.data.directory, "held_out"),
+        settings=recipe.verify,
+        seed=recipe.seed,
+        store=store,
+        progress=progress,
+    )
+
+
+def bench(
+    recipe: Recipe, target: Target, exported: Stored[Artifact], *, store: Store, progress: Progress = QUIET
+) -> Latency:
+    """The artifact's speed and memory on this machine, with the target's settings."""
+    from edgedistill.bench.stage import bench_artifact
+
+    return bench_artifact(exported, target, settings=recipe.bench, seed=recipe.seed, store=store, progress=progress)
+
+
+def bundle(
+    recipe: Recipe,
+    target: Target,
+    trained: Trained,
+    finished: Sequence[Finished],
+    *,
+    store: Store,
+    out: Path,
+    progress: Progress = QUIET,
+) -> Path:
+    """`out`/<recipe>-<target>: the folder that ships, put in place whole."""
+    from edgedistill.bundle.build import BundledArtifact
+    from edgedistill.bundle.build import bundle as write_bundle
+    from edgedistill.data.prepare import read_part
+
+    folder = out / f"{recipe.name}-{target.name}"
+    path = write_bundle(
+        folder,
+        recipe=recipe,
+        target=target,
+        artifacts=[
+            BundledArtifact(
+                artifact=item.exported.result,
+                folder=item.exported.directory,
+                retention=item.retention,
+                latency=item.latency,
+            )
+            for item in finished
+        ],
+        student=trained.student.result,
+        teacher=trained.teacher,
+        data=trained.data.result,
+        student_dir=trained.student.directory / trained.student.result.path,
+        held_out_texts=read_part(trained.data.directory, "held_out"),
+        store=store,
+    )
+    progress.say(f"bundle: {path}")
+    return path
+
+
+def threads_here() -> int:
+    """Threads for work that is not being timed: the CPUs that this process may use."""
+    return max(1, len(machine.usable_cpus()) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _teacher_sizes(recipe: Recipe) -> tuple[Shape, int]:
+    if recipe.teacher.model is None:
+        from edgedistill.distill.teacher import teacher_shape
+
+        shape = teacher_shape(recipe.teacher.train)
+        return shape, shape.parameters
+    folder = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
+    return folder.shape, folder.shape.parameters
+
+
+def _given_student_shape(recipe: Recipe) -> Shape | None:
+    """The shape where the recipe leaves nothing to design: a pretrained student, or a cut of the teacher's layers."""
+    if recipe.student.start == "pretrained":
+        if recipe.student.model is None:
+            raise UserError("student.start is pretrained but no student.model is named", "give --student FOLDER")
+        return open_model(recipe.student.model, revision=recipe.student.revision, role="student").shape
+    if recipe.student.start == "layers":
+        teacher, _ = _teacher_sizes(recipe)
+        asked = recipe.student.shape.num_hidden_layers
+        if asked is None:
+            budget = teacher.parameters / recipe.student.compression
+            asked = int((budget - teacher.embedding_parameters - teacher.hidden_size) // teacher.layer_parameters)
+        if not 1 <= asked <= teacher.num_hidden_layers:
+            raise UserError(
+                f"a student of {max(asked, 0)} layers cannot be cut from this teacher of {teacher.num_hidden_layers}:"
+                f" its embedding alone has {teacher.embedding_parameters:,} of {teacher.parameters:,} parameters",
+                f"set student.shape.num_hidden_layers to 1…{teacher.num_hidden_layers}, or student.start=fresh",
+            )
+        return teacher.model_copy(update={"num_hidden_layers": asked})
+    return None
+
+
+def _store_hits(recipe: Recipe, shape: Shape, store: Store) -> dict[str, bool]:
+    """Which stages the store already has, as far as that can be told without doing any."""
+    from edgedistill.data.prepare import find_data
+    from edgedistill.distill.stage import student_inputs
+    from edgedistill.distill.teacher import find_teacher
+    from edgedistill.models import weights_sha256
+
+    data = find_data(recipe.data, store=store)
+    hits = {"data": data is not None, "teacher": False, "student": False}
+    teacher = find_teacher(recipe, data=data, store=store)
+    hits["teacher"] = teacher is not None
+    if data is not None and teacher is not None:
+        pretrained = None
+        if recipe.student.start == "pretrained" and recipe.student.model is not None:
+            pretrained = weights_sha256(open_model(recipe.student.model, revision=recipe.student.revision), store)
+        inputs = student_inputs(recipe, shape=shape, teacher=teacher, data=data.result, pretrained_sha256=pretrained)
+        hits["student"] = store.find("student", inputs, StudentResult) is not None
+    return hits
+
+
+def _say(progress: Progress, stored: Stored[DataResult] | Stored[StudentResult], what: str) -> None:
+    progress.say(f"{stored.stage}: {what}{' (from the store)' if stored.reused else ''}")
+
+
+def _raise_failed_gates(built: Sequence[Built]) -> None:
+    failed = [(item, done) for item in built for done in item.artifacts if not done.retention.gate.passed]
+    if not failed:
+        return
+    lines = [
+        f"{item.target.name} {done.exported.result.format}:{done.exported.result.quantization} kept"
+        f" {done.retention.retention.value:.3f} of its teacher (95 % interval {done.retention.retention.ci95[0]:.3f} to"
+        f" {done.retention.retention.ci95[1]:.3f}); the gate asks for {done.retention.gate.min_retention:g} at its lower"
+        f" end; reports in {done.retention_folder}"
+        for item, done in failed
+    ]
+    raise GateFailed(
+        "the retention gate failed: " + "; ".join(lines),
+        "train longer (distill.epochs), allow a larger student (student.compression), a finer quantization"
+        " (export.artifacts), or accept less with --min-retention",
+    )
+
+
+def _raise_broken_limits(built: Sequence[Built]) -> None:
+    broken = []
+    for item in built:
+        limits = item.target.limits
+        for done in item.artifacts:
+            size = done.exported.result.bytes
+            if size > limits.max_artifact_bytes:
+                broken.append(f"{item.target.name}: the artifact has {size:,} bytes, limit {limits.max_artifact_bytes:,}")
+            latency = done.latency
+            if latency is None:
+                continue
+            if latency.peak_rss_bytes > limits.max_memory_bytes:
+                broken.append(
+                    f"{item.target.name}: {latency.peak_rss_bytes:,} bytes of memory, limit {limits.max_memory_bytes:,}"
+                )
+            if latency.basis != "measured":
+                continue
+            floor, slowest = limits.min_decode_tokens_per_s, limits.max_ttft_ms
+            if floor is not None and latency.decode_tokens_per_s < floor:
+                broken.append(f"{item.target.name}: {latency.decode_tokens_per_s:.1f} tokens/s, limit {floor:g}")
+            if slowest is not None and latency.ttft_ms.p50 > slowest:
+                broken.append(f"{item.target.name}: first token after {latency.ttft_ms.p50:.0f} ms, limit {slowest:g}")
+    if broken:
+        raise LimitBroken("a finished artifact breaks a limit of its target: " + "; ".join(broken), "the bundle was kept")

@@ -1,0 +1,345 @@
+"""What a build will make, before it makes anything: sizes, memory, ceilings, disk; and refusal of the impossible.
+
+Pure: the same arguments give the same Plan, and nothing is read or written. Every figure is `derived`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from edgedistill import sizes
+from edgedistill.distill.design import FILL, design_student, fill_of
+from edgedistill.errors import UserError
+from edgedistill.fit import (
+    ArtifactPlan,
+    Breach,
+    Wanted,
+    artifact_plan,
+    artifacts_of,
+    breaches_of,
+    context_of,
+    human_bytes,
+)
+from edgedistill.recipe import Recipe, ShapeAsk, Training
+from edgedistill.records import Figure, Record, Shape
+from edgedistill.targets import Target, parse_artifact
+
+# Mirzadeh et al. 2020 (teacher assistants); Minitron's two steps: beyond this, one in between pays.
+MOST_COMPRESSION_IN_ONE_STEP = 5.0
+K_QUANT_MULTIPLE = 256
+BLOCK_MULTIPLE = 32
+GGUF_K_QUANTS = ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K")
+# Two checkpoints stand side by side while one replaces the other: weights and two moments in float32 each.
+CHECKPOINT_BYTES_A_PARAMETER = 24
+FINAL_BYTES_A_PARAMETER = 4
+F16_BYTES_A_PARAMETER = 2
+# Text, split parts, tokenized data, reports, golden vectors.
+DISK_FOR_DATA_BYTES = 200_000_000
+# Python, torch and the data beside the tensors.
+TRAINING_PROCESS_BYTES = 1_000_000_000
+
+
+class Plan(Record):
+    """What will be built. `sized_by` says what set the student's size."""
+
+    recipe: str
+    teacher: Shape
+    teacher_parameters: int
+    student: Shape
+    student_parameters: int
+    compression: float
+    designed: bool
+    width_multiple: int
+    sized_by: str
+    targets: list[str]
+    artifacts: list[ArtifactPlan]
+    training_memory_bytes: Figure
+    machine_memory_bytes: int | None
+    disk_bytes: Figure
+    free_disk_bytes: int | None
+    store_hits: dict[str, bool]
+    warnings: list[str]
+
+
+def plan(
+    recipe: Recipe,
+    targets: Sequence[Target],
+    *,
+    teacher: Shape,
+    teacher_parameters: int | None = None,
+    student: Shape | None = None,
+    store_hits: Mapping[str, bool] | None = None,
+    free_disk_bytes: int | None = None,
+    machine_memory_bytes: int | None = None,
+    machine_cores: int | None = None,
+) -> Plan:
+    """Sizes, ceilings and warnings of a build; one student for all targets, sized by the tightest.
+
+    `student` is a given shape (pretrained, or a folder); without it one is designed. `store_hits` says by stage
+    ("teacher", "student", ...) what is already in the store. `free_disk_bytes` is that of the store's disk,
+    `machine_memory_bytes` and `machine_cores` this machine's; None: not checked.
+
+    Raises UserError (cause, value, remedy) for an artifact that a target cannot run, a student larger than its
+    teacher or than a target's limits, a speed that not even the ceiling reaches, and too little memory or disk here.
+    """
+    if not targets:
+        raise UserError("no target", "name one: --target jetson (see `edgedistill targets list`)")
+    parameters = teacher.parameters if teacher_parameters is None else teacher_parameters
+    hits = dict(store_hits or {})
+    wanted = [(target, *parse_artifact(a)) for target in targets for a in artifacts_of(recipe, target)]
+    multiple = K_QUANT_MULTIPLE
+    if student is None:
+        shape, multiple, sized_by = _design(recipe, wanted, teacher)
+    else:
+        shape, sized_by = student, "given"
+    if shape.parameters > parameters:
+        raise UserError(
+            f"the student has {shape.parameters:,} parameters, {shape.parameters - parameters:,} more than its "
+            f"teacher's {parameters:,}",
+            f"name a student of at most {parameters:,} parameters, or swap --teacher and --student",
+        )
+    breaches = breaches_of(shape, wanted, recipe)
+    if breaches:
+        worst = min(breaches, key=lambda breach: breach.scale)
+        raise UserError(worst.cause, worst.remedy)
+    artifacts = [artifact_plan(shape, recipe, *entry) for entry in wanted]
+    training = _training_memory(recipe, shape, teacher, hits, machine_memory_bytes)
+    disk = _disk(recipe, parameters, shape, artifacts, hits, free_disk_bytes)
+    return Plan(
+        recipe=recipe.name,
+        teacher=teacher,
+        teacher_parameters=parameters,
+        student=shape,
+        student_parameters=shape.parameters,
+        compression=parameters / shape.parameters,
+        designed=student is None,
+        width_multiple=multiple,
+        sized_by=sized_by,
+        targets=[target.name for target in targets],
+        artifacts=artifacts,
+        training_memory_bytes=training,
+        machine_memory_bytes=machine_memory_bytes,
+        disk_bytes=disk,
+        free_disk_bytes=free_disk_bytes,
+        store_hits=hits,
+        warnings=_warnings(
+            recipe, targets, wanted, shape, teacher, parameters, student is None, training, machine_memory_bytes,
+            machine_cores,
+        ),
+    )  # fmt: skip
+
+
+def plan_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
+    """The plan for people: what, value, basis, from."""
+
+    def row(what: str, figure: Figure, show: Callable[[float], str]) -> tuple[str, str, str, str]:
+        return what, show(figure.value), figure.basis, figure.source
+
+    rows = [
+        ("teacher", _sizes_text(plan.teacher), "", f"{plan.teacher_parameters:,} parameters"),
+        ("student", _sizes_text(plan.student), "", f"{plan.student_parameters:,} parameters, sized by {plan.sized_by}"),
+        ("compression", f"{plan.compression:.2f}x", "derived", "teacher's parameters / student's"),
+    ]
+    for artifact in plan.artifacts:
+        name = f"{artifact.target} {artifact.artifact}"
+        rows.append(row(f"{name}: bytes", artifact.artifact_bytes, human_bytes))
+        rows.append(row(f"{name}: memory", artifact.memory_bytes, human_bytes))
+        rows.append(
+            row(f"{name}: decode at most", artifact.decode_ceiling_tokens_per_s, lambda v: f"{v:,.0f} tokens/s")
+        )
+    rows.append(row("training memory here", plan.training_memory_bytes, human_bytes))
+    rows.append(row("disk needed", plan.disk_bytes, human_bytes))
+    rows += [(f"store: {stage}", "ready" if hit else "to be made", "", "") for stage, hit in plan.store_hits.items()]
+    return rows
+
+
+def _design(recipe: Recipe, wanted: list[Wanted], teacher: Shape) -> tuple[Shape, int, str]:
+    """The largest student in the teacher's proportions that every target can run: shape, multiple, what sized it.
+
+    The width multiple is 256 where a K-quant will be used. Elsewhere it is 256 too where that leaves no more than a
+    fifth of the budget unused, so that a later target with K-quants reuses the student; else 32.
+    """
+    ask = recipe.student.shape
+    if recipe.student.start == "layers":
+        # Cut out of the teacher: every width is the teacher's, only depth is free.
+        ask = ShapeAsk(**{**_widths(teacher), **ask.model_dump(exclude_none=True)})
+    k_quants = any(format_ == "gguf" and quantization in GGUF_K_QUANTS for _, format_, quantization in wanted)
+    try:
+        shape, sized_by = _fit(recipe, wanted, teacher, ask, K_QUANT_MULTIPLE)
+        budget = int(teacher.parameters / recipe.student.compression)
+        if k_quants or recipe.student.start == "layers" or sized_by != "compression" or fill_of(shape, budget) >= FILL:
+            return shape, K_QUANT_MULTIPLE, sized_by
+    except UserError:
+        # Narrow teachers, or a budget below one 256-wide layer: fall back to blocks of 32, with a warning.
+        if recipe.student.start == "layers":
+            raise
+    shape, sized_by = _fit(recipe, wanted, teacher, ask, BLOCK_MULTIPLE)
+    return shape, BLOCK_MULTIPLE, sized_by
+
+
+def _fit(recipe: Recipe, wanted: list[Wanted], teacher: Shape, ask: ShapeAsk, multiple: int) -> tuple[Shape, str]:
+    """Design, and shrink the allowance until no target's limit is broken."""
+    most: int | None = None
+    sized_by = "compression"
+    blamed: Breach | None = None
+    while True:
+        try:
+            shape = design_student(
+                teacher,
+                compression=recipe.student.compression,
+                ask=ask,
+                width_multiple=multiple,
+                max_parameters=most,
+            )
+        except UserError as error:
+            if blamed is None:
+                raise
+            raise UserError(
+                f"no student of this teacher fits {blamed.target}: {blamed.cause}", blamed.remedy
+            ) from error
+        breaches = breaches_of(shape, wanted, recipe)
+        if not breaches:
+            return shape, sized_by
+        blamed = min(breaches, key=lambda breach: breach.scale)
+        sized_by = f"limits of {blamed.target}"
+        most = min(shape.parameters - 1, int(shape.parameters * blamed.scale))
+
+
+def _training_memory(
+    recipe: Recipe, student: Shape, teacher: Shape, hits: Mapping[str, bool], machine: int | None
+) -> Figure:
+    """The larger of what is still to be trained: the student beside its teacher, and the teacher itself."""
+    runs: list[tuple[str, Training, Shape, Shape | None]] = []
+    if not hits.get("student"):
+        runs.append(("distillation", recipe.distill, student, teacher))
+    if recipe.teacher.model is None and not hits.get("teacher"):
+        runs.append(("the teacher's training", recipe.teacher.train, teacher, None))
+    most, source = 0, "nothing is left to train"
+    for what, training, shape, teaching in runs:
+        sequences = training.micro_batch_sequences or training.batch_sequences
+
+        def needs(
+            count: int, training: Training = training, shape: Shape = shape, teaching: Shape | None = teaching
+        ) -> int:
+            return TRAINING_PROCESS_BYTES + sizes.training_bytes(
+                shape, sequences=count, context_tokens=training.context_tokens, teacher=teaching
+            )
+
+        if machine is not None and needs(1) > machine:
+            raise UserError(
+                f"{what} needs about {human_bytes(needs(1))} of memory with one sequence a step, "
+                f"{human_bytes(needs(1) - machine)} more than this machine's {human_bytes(machine)}",
+                "use a machine with more memory, a smaller teacher or student, or a shorter context_tokens",
+            )
+        if needs(sequences) > most:
+            most = needs(sequences)
+            source = (
+                f"{what}: weights, gradients, AdamW, teacher, activations and logits of "
+                f"{sequences} x {training.context_tokens} tokens"
+            )
+    return Figure(value=most, unit="B", basis="derived", source=source)
+
+
+def _disk(
+    recipe: Recipe, teacher_parameters: int, student: Shape, artifacts: list[ArtifactPlan], hits: Mapping[str, bool],
+    free: int | None,
+) -> Figure:  # fmt: skip
+    """Checkpoints while training, weights kept, an F16 file between, artifacts in the store and in the bundle."""
+    kept = 0
+    peak = 0
+    if recipe.teacher.model is None and not hits.get("teacher"):
+        kept += FINAL_BYTES_A_PARAMETER * teacher_parameters
+        peak = max(peak, CHECKPOINT_BYTES_A_PARAMETER * teacher_parameters)
+    if not hits.get("student"):
+        kept += FINAL_BYTES_A_PARAMETER * student.parameters
+        peak = max(peak, CHECKPOINT_BYTES_A_PARAMETER * student.parameters)
+    peak = max(peak, F16_BYTES_A_PARAMETER * student.parameters)
+    needed = kept + peak + sum(2 * int(a.artifact_bytes.value) for a in artifacts) + DISK_FOR_DATA_BYTES
+    if free is not None and needed > free:
+        raise UserError(
+            f"the build needs about {human_bytes(needed)} of disk, {human_bytes(needed - free)} more than the "
+            f"{human_bytes(free)} that are free where the store is",
+            "free some (`edgedistill store prune`), or name another disk in EDGEDISTILL_STORE",
+        )
+    return Figure(
+        value=needed,
+        unit="B",
+        basis="derived",
+        source="checkpoints, kept weights, the F16 file between, artifacts in store and bundle, data",
+    )
+
+
+def _warnings(
+    recipe: Recipe, targets: Sequence[Target], wanted: list[Wanted], student: Shape, teacher: Shape,
+    teacher_parameters: int, designed: bool, training: Figure, machine_memory: int | None, machine_cores: int | None,
+) -> list[str]:  # fmt: skip
+    found = []
+    compression = teacher_parameters / student.parameters
+    if compression > MOST_COMPRESSION_IN_ONE_STEP:
+        between = math.sqrt(teacher_parameters * student.parameters)
+        found.append(
+            f"the student is {compression:.1f}x smaller than its teacher; beyond {MOST_COMPRESSION_IN_ONE_STEP:g}x a "
+            f"step in between (about {between / 1e6:,.1f}M parameters) keeps more"
+        )
+    budget = int(teacher.parameters / recipe.student.compression)
+    if designed and fill_of(student, budget) < FILL / 1.3:
+        found.append(
+            f"the student uses {100 * fill_of(student, budget):.0f} % of the {budget:,} parameters that compression "
+            f"{recipe.student.compression:g} allows; fix sizes in student.shape to use more"
+        )
+    if student.embedding_parameters > student.parameters / 2:
+        found.append(
+            f"{100 * student.embedding_parameters / student.parameters:.0f} % of the student is its embedding of "
+            f"{student.vocab_size:,} entries; a teacher with a smaller vocabulary leaves more for layers"
+        )
+    for quantization in dict.fromkeys(q for _, format_, q in wanted if format_ == "gguf"):
+        count = sizes.k_quant_fallbacks(student, quantization)
+        if count:
+            found.append(
+                f"{count} matrices cannot be {quantization} because a width ({student.hidden_size}, "
+                f"{student.intermediate_size} or {student.num_attention_heads * student.head_dim}) is not a multiple "
+                "of 256; llama.cpp takes larger types for them"
+            )
+    for target in targets:
+        threads = recipe.bench.threads
+        if threads is not None and threads > target.bench.threads:
+            found.append(
+                f"bench.threads is {threads}, but {target.name} has {target.bench.threads} big cores; more threads can "
+                "be 100x slower (llama.cpp #21763)"
+            )
+        if context_of(recipe, target, student) < target.context_tokens and recipe.export.context_tokens is None:
+            found.append(
+                f"{target.name}: context is {student.max_position_embeddings:,} tokens (the model's positions), not "
+                f"the target's {target.context_tokens:,}"
+            )
+    threads_here = recipe.bench.threads or max(target.bench.threads for target in targets)
+    if machine_cores is not None and threads_here > machine_cores:
+        found.append(
+            f"this machine has {machine_cores} cores, fewer than the {threads_here} threads of the bench: "
+            "its figures will differ"
+        )
+    if machine_memory is not None and training.value > machine_memory:
+        found.append(
+            f"training may need {human_bytes(training.value)}, this machine has {human_bytes(machine_memory)}: set "
+            "distill.micro_batch_sequences (and teacher.train.micro_batch_sequences) to a smaller number"
+        )
+    return found
+
+
+def _widths(shape: Shape) -> dict[str, int]:
+    return {
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "head_dim": shape.head_dim,
+    }
+
+
+def _sizes_text(shape: Shape) -> str:
+    return (
+        f"{shape.family}: {shape.num_hidden_layers} layers x {shape.hidden_size}, feed-forward "
+        f"{shape.intermediate_size}, heads {shape.num_attention_heads}/{shape.num_key_value_heads} of "
+        f"{shape.head_dim}, vocabulary {shape.vocab_size:,}"
+    )

@@ -1,0 +1,192 @@
+"""`edgedistill report DIR`: one HTML file from a bundle's records, with nothing fetched from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from edgedistill.bundle.manifest import BundleArtifact, Manifest, read_manifest, unsafe_path
+from edgedistill.errors import UserError
+from edgedistill.records import Latency, Record, Retention
+from edgedistill.report import plots
+
+R = TypeVar("R", bound=Record)
+MAX_RECORD_BYTES = 256 << 20
+LABELS = {
+    "machine": "Machine",
+    "cpu": "CPU",
+    "arch": "Architecture",
+    "isa": "Instruction sets",
+    "cores": "Cores",
+    "usable_cores": "Cores it may use",
+    "memory_bytes": "Memory",
+    "os": "System",
+    "python": "Python",
+    "governor": "CPU governor",
+    "power_mode": "Power mode",
+    "runtime": "Runtime",
+    "runtime_version": "Runtime version",
+    "threads": "Threads",
+}
+
+
+def report(bundle_dir: Path, out: Path | None = None) -> Path:
+    """Write the report of a bundle, from its records alone; the file written.
+
+    Default: `<bundle_dir>.report.html` beside the bundle, as a file more in it would break its sums.
+    Raises UserError where the folder is no bundle, a record is missing or broken, `out` cannot be
+    written or lies in the bundle.
+    """
+    bundle_dir = bundle_dir.absolute()
+    manifest = read_manifest(bundle_dir)
+    out = (out or bundle_dir.with_name(f"{bundle_dir.name}.report.html")).absolute()
+    if out.resolve().is_relative_to(bundle_dir.resolve()):
+        raise UserError(f"{out} is in the bundle, whose SHA256SUMS lists every file", "name an --out beside it")
+    figures = []
+    for artifact in manifest.artifacts:
+        retention = _record(bundle_dir, artifact.retention, Retention)
+        figures.append((retention, _record(bundle_dir, artifact.latency, Latency) if artifact.latency else None))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(render(manifest, figures), encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}", "name another --out") from error
+    return out
+
+
+def render(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]]) -> str:
+    """The page. `figures`: retention and latency of each artifact, in the manifest's order."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": number, "size": size, "interval": interval, "plain": plain}
+    template = resources.files("edgedistill.report") / "report.html.j2"
+    sections = [
+        _section(artifact, manifest, retention, latency, f"a{position}")
+        for position, (artifact, (retention, latency)) in enumerate(zip(manifest.artifacts, figures, strict=True))
+    ]
+    return environment.from_string(template.read_text(encoding="utf-8")).render(
+        m=manifest,
+        sections=sections,
+        ratio=manifest.teacher.parameters / manifest.student.parameters if manifest.teacher else None,
+        labels=LABELS,
+    )
+
+
+def limits_of(limits: dict[str, Any], artifact: BundleArtifact, latency: Latency | None) -> list[dict[str, Any]]:
+    """One row a limit: what it allows, what was found, on what basis, and the verdict.
+
+    Nothing about speed or memory in use is `met` by another machine's figures: then it is `not measured`.
+    """
+    measured = latency is not None and latency.basis == "measured"
+    basis = latency.basis if latency is not None else "none"
+    found: list[tuple[str, str, float | None, bool, str, str]] = [
+        ("max_artifact_bytes", "Artifact size", artifact.bytes, True, "B", "measured"),
+        ("max_memory_bytes", "Peak memory", latency.peak_rss_bytes if latency else None, measured, "B", basis),
+        ("min_decode_tokens_per_s", "Decode", latency.decode_tokens_per_s if latency else None, measured, "tokens/s", basis),
+        ("max_ttft_ms", "First token, p50", latency.ttft_ms.p50 if latency else None, measured, "ms", basis),
+    ]
+    rows = []
+    for key, label, value, counts, unit, row_basis in found:
+        limit = limits.get(key)
+        if not isinstance(limit, int | float):
+            continue
+        verdict = "not measured"
+        if counts and value is not None:
+            verdict = "met" if (value >= limit if key.startswith("min") else value <= limit) else "BROKEN"
+        rows.append(
+            {
+                "label": label,
+                "bound": "at least" if key.startswith("min") else "at most",
+                "limit": limit,
+                "unit": unit,
+                "verdict": verdict,
+                "value": value if verdict != "not measured" else None,
+                "basis": row_basis if verdict != "not measured" else "",
+            }
+        )
+    return rows
+
+
+def number(value: float | int | None, digits: int = 4) -> str:
+    """A number for people: thousands apart, significant digits; a dash for what is not there."""
+    if value is None:
+        return "–"
+    if isinstance(value, int) or abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def size(value: float | None) -> str:
+    """Bytes in units of 1000."""
+    if value is None:
+        return "–"
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 1000 or unit == "GB":
+            return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.2f} {unit}"
+        value /= 1000
+    raise AssertionError("unreachable")
+
+
+def interval(ci95: tuple[float, float] | None, digits: int = 4) -> str:
+    """low–high."""
+    return "–" if ci95 is None else f"{number(ci95[0], digits)}–{number(ci95[1], digits)}"
+
+
+def plain(value: Any) -> str:
+    """Any value of a record as words."""
+    if value is None:
+        return "unknown"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(one) for one in value) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain(one)}" for key, one in value.items()) or "none"
+    return str(value)
+
+
+def _section(
+    artifact: BundleArtifact, manifest: Manifest, retention: Retention, latency: Latency | None, key: str
+) -> dict[str, Any]:
+    """What the template shows of one artifact. `key` makes ids of the page unique."""
+    by_basis = {
+        basis: [rung for rung in retention.rungs if rung.basis == basis]
+        for basis in dict.fromkeys(rung.basis for rung in retention.rungs)
+    }
+    drawn = {"perplexity": plots.perplexity_svg(retention, f"{key}-ppl"), "retention": plots.retention_svg(retention, f"{key}-ret")}
+    if latency is not None:
+        drawn |= {
+            "token_ms": plots.token_ms_svg(latency, f"{key}-tok"),
+            "drift": plots.drift_svg(latency, f"{key}-drift"),
+            "ttft": plots.ttft_svg(latency, f"{key}-ttft"),
+        }
+    return {
+        "key": key,
+        "artifact": artifact,
+        "retention": retention,
+        "latency": latency,
+        "by_basis": by_basis,
+        "plots": drawn,
+        "limits": limits_of(manifest.limits, artifact, latency),
+        "limits_why": manifest.limits.get("rationale", ""),
+        "logits": next(output for output in artifact.golden.outputs if output.name == "logits"),
+    }
+
+
+def _record(folder: Path, path: str, kind: type[R]) -> R:
+    remedy = "check the bundle with `edgedistill bundle verify`, or make it again"
+    if unsafe_path(path) or not (folder / path).is_file():
+        raise UserError(f"{path} is missing in {folder}", remedy)
+    if (folder / path).stat().st_size > MAX_RECORD_BYTES:
+        raise UserError(f"{path} has {(folder / path).stat().st_size} bytes", remedy)
+    try:
+        return kind.model_validate_json((folder / path).read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: {where + ': ' if where else ''}{first['msg'][:200]}", remedy) from error

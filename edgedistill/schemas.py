@@ -1,0 +1,39 @@
+"""JSON Schemas of the files that others read: `python -m edgedistill.schemas docs/schemas` writes them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from edgedistill.bundle.manifest import Manifest
+from edgedistill.records import Latency, Record, Retention
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+SCHEMAS: dict[str, type[Record]] = {
+    "edgedistill.bundle-1.json": Manifest,
+    "edgedistill.latency-1.json": Latency,
+    "edgedistill.retention-1.json": Retention,
+}
+
+
+def schema_text(record: type[Record]) -> str:
+    """The JSON Schema of what a record writes: every field is there, none else."""
+    schema = record.model_json_schema(by_alias=True, mode="serialization")
+    return json.dumps({"$schema": DIALECT, **schema}, indent=1, sort_keys=True) + "\n"
+
+
+def write_schemas(folder: Path) -> list[Path]:
+    """Write every schema; the files written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, record in SCHEMAS.items():
+        path = folder / name
+        path.write_text(schema_text(record), encoding="utf-8", newline="\n")
+        paths.append(path)
+    return paths
+
+
+if __name__ == "__main__":
+    for written in write_schemas(Path(sys.argv[1])):
+        print(written)

@@ -1,0 +1,238 @@
+"""Results as a person reads them (rich tables) and as a program does (dicts)."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgedistill.records import Artifact, Latency, Retention
+
+if TYPE_CHECKING:
+    from edgedistill.bundle.check import BundleCheck
+    from edgedistill.pipeline import Built, Trained
+    from edgedistill.plan import Plan
+    from edgedistill.targets import Target
+
+WIDTH = 110
+
+
+def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of text, wide enough for its words whatever the terminal."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(*header, title=title or None, title_justify="left", box=SIMPLE, pad_edge=False)
+    for row in rows:
+        drawn.add_row(*row)
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=WIDTH, markup=False, highlight=False, emoji=False)
+    width = console.measure(drawn).maximum
+    Console(file=buffer, width=max(WIDTH, min(width, 2 * WIDTH)), markup=False, highlight=False, emoji=False).print(drawn)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).strip("\n")
+
+
+def with_interval(value: float, ci95: tuple[float, float], digits: int = 3) -> str:
+    return f"{value:.{digits}f} [{ci95[0]:.{digits}f}, {ci95[1]:.{digits}f}]"
+
+
+def human_bytes(count: float) -> str:
+    """Decimal units, as disks and downloads count."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def plan_text(plan: Plan) -> str:
+    from edgedistill.plan import plan_rows
+
+    lines = [table(f"plan of {plan.recipe}", ("what", "value", "basis", "from"), plan_rows(plan))]
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in plan.warnings)])
+
+
+def trained_json(trained: Trained) -> dict[str, Any]:
+    return {
+        "plan": trained.plan.model_dump(mode="json"),
+        "data": trained.data.result.model_dump(mode="json"),
+        "teacher": trained.teacher.model_dump(mode="json"),
+        "student": trained.student.result.model_dump(mode="json")
+        | {"path": str(trained.student.directory / trained.student.result.path), "reused": trained.student.reused},
+    }
+
+
+def trained_text(trained: Trained) -> str:
+    student = trained.student.result
+    how = "from the store" if trained.student.reused else "trained now"
+    lines = [f"student: {student.parameters:,} parameters, {how}: {trained.student.directory / student.path}"]
+    if student.training is not None and student.training.history:
+        run = student.training
+        lines.append(
+            f"{run.loss}; {run.steps:,} steps, {run.tokens:,} tokens in {run.seconds:.0f} s;"
+            f" perplexity on the calibration part {min(row['perplexity'] for row in run.history):.2f} at step {run.best_step:,}"
+        )
+    return "\n".join(lines)
+
+
+def built_json(trained: Trained, built: Sequence[Built]) -> dict[str, Any]:
+    return {
+        **trained_json(trained),
+        "bundles": [
+            {
+                "target": item.target.name,
+                "bundle": None if item.bundle is None else str(item.bundle),
+                "artifacts": [
+                    {
+                        "artifact": done.exported.result.model_dump(mode="json"),
+                        "retention": done.retention.model_dump(mode="json", by_alias=True),
+                        "latency": None if done.latency is None else done.latency.model_dump(mode="json", by_alias=True),
+                    }
+                    for done in item.artifacts
+                ],
+            }
+            for item in built
+        ],
+    }
+
+
+def built_text(trained: Trained, built: Sequence[Built]) -> str:
+    """The result table of a build: one row an artifact. Speeds of two bases never share a column."""
+    finished = [done for item in built for done in item.artifacts]
+    teacher = finished[0].retention.rungs[0]
+    bases = [b for b in ("measured", "proxy", "emulated") if any(d.latency and d.latency.basis == b for d in finished)]
+    header = ["target", "artifact", "size", "perplexity", "retention of teacher", "top-1 agreement"]
+    header += [f"decode tokens/s ({basis})" for basis in bases]
+    rows = []
+    for done in finished:
+        shipped, artifact = done.retention.rungs[-1], done.exported.result
+        row = [
+            done.target.name,
+            f"{artifact.format.upper()} {artifact.quantization}",
+            human_bytes(artifact.bytes),
+            with_interval(shipped.perplexity, shipped.perplexity_ci95, 2),
+            with_interval(shipped.retention, shipped.retention_ci95),
+            f"{shipped.top1_agreement:.1%}",
+        ]
+        for basis in bases:
+            shown = done.latency is not None and done.latency.basis == basis
+            row.append(f"{done.latency.decode_tokens_per_s:,.0f}" if shown and done.latency else "")
+        rows.append(row)
+    title = (
+        f"teacher {trained.teacher.parameters:,} parameters, perplexity {with_interval(teacher.perplexity, teacher.perplexity_ci95, 2)};"
+        f" student {trained.student.result.parameters:,} parameters"
+    )
+    lines = [table(title, header, rows)]
+    first = next((d.latency for d in finished if d.latency is not None), None)
+    lines.append("intervals: 95 %, paired bootstrap over documents")
+    if first is not None:
+        where = first.measured_on
+        lines.append(f"speed measured on {where.get('cpu')} with {where.get('threads')} threads, {first.basis} for the target")
+    lines += [f"bundle: {item.bundle}" for item in built if item.bundle is not None]
+    return "\n".join(lines)
+
+
+def artifact_text(artifact: Artifact, out: Path) -> str:
+    types = ", ".join(f"{count} {name}" for name, count in artifact.tensor_types.items())
+    lines = [
+        f"{out}: {artifact.format} {artifact.quantization}, {human_bytes(artifact.bytes)},"
+        f" {artifact.bits_per_weight:.2f} bits a weight, context {artifact.context_tokens:,} tokens",
+        f"tensors: {types}",
+    ]
+    lines += [f"fallback: {f.tensor} is {f.got} instead of {f.wanted}: {f.why}" for f in artifact.fallbacks]
+    return "\n".join(lines)
+
+
+def retention_text(retention: Retention) -> str:
+    """The ladder."""
+    header = ("rung", "perplexity", "retention", "next-token accuracy", "mean KL (nats)", "p99 KL", "top-1", "basis")
+    rows = [
+        (
+            rung.rung,
+            with_interval(rung.perplexity, rung.perplexity_ci95, 2),
+            with_interval(rung.retention, rung.retention_ci95),
+            with_interval(rung.next_token_accuracy, rung.next_token_accuracy_ci95),
+            with_interval(rung.kl_mean_nats, rung.kl_mean_nats_ci95, 4),
+            "null" if rung.kl_p99_nats is None else f"{rung.kl_p99_nats:.3f}",
+            f"{rung.top1_agreement:.1%}",
+            rung.basis,
+        )
+        for rung in retention.rungs
+    ]
+    gate = retention.gate
+    check = retention.tokenizer
+    return "\n".join(
+        [
+            table("", header, rows),
+            f"{retention.examples:,} tokens of {retention.documents} documents, windows of {retention.context_tokens};"
+            " intervals: 95 %, paired bootstrap over documents",
+            f"tokenizer: {check.texts - check.mismatches} of {check.texts} texts as the original",
+            f"gate: {gate.min_retention:g} at the interval's lower end {'passed' if gate.passed else 'FAILED'}",
+        ]
+    )
+
+
+def latency_text(latency: Latency) -> str:
+    rows = [
+        ("decode", with_interval(latency.decode_tokens_per_s, latency.decode_tokens_per_s_ci95, 1), "tokens/s", latency.basis),
+        ("prefill", with_interval(latency.prefill_tokens_per_s, latency.prefill_tokens_per_s_ci95, 1), "tokens/s", latency.basis),
+        ("first token p50 / p90", f"{latency.ttft_ms.p50:.2f} / {latency.ttft_ms.p90:.2f}", "ms", latency.basis),
+        ("token p50 / p90", f"{latency.token_ms.p50:.3f} / {latency.token_ms.p90:.3f}", "ms", latency.basis),
+        ("load", f"{latency.load_ms:.1f}", "ms", latency.basis),
+        ("peak resident memory", human_bytes(latency.peak_rss_bytes), "", latency.basis),
+        ("drift (last ÷ first quarter)", f"{latency.drift:.3f}", "", latency.basis),
+        ("decode at most", f"{latency.ceiling.value:,.0f}", "tokens/s", latency.ceiling.basis),
+    ]  # fmt: skip
+    where = latency.measured_on
+    lines = [table("", ("what", "value", "unit", "basis"), rows)]
+    lines.append(f"on {where.get('cpu')}, {where.get('threads')} threads, {where.get('runtime')} {where.get('runtime_version')}")
+    return "\n".join([*lines, *(f"note: {note}" for note in latency.notes)])
+
+
+def check_text(check: BundleCheck) -> str:
+    lines = [f"{check.name} for {check.target}: {check.files} files, {human_bytes(check.bytes)}, every hash is right"]
+    lines += [
+        f"{r.artifact}: {r.cases} golden cases replayed in {r.runtime_version}, largest deviation"
+        f" {r.largest_deviation:.3g} (tolerance {r.tolerance:.3g}), {r.greedy_compared} greedy tokens equal"
+        for r in check.replays
+    ]
+    return "\n".join([*lines, *check.notes])
+
+
+def targets_text(targets: Sequence[Target]) -> str:
+    rows = [
+        (
+            target.name,
+            ", ".join(target.aliases),
+            target.title,
+            ", ".join(target.default_artifacts),
+            human_bytes(target.usable_memory_bytes.value),
+            f"{target.bandwidth_bytes_per_s.value / 1e9:,.0f} GB/s",
+        )
+        for target in targets
+    ]
+    return table("", ("name", "alias", "device", "default artifact", "usable memory", "bandwidth"), rows)
+
+
+def store_text(rows: Sequence[dict[str, Any]]) -> str:
+    if not rows:
+        return "the store is empty"
+    now = time.time()
+    shown = [
+        (r["stage"], r["key"][:12], human_bytes(r["bytes"]), f"{(now - r['written_unix_s']) / 3600:.1f} h", r["state"])
+        for r in rows
+    ]
+    total = human_bytes(sum(r["bytes"] for r in rows))
+    return table("", ("stage", "key", "size", "age", "state"), shown) + f"\n{total} in all"
+
+
+def doctor_text(found: dict[str, Any]) -> str:
+    here = found["machine"]
+    lines = [f"{here['cpu']}, {here['usable_cores']} cores, {human_bytes(here['memory_bytes'] or 0)} memory, {here['os']}"]
+    rows = [(c["what"], c["state"], c["detail"], c["remedy"]) for c in found["checks"]]
+    lines.append(table("this machine", ("what", "state", "detail", "to mend it"), rows))
+    rows = [(t["target"], "yes" if t["can_build"] else "no", t["speed_basis"], "; ".join(t["missing"])) for t in found["targets"]]
+    lines.append(table("targets", ("target", "can be built here", "basis of speed here", "missing"), rows))
+    return "\n".join(lines)

@@ -1,0 +1,148 @@
+"""One stage by itself, on a model or an artifact that the user names: export, verify, bench."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from edgedistill import machine
+from edgedistill.data.documents import read_documents
+from edgedistill.data.split import join_short
+from edgedistill.errors import GateFailed, UserError
+from edgedistill.models import open_model, require_same_tokenizer, tokenizer_sha256, weights_sha256
+from edgedistill.progress import QUIET, Progress
+from edgedistill.recipe import Recipe
+from edgedistill.records import Artifact, Latency, Retention
+from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.store import Store, Stored, fsync_tree, sha256_of
+from edgedistill.targets import Target, parse_artifact
+
+RECORD = "artifact.json"
+
+
+def export(
+    student: str,
+    *,
+    format_: str,
+    quantization: str,
+    context_tokens: int | None,
+    out: Path,
+    store: Store,
+    progress: Progress = QUIET,
+) -> Artifact:
+    """`out` with the artifact and artifact.json, put in place whole after its runtime opened it and ran a token.
+
+    Raises UserError where `out` holds something, or the model cannot be converted; RuntimeCrashed where its
+    runtime dies on it.
+    """
+    from edgedistill.export import write_artifact
+
+    folder = open_model(student, role="student")
+    format_, quantization = parse_artifact(f"{format_}:{quantization}")
+    context = context_tokens or folder.shape.max_position_embeddings
+    if not 8 <= context <= folder.shape.max_position_embeddings:
+        raise UserError(
+            f"context of {context:,} tokens, but the model has {folder.shape.max_position_embeddings:,} positions",
+            f"give --context-tokens of 8 to {folder.shape.max_position_embeddings:,}",
+        )
+    out = out.absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder", "name a new folder with --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        artifact = write_artifact(
+            folder.path, scratch, format_=format_, quantization=quantization, context_tokens=context,
+            name=folder.path.name,
+        )  # fmt: skip
+        _runs(artifact, scratch, store)
+        (scratch / RECORD).write_text(artifact.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        fsync_tree(scratch)
+        if out.exists():
+            out.rmdir()
+        scratch.chmod(0o755)
+        os.replace(scratch, out)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    for fallback in artifact.fallbacks:
+        progress.say(
+            f"export: {fallback.tensor} is {fallback.got} instead of {fallback.wanted}: {fallback.why}", level=2
+        )
+    return artifact
+
+
+def _runs(artifact: Artifact, folder: Path, store: Store) -> None:
+    with RuntimeProcess(
+        artifact.runtime, folder / artifact.entry, threads=len(machine.usable_cpus()), context_tokens=32, store=store,
+        logits_all=False,
+    ) as process:  # fmt: skip
+        process.greedy([0, min(1, artifact.vocab_size - 1)], 2)
+
+
+def open_artifact(folder: Path) -> Stored[Artifact]:
+    """An exported folder, its record read and its bytes hashed again. UserError where they differ."""
+    path = folder / RECORD
+    if not path.is_file():
+        raise UserError(f"{folder} has no {RECORD}", "name a folder that `edgedistill export` wrote")
+    try:
+        artifact = Artifact.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not an artifact's record", "export it again") from error
+    for entry in artifact.files:
+        file = folder / entry.path
+        if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
+            raise UserError(f"{folder} lacks {entry.path}", "export it again")
+        if sha256_of(file) != entry.sha256:
+            raise UserError(f"{file} is not what was exported: its hash differs", "export it again")
+    return Stored(stage="export", key=artifact.sha256[:32], directory=folder, result=artifact, reused=True)
+
+
+def verify(
+    artifact: Path, *, student: str, teacher: str | None, recipe: Recipe, store: Store, progress: Progress = QUIET
+) -> tuple[Retention, Path]:
+    """The ladder of an exported artifact on `recipe.data.source`, all of which counts as held out."""
+    from edgedistill.distill.stage import given_student
+    from edgedistill.distill.teacher import describe
+    from edgedistill.verify.stage import verify_artifact
+
+    exported = open_artifact(artifact)
+    student_folder = open_model(student, role="student")
+    teacher_folder = open_model(teacher or student, role="teacher")
+    require_same_tokenizer(teacher_folder.path, student_folder.path)
+    texts = join_short(read_documents(recipe.data.source, recipe.data), recipe.data.min_document_chars)
+    return verify_artifact(
+        exported,
+        student=given_student(student_folder, store),
+        teacher=describe(teacher_folder, store),
+        held_out=texts,
+        settings=recipe.verify,
+        seed=recipe.seed,
+        store=store,
+        progress=progress,
+    )
+
+
+def require_gate(retention: Retention, reports: Path) -> None:
+    """GateFailed where the gate did not pass."""
+    if not retention.gate.passed:
+        raise GateFailed(
+            f"retention {retention.retention.value:.3f} (95 % interval {retention.retention.ci95[0]:.3f} to"
+            f" {retention.retention.ci95[1]:.3f}); the gate asks for {retention.gate.min_retention:g} at its lower end",
+            f"see {reports}, or accept less with --min-retention",
+        )
+
+
+def bench(artifact: Path, target: Target, *, recipe: Recipe, store: Store, progress: Progress = QUIET) -> Latency:
+    """An exported artifact's speed and memory, measured now (the store is not asked)."""
+    from edgedistill.bench.measure import bench as measure
+
+    exported = open_artifact(artifact)
+    return measure(
+        exported.result, exported.directory, target, settings=recipe.bench, seed=recipe.seed, store=store,
+        progress=progress,
+    )  # fmt: skip

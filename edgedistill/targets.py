@@ -1,0 +1,367 @@
+"""Device profiles: what a target has, what it runs best, and how to tell that a machine is one.
+
+One YAML file a device: `targets/` beside the package in a checkout or sdist, `edgedistill/_targets`
+inside a wheel. A user's own file is loaded the same way: `--target my-board.yaml`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from edgedistill.errors import UserError, did_you_mean
+from edgedistill.records import Figure
+
+MAX_PROFILE_BYTES = 1 << 18
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+ARTIFACTS: dict[str, tuple[str, ...]] = {
+    "gguf": ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_0"),
+    "onnx": ("FP32", "FP16", "INT8", "INT4"),
+}
+# Which runtimes open a format; a profile must have one of them for every artifact it allows.
+RUNTIMES_OF = {"gguf": ("llama.cpp",), "onnx": ("onnxruntime", "onnxruntime-genai")}
+_ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64", "armv8l": "aarch64"}
+
+
+class Profile(BaseModel):
+    """Base of a profile's sections: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def _unit(unit: str) -> Any:
+    def check(figure: Figure) -> Figure:
+        if figure.unit != unit:
+            raise ValueError(f"the unit is {figure.unit!r}; write {unit!r}")
+        if not math.isfinite(figure.value) or figure.value <= 0:
+            raise ValueError(f"the value is {figure.value}; it is a positive number")
+        if not figure.source.strip():
+            raise ValueError("the source is empty; say where the figure comes from")
+        return figure
+
+    return AfterValidator(check)
+
+
+Bytes = Annotated[Figure, _unit("B")]
+BytesPerSecond = Annotated[Figure, _unit("B/s")]
+GigaHertz = Annotated[Figure, _unit("GHz")]
+OperationsPerSecond = Annotated[Figure, _unit("op/s")]
+
+
+class Cluster(Profile):
+    """Cores of one kind."""
+
+    name: str = Field(min_length=1)
+    cores: int = Field(ge=1, le=4096)
+    clock_ghz: GigaHertz | None = None
+
+
+class Cpu(Profile):
+    """The CPU: clusters, big cores first, and the instruction sets that runtimes care about."""
+
+    clusters: list[Cluster] = Field(min_length=1)
+    isa: list[str]
+
+
+class BenchSettings(Profile):
+    """How speed is measured on this device. `threads`: the big cores; more can cost 100x (llama.cpp #21763)."""
+
+    threads: int = Field(ge=1, le=4096)
+    prompt_tokens: int = Field(ge=1)
+    new_tokens: int = Field(ge=2)
+    warmup: int = Field(ge=0)
+    repeats: int = Field(ge=1)
+
+
+class Limits(Profile):
+    """What a finished artifact must keep on this device, and why."""
+
+    max_artifact_bytes: int = Field(ge=1)
+    max_memory_bytes: int = Field(ge=1)
+    min_decode_tokens_per_s: float | None = Field(None, gt=0, allow_inf_nan=False)
+    max_ttft_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
+    rationale: str = Field(min_length=1)
+
+
+class Identify(Profile):
+    """How to tell that a machine is this target; every condition given must hold.
+
+    `machine` and `gpu` are regular expressions searched, ignoring case, in the machine's name (device-tree
+    model, product or SoC name), its CPU's name, or its GPU's name.
+    """
+
+    arch: Literal["x86_64", "aarch64"]
+    isa: list[str] = []
+    machine: str | None = Field(None, max_length=200)
+    gpu: str | None = Field(None, max_length=200)
+    min_memory_bytes: int | None = Field(None, ge=1)
+
+    @field_validator("machine", "gpu")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from error
+        return value
+
+
+class Target(Profile):
+    """A device profile. Figures carry unit, basis and source; what nobody published is left out."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    aliases: list[Annotated[str, Field(pattern=NAME_PATTERN)]] = []
+    title: str = Field(min_length=1)
+    arch: Literal["x86_64", "aarch64"]
+    cpu: Cpu
+    gpu: str | None = None
+    memory_bytes: Bytes
+    usable_memory_bytes: Bytes
+    runtime_bytes: Bytes
+    bandwidth_bytes_per_s: BytesPerSecond
+    compute: dict[str, OperationsPerSecond] = {}
+    runtimes: list[Literal["llama.cpp", "onnxruntime", "onnxruntime-genai"]] = Field(min_length=1)
+    default_artifacts: list[str] = Field(min_length=1)
+    allowed_artifacts: list[str] = Field(min_length=1)
+    encoder_artifacts: list[str] = Field(min_length=1)
+    context_tokens: int = Field(ge=8)
+    bench: BenchSettings
+    limits: Limits
+    identify: Identify
+    notes: list[str] = []
+
+    @field_validator("default_artifacts", "allowed_artifacts", "encoder_artifacts")
+    @classmethod
+    def _known_artifacts(cls, value: list[str]) -> list[str]:
+        try:
+            spelled = [":".join(parse_artifact(artifact)) for artifact in value]
+        except UserError as error:
+            raise ValueError(f"{error.cause}; {error.remedy}") from error
+        if len(set(spelled)) != len(spelled):
+            raise ValueError("an artifact stands twice")
+        return spelled
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Target:
+        for field in ("default_artifacts", "encoder_artifacts"):
+            for artifact in getattr(self, field):
+                if artifact not in self.allowed_artifacts:
+                    raise ValueError(f"{field} has {artifact}, which allowed_artifacts lacks")
+        for artifact in self.allowed_artifacts:
+            runtimes = RUNTIMES_OF[parse_artifact(artifact)[0]]
+            if not set(runtimes) & set(self.runtimes):
+                raise ValueError(f"allowed_artifacts has {artifact}, but runtimes lacks {' and '.join(runtimes)}")
+        if self.usable_memory_bytes.value >= self.memory_bytes.value:
+            raise ValueError("usable_memory_bytes is not less than memory_bytes: take off what the system holds")
+        if self.limits.max_memory_bytes > self.usable_memory_bytes.value:
+            raise ValueError("limits.max_memory_bytes is more than usable_memory_bytes")
+        if self.runtime_bytes.value >= self.limits.max_memory_bytes:
+            raise ValueError("runtime_bytes leaves nothing of limits.max_memory_bytes for a model")
+        if self.bench.prompt_tokens + self.bench.new_tokens > self.context_tokens:
+            raise ValueError("bench.prompt_tokens + bench.new_tokens is more than context_tokens")
+        if self.bench.threads > sum(cluster.cores for cluster in self.cpu.clusters):
+            raise ValueError("bench.threads is more than the CPU's cores")
+        return self
+
+
+def parse_artifact(artifact: str) -> tuple[str, str]:
+    """`"gguf:Q4_K_M"` -> `("gguf", "Q4_K_M")`; letter case is forgiven. Raises UserError for what is not known."""
+    format_, colon, quantization = artifact.strip().partition(":")
+    format_, quantization = format_.lower(), quantization.upper()
+    if not colon or not quantization:
+        raise UserError(f"artifact {artifact!r} is not FORMAT:QUANTIZATION", "write e.g. gguf:Q4_K_M or onnx:INT4")
+    if format_ not in ARTIFACTS:
+        raise UserError(f"artifact {artifact!r}: no format '{format_}'", did_you_mean(format_, ARTIFACTS))
+    if quantization not in ARTIFACTS[format_]:
+        raise UserError(
+            f"artifact {artifact!r}: {format_} has no quantization '{quantization}'",
+            did_you_mean(quantization, ARTIFACTS[format_]),
+        )
+    return format_, quantization
+
+
+def targets_folder() -> Path:
+    """Where the profiles lie: inside the installed package, else beside it (checkout, editable install, sdist)."""
+    package = Path(__file__).resolve().parent
+    inside = package / "_targets"
+    return inside if inside.is_dir() else package.parent / "targets"
+
+
+def load_targets() -> dict[str, Target]:
+    """Every profile that ships with edgedistill, by name."""
+    folder = targets_folder()
+    targets: dict[str, Target] = {}
+    taken: dict[str, str] = {}
+    for path in sorted(folder.glob("*.yaml")):
+        target = targets_check(path)
+        for name in (target.name, *target.aliases):
+            if name in taken:
+                raise UserError(f"target name '{name}' is taken by {taken[name]} and {path.name}", "rename one")
+            taken[name] = path.name
+        targets[target.name] = target
+    if not targets:
+        raise UserError(f"no device profiles in {folder}", "install edgedistill again: its targets are missing")
+    return targets
+
+
+def load_target(name_or_path: str) -> Target:
+    """A profile by name, alias, or path of a YAML file; UserError with the nearest name otherwise."""
+    if _is_path(name_or_path):
+        return targets_check(name_or_path)
+    targets = load_targets()
+    for target in targets.values():
+        if name_or_path == target.name or name_or_path in target.aliases:
+            return target
+    known = [name for target in targets.values() for name in (target.name, *target.aliases)]
+    raise UserError(f"no target '{name_or_path}'", did_you_mean(name_or_path, known))
+
+
+def targets_list() -> list[Target]:
+    """The shipped profiles, sorted by name."""
+    return list(load_targets().values())
+
+
+def targets_show(name_or_path: str) -> Target:
+    """One profile with all its figures."""
+    return load_target(name_or_path)
+
+
+def targets_check(path_or_name: str | Path) -> Target:
+    """Validate a profile file (or a shipped one by name); the Target, or UserError with file, key and remedy."""
+    text = str(path_or_name)
+    if isinstance(path_or_name, str) and not _is_path(text):
+        return load_target(text)
+    path = Path(text).expanduser()
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise UserError(f"target profile {path} is not a file", "name a YAML file")
+        if size > MAX_PROFILE_BYTES:
+            raise UserError(f"target profile {path} has {size:,} bytes", "a profile is YAML text of at most 256 KiB")
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"target profile {path} is not UTF-8 text: byte {error.start}", "save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(
+            f"target profile {path} cannot be read: {error.strerror or error}", "see `edgedistill targets list`"
+        ) from error
+    return parse_target(content, where=str(path))
+
+
+def parse_target(text: str, *, where: str) -> Target:
+    """YAML text -> Target; `where` names it in errors. Aliases and repeated keys are refused."""
+    try:
+        tree = yaml.load(text, Loader=_PlainLoader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise UserError(f"target profile {where} is not plain YAML: {_first_line(error)}", "mend its syntax") from error
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"target profile {where} cannot be parsed: {_first_line(error)}", "mend it") from error
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"target profile {where} holds a {type(tree).__name__}",
+            "a profile is a mapping; start from `edgedistill targets probe` or `targets show`",
+        )
+    try:
+        return Target.model_validate(tree)
+    except ValidationError as error:
+        raise _profile_error(error, where) from error
+
+
+def target_yaml(target: Target) -> str:
+    """The profile as YAML text that `targets_check` accepts."""
+    return yaml.safe_dump(target.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True, width=110)
+
+
+def is_this_machine(target: Target, machine: Mapping[str, Any]) -> bool:
+    """Whether the machine (as `machine.describe()` gives it) is this target: only then may a figure be `measured`.
+
+    What the machine does not tell does not match. An x86-64 machine with another GPU is `cpu-x86`, not `server-gpu`.
+    """
+    identify = target.identify
+    arch = str(machine.get("arch", "")).lower()
+    if _ARCHITECTURES.get(arch, arch) != identify.arch:
+        return False
+    if not set(identify.isa) <= set(machine.get("isa") or ()):
+        return False
+    if identify.min_memory_bytes and int(machine.get("memory_bytes") or 0) < identify.min_memory_bytes:
+        return False
+    names = f"{machine.get('machine') or ''}\n{machine.get('cpu') or ''}"
+    if identify.machine and not re.search(identify.machine, names, re.IGNORECASE):
+        return False
+    gpu = machine.get("gpu") or ""
+    gpus = "\n".join(map(str, gpu)) if isinstance(gpu, (list, tuple)) else str(gpu)
+    return not (identify.gpu and not re.search(identify.gpu, gpus, re.IGNORECASE))
+
+
+def _is_path(text: str) -> bool:
+    return text.endswith((".yaml", ".yml")) or os.sep in text or "/" in text
+
+
+def _first_line(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    what = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{what}{f' (line {mark.line + 1})' if mark else ''}"[:200]
+
+
+def _profile_error(error: ValidationError, where: str) -> UserError:
+    first = error.errors()[0]
+    loc = list(first["loc"])
+    path = ".".join(str(part) for part in loc)
+    if first["type"] == "extra_forbidden":
+        return UserError(
+            f"target profile {where}: unknown key '{path}'", did_you_mean(str(loc[-1]), _fields_at(loc[:-1]))
+        )
+    if first["type"] == "missing":
+        return UserError(f"target profile {where}: '{path}' is missing", "see `edgedistill targets show jetson`")
+    seen = first["input"]
+    shown = f" = {seen!r}"[:80] if isinstance(seen, (str, int, float, bool, type(None))) else ""
+    message = first["msg"].removeprefix("Value error, ")
+    at = f"{path}{shown}: " if path else ""
+    return UserError(f"target profile {where}: {at}{message}", "mend it; `edgedistill targets show` has examples")
+
+
+def _fields_at(loc: list[int | str]) -> list[str]:
+    """Names of the fields of the section that `loc` leads to."""
+    model: type[BaseModel] | None = Target
+    for part in loc:
+        if model is not None and part in model.model_fields:
+            model = _section_in(model.model_fields[str(part)].annotation)
+    return list(model.model_fields) if model else []
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return annotation if issubclass(annotation, BaseModel) else None
+    for inner in get_args(annotation):
+        found = _section_in(inner)
+        if found is not None:
+            return found
+    return None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """SafeLoader without aliases (a few bytes can stand for gigabytes) and without keys that silently win."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "a profile uses no aliases", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is not plain text", key.start_mark)
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)

@@ -1,0 +1,78 @@
+"""Whatever gives logits, behind one Protocol: torch here, the shipped artifact in its runtime's own process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch  # noqa: TID253  this module is imported by verification alone
+from numpy.typing import NDArray
+from torch import Tensor, nn  # noqa: TID253
+
+from edgedistill.errors import UserError
+from edgedistill.runtimes.child import RuntimeProcess
+
+
+class Scorer(Protocol):
+    """Logits [S, T, V] fp32 of S sequences of T ids, each from its start."""
+
+    runtime: str
+
+    def logits(self, ids: NDArray[np.int64]) -> Tensor: ...
+
+
+class TorchScorer:
+    """A transformers model in fp32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval()
+        self.runtime = f"torch {torch.__version__} fp32"
+
+    @torch.no_grad()
+    def logits(self, ids: NDArray[np.int64]) -> Tensor:
+        output: Tensor = self.model(input_ids=torch.from_numpy(ids), use_cache=False).logits
+        return output
+
+
+class ArtifactScorer:
+    """The artifact's bytes in their own runtime."""
+
+    def __init__(self, process: RuntimeProcess) -> None:
+        self.process = process
+        self.runtime = f"{process.info['runtime']} {process.info['runtime_version']}"
+
+    def logits(self, ids: NDArray[np.int64]) -> Tensor:
+        return torch.stack([torch.from_numpy(self.process.logits(row)) for row in ids])
+
+
+def load_torch(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
+    """A model folder as a fp32 transformers model in eval."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+    )
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def with_weights(folder: Path, weights: Iterable[tuple[str, NDArray[np.float32]]]) -> nn.Module:
+    """The model of a folder's config with these weights; one that is missing or unknown is a UserError."""
+    model = load_torch(folder)
+    own = dict(model.named_parameters())
+    tied = {"lm_head.weight"} if getattr(model.config, "tie_word_embeddings", False) else set()
+    missing = set(own)
+    with torch.no_grad():
+        for name, values in weights:
+            if name in tied:
+                continue
+            if name not in own:
+                raise UserError(f"the artifact holds {name}, which {folder} does not have", "export the artifact again")
+            own[name].copy_(torch.from_numpy(np.ascontiguousarray(values)))
+            missing.discard(name)
+    if missing:
+        raise UserError(
+            f"the artifact lacks {len(missing)} tensors of {folder}: {sorted(missing)[0]}", "export the artifact again"
+        )
+    return model

@@ -1,0 +1,115 @@
+"""The tokenizer inside an artifact against the original, on texts where tokenizers tend to differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from edgedistill.errors import UserError
+from edgedistill.gguf.checkpoint import read_json
+from edgedistill.gguf.tokenizer import added_ends
+from edgedistill.records import TokenizerCheck
+
+TEXT_SHOWN = 60
+IDS_SHOWN = 12
+
+# Tokens of control that appear as plain words in texts; the tokenizer's own are added in the check.
+CONTROL_LIKE = ("<|im_start|>", "<|eot_id|>", "[INST]", "<s>", "</s>", "<unk>", "<|endoftext|>", "<0x0A>")
+VARIED_TEXTS: tuple[str, ...] = (
+    "Hello, world!",
+    "The quick brown fox jumps over the lazy dog.",
+    "once upon a time there was a little girl named lily . she loved to play outside .",
+    "I'm sure they've said we'll go; HE'S here, DON'T go, it`s o'clock.",
+    # code
+    "def f(x: int) -> str:\n    return f'{x:>8}'  # comment\n\n\nclass A:\n\tpass\n",
+    "for (int i = 0; i < n; ++i) { a[i] += b[i] << 2; } /* ok */",
+    '{"key": [1, 2.5e-3, null], "nested": {"a\\n": true}}',
+    "https://example.org/a/b?c=d&e=%20f#g user@example.org C:\\temp\\x.txt",
+    "SELECT * FROM t WHERE a>=10 AND b!='x';--",
+    # numbers
+    "0 1 12 123 1234 12345 123456 3.14159 -2,718.28 1e-10 0xFF 50% $9.99 ½ ² ٣٤٥ १२३",
+    # whitespace
+    "a b  c   d    e     f",
+    " one leading",
+    "  two leading",
+    "trailing ",
+    "trailing two  ",
+    "\ttab\t\ttabs \t mixed",
+    "line\nline\n\nblank\n\n\ntwo blank\r\nwindows\r\n\r\nblank\rold mac",
+    "\n",
+    "\n\n \n  \n",
+    " ",
+    "   ",
+    "\u00a0no\u00a0break\u2003em\u3000ideographic\u200bzero\u2028line",
+    # scripts
+    "你好，世界。今天天气很好！日本語のテキスト、ひらがなカタカナ。한국어 문장입니다.",
+    "Привет, мир! Ελληνικά γράμματα. Հայերեն",
+    "مرحبا بالعالم، كيف حالك؟ שלום עולם",
+    "नमस्ते दुनिया। สวัสดีชาวโลก வணக்கம்",
+    "Zażółć gęślą jaźń; Straße, naïve façade, Ångström, İstanbul",
+    # combining marks: the same letters as above, decomposed
+    "cafe\u0301 nai\u0308ve A\u030angstro\u0308m Z\u0351\u036b\u0343a\u0362lgo\u0301",
+    # emoji: plain, with skin tone, joined, flags, keycap
+    "😀 👍🏽 👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪🇯🇵 1️⃣ ❤️‍🔥 end",
+    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𐍈 𓀀 \U0001f9ff",
+    # punctuation and repeats
+    "...!!!???---___***###@@@ «quotes» “curly” ‘single’ – — …",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "antidisestablishmentarianism pneumonoultramicroscopicsilicovolcanoconiosis",
+    "MixedCASE camelCase snake_case kebab-case UPPER lower",
+    "\u2581marked\u2581spaces \ufffd \ue000 \u0001\u001f\u007f",
+    " ".join(CONTROL_LIKE),
+)
+
+
+def check_tokenizer(hf_tokenizer_dir: Path, tokenize: Callable[[str, bool, bool], list[int]]) -> TokenizerCheck:
+    """Compare `tokenize(text, add_special, parse_special)` of an artifact with the folder's tokenizer.json.
+
+    Each varied text counts once, and is right when the ids are equal in all three ways of asking: as plain
+    text, with special tokens parsed, and with special tokens parsed and BOS/EOS added. Texts made of the
+    tokenizer's own added tokens are included. Raises UserError where the folder has no tokenizer.json.
+    """
+    from tokenizers import Tokenizer
+
+    path = hf_tokenizer_dir / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{hf_tokenizer_dir} has no tokenizer.json", "check against the folder of the student")
+    plain, parsing = Tokenizer.from_file(str(path)), Tokenizer.from_file(str(path))
+    plain.encode_special_tokens = True
+    for original in (plain, parsing):
+        original.no_truncation()
+        original.no_padding()
+    config_path = hf_tokenizer_dir / "tokenizer_config.json"
+    config = read_json(config_path, what="tokenizer_config.json") if config_path.is_file() else {}
+    tokenizer_json = read_json(path, what="tokenizer.json")
+    ends = added_ends(tokenizer_json, config, where=str(path))
+    before, after = ([parsing.token_to_id(end)] if end is not None else [] for end in ends)
+
+    texts = [*VARIED_TEXTS, *_texts_of_added_tokens(tokenizer_json)]
+    mismatches = 0
+    first: str | None = None
+    for text in texts:
+        parsed = list(parsing.encode(text, add_special_tokens=False).ids)
+        asked = {
+            (False, False): list(plain.encode(text, add_special_tokens=False).ids),
+            (False, True): parsed,
+            (True, True): [*before, *parsed, *after],
+        }
+        wrong = {how: expected for how, expected in asked.items() if tokenize(text, *how) != expected}
+        if wrong:
+            mismatches += 1
+            how, expected = next(iter(wrong.items()))
+            first = first or _difference(text, expected, tokenize(text, *how))
+    return TokenizerCheck(texts=len(texts), mismatches=mismatches, first_mismatch=first)
+
+
+def _texts_of_added_tokens(tokenizer: dict[str, object]) -> list[str]:
+    added = tokenizer.get("added_tokens")
+    contents = [str(a["content"]) for a in added if isinstance(a, dict)] if isinstance(added, list) else []
+    return [f"{token}hello {token}\n{token}" for token in contents[:20]]
+
+
+def _difference(text: str, expected: list[int], got: list[int]) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got)))
+    window = slice(max(0, at - 2), at + IDS_SHOWN)
+    return f"{text[:TEXT_SHOWN]!r} at token {at}: original {expected[window]}, artifact {got[window]}"

@@ -1,0 +1,266 @@
+"""The plan: figures that add up, limits that bind at the boundary, and refusals that say by how much."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgedistill import sizes
+from edgedistill.errors import UserError
+from edgedistill.fit import artifacts_of, context_of, decode_ceiling, human_bytes
+from edgedistill.plan import Plan, plan, plan_rows
+from edgedistill.recipe import Recipe, parse_recipe
+from edgedistill.records import Shape
+from edgedistill.targets import Target, load_target, targets_list
+
+TEACHER = Shape(vocab_size=4096, hidden_size=512, intermediate_size=1536, num_hidden_layers=6,
+                num_attention_heads=8, num_key_value_heads=4, head_dim=64)  # fmt: skip
+LLAMA_8B = Shape(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                 num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
+                 max_position_embeddings=131072)  # fmt: skip
+JETSON = load_target("jetson")
+PHONE = load_target("phone")
+SERVER = load_target("server-gpu")
+
+
+def _recipe(*overrides: str) -> Recipe:
+    return parse_recipe("teacher: {model: some-folder}", where="test", overrides=overrides)
+
+
+def _limited(target: Target, **limits: Any) -> Target:
+    return target.model_copy(update={"limits": target.limits.model_copy(update=limits)})
+
+
+def _plan(*targets: Target, recipe: Recipe | None = None, teacher: Shape = TEACHER, **rest: Any) -> Plan:
+    return plan(recipe or _recipe(), targets, teacher=teacher, **rest)
+
+
+def test_figures_add_up_and_are_derived() -> None:
+    planned = _plan(JETSON)
+    assert planned.student_parameters == planned.student.parameters == 4_983_552
+    assert planned.compression == pytest.approx(20_978_176 / 4_983_552)
+    (artifact,) = planned.artifacts
+    assert (artifact.target, artifact.artifact, artifact.context_tokens) == ("jetson-orin-nano", "gguf:Q4_K_M", 2048)
+    cache = 2 * 5 * 2 * 64 * 2048 * 2
+    assert artifact.kv_cache_bytes.value == cache
+    assert artifact.artifact_bytes.value == sizes.artifact_bytes(planned.student, "gguf", "Q4_K_M")
+    assert artifact.memory_bytes.value == artifact.artifact_bytes.value + cache + artifact.runtime_bytes.value
+    assert artifact.runtime_bytes.value > JETSON.runtime_bytes.value
+    read = sizes.read_bytes_a_token(planned.student, "gguf", "Q4_K_M") + cache // 2048 * JETSON.bench.prompt_tokens
+    assert artifact.decode_ceiling_tokens_per_s.value == pytest.approx(102.4e9 / read)
+    figures = [planned.training_memory_bytes, planned.disk_bytes, *(
+        figure for a in planned.artifacts for figure in (a.artifact_bytes, a.memory_bytes, a.kv_cache_bytes,
+                                                         a.runtime_bytes, a.decode_ceiling_tokens_per_s))]  # fmt: skip
+    assert all(figure.basis == "derived" and figure.source and figure.value > 0 for figure in figures)
+    assert Plan.model_validate_json(planned.model_dump_json()) == planned
+    assert _plan(JETSON) == planned, "pure: the same arguments, the same plan"
+
+
+def test_one_student_for_all_targets_and_a_later_target_reuses_it() -> None:
+    together = _plan(*targets_list())
+    assert {artifact.target for artifact in together.artifacts} == {target.name for target in targets_list()}
+    for target in targets_list():
+        assert _plan(target).student == together.student
+
+
+def test_the_tightest_target_sizes_the_student() -> None:
+    free = _plan(SERVER, teacher=LLAMA_8B).student
+    small = _limited(PHONE, max_artifact_bytes=300_000_000)
+    planned = _plan(SERVER, small, teacher=LLAMA_8B)
+    assert planned.sized_by == "limits of phone-arm64-high"
+    assert planned.student.parameters < free.parameters
+    by_target = {artifact.target: artifact for artifact in planned.artifacts}
+    assert by_target["phone-arm64-high"].artifact_bytes.value <= 300_000_000
+    # Shrunk no further than needed: most of the limit is used.
+    assert by_target["phone-arm64-high"].artifact_bytes.value > 0.6 * 300_000_000
+    assert planned.student == _plan(small, teacher=LLAMA_8B).student
+    assert any("step in between" in warning for warning in planned.warnings)
+
+
+@pytest.mark.parametrize(
+    ("limit", "figure", "up"),
+    [
+        ("max_artifact_bytes", "artifact_bytes", True),
+        ("max_memory_bytes", "memory_bytes", True),
+        ("min_decode_tokens_per_s", "decode_ceiling_tokens_per_s", False),
+    ],
+)
+def test_limits_bind_exactly_at_the_boundary(limit: str, figure: str, up: bool) -> None:
+    given = _plan(SERVER, teacher=LLAMA_8B).student
+    exact = getattr(_plan(PHONE, teacher=LLAMA_8B, student=given).artifacts[0], figure).value
+    kept = int(exact) if up else exact
+    assert _plan(_limited(PHONE, **{limit: kept}), teacher=LLAMA_8B, student=given).student == given
+    broken = kept - 1 if up else kept * 1.0001
+    with pytest.raises(UserError, match=r"target phone-arm64-high, gguf:Q4_0: .*\n.*would fit"):
+        _plan(_limited(PHONE, **{limit: broken}), teacher=LLAMA_8B, student=given)
+    # Where the size is open, the same limit shrinks the student instead.
+    assert _plan(_limited(PHONE, **{limit: broken}), teacher=LLAMA_8B).student.parameters < given.parameters
+
+
+def test_memory_that_no_student_fits_is_refused_by_how_much() -> None:
+    tiny = _limited(JETSON, max_memory_bytes=int(JETSON.runtime_bytes.value) + 5_000_000)
+    with pytest.raises(UserError) as caught:
+        _plan(tiny)
+    assert "no student of this teacher fits jetson-orin-nano" in caught.value.cause
+    assert "over the limit of 505 MB" in caught.value.cause
+    with pytest.raises(UserError, match=r"tokens/s, .* below the limit of"):
+        _plan(_limited(JETSON, min_decode_tokens_per_s=1e9))
+
+
+def test_a_student_larger_than_its_teacher() -> None:
+    larger = TEACHER.model_copy(update={"num_hidden_layers": 7})
+    with pytest.raises(UserError) as caught:
+        _plan(JETSON, student=larger)
+    assert f"{larger.parameters:,} parameters, {TEACHER.layer_parameters:,} more than" in caught.value.cause
+    assert _plan(JETSON, student=TEACHER).compression == 1.0
+    assert not _plan(JETSON, student=TEACHER).designed
+
+
+def test_artifacts_that_the_target_does_not_run() -> None:
+    with pytest.raises(
+        UserError, match=r"jetson-orin-nano does not run gguf:BF16\nset export\.artifacts to some of gguf:Q4_K_M"
+    ):
+        _plan(JETSON, recipe=_recipe("export.artifacts=gguf:BF16"))
+    with pytest.raises(UserError, match="did you mean 'Q4_K_M'"):
+        _plan(JETSON, recipe=_recipe("export.artifacts=gguf:Q4_K_MM"))
+    assert artifacts_of(_recipe("export.artifacts=gguf:q4_0,onnx:INT4,gguf:Q4_0"), PHONE) == ["gguf:Q4_0", "onnx:INT4"]
+    assert [a.artifact for a in _plan(PHONE, recipe=_recipe("export.artifacts=gguf:Q4_0,onnx:INT4")).artifacts] == [
+        "gguf:Q4_0",
+        "onnx:INT4",
+    ]
+    assert artifacts_of(_recipe(), PHONE) == PHONE.default_artifacts
+
+
+def test_width_multiples() -> None:
+    assert _plan(JETSON).width_multiple == 256
+    assert _plan(JETSON, recipe=_recipe("student.compression=2")).width_multiple == 256
+    # 256 would leave 45 % of the budget of 2x unused: without K-quants, 32 it is.
+    phone = _plan(PHONE, recipe=_recipe("student.compression=2"))
+    assert phone.width_multiple == 32
+    assert phone.student.parameters > _plan(JETSON, recipe=_recipe("student.compression=2")).student.parameters
+    assert any(
+        "fix sizes in student.shape" in w for w in _plan(JETSON, recipe=_recipe("student.compression=2")).warnings
+    )
+    assert not phone.warnings
+
+
+def test_a_teacher_too_narrow_for_k_quants_is_warned_about_not_refused() -> None:
+    narrow = Shape(vocab_size=512, hidden_size=64, intermediate_size=172, num_hidden_layers=5,
+                   num_attention_heads=8, num_key_value_heads=4, head_dim=8)  # fmt: skip
+    planned = _plan(JETSON, teacher=narrow)
+    assert planned.width_multiple == 32
+    assert planned.artifacts[0].k_quant_fallbacks > 0
+    assert any("not a multiple of 256" in warning for warning in planned.warnings)
+    assert not any("not a multiple of 256" in warning for warning in _plan(JETSON).warnings)
+
+
+def test_compression_beyond_five_warns_exactly() -> None:
+    five = TEACHER.parameters // 5
+    student = TEACHER.model_copy(update={"num_hidden_layers": 1})
+    assert student.parameters > five
+    assert not [
+        w for w in _plan(JETSON, student=student, teacher_parameters=5 * student.parameters).warnings if "between" in w
+    ]
+    warned = _plan(JETSON, student=student, teacher_parameters=5 * student.parameters + 1).warnings
+    assert any("beyond 5x a step in between" in warning for warning in warned)
+
+
+def test_context() -> None:
+    assert context_of(_recipe(), JETSON, TEACHER) == 2048
+    assert context_of(_recipe(), JETSON, LLAMA_8B) == 4096
+    assert context_of(_recipe("export.context_tokens=2048"), JETSON, TEACHER) == 2048
+    with pytest.raises(UserError, match=r"export\.context_tokens is 2,049, but the model has 2,048 positions"):
+        _plan(JETSON, recipe=_recipe("export.context_tokens=2049"))
+    assert any("context is 2,048 tokens" in w for w in _plan(JETSON).warnings)
+    longer = _plan(JETSON, teacher=LLAMA_8B, recipe=_recipe("export.context_tokens=8192")).artifacts[0]
+    assert longer.kv_cache_bytes.value == 2 * _plan(JETSON, teacher=LLAMA_8B).artifacts[0].kv_cache_bytes.value
+
+
+def test_disk() -> None:
+    needed = int(_plan(JETSON).disk_bytes.value)
+    assert _plan(JETSON, free_disk_bytes=needed).free_disk_bytes == needed
+    with pytest.raises(UserError, match=r"of disk, 1 B more than .* that are free"):
+        _plan(JETSON, free_disk_bytes=needed - 1)
+    done = _plan(JETSON, store_hits={"teacher": True, "student": True})
+    assert done.disk_bytes.value < needed
+    trained_here = plan(Recipe(), [JETSON], teacher=TEACHER)
+    assert trained_here.disk_bytes.value >= needed + 4 * TEACHER.parameters
+
+
+def test_training_memory() -> None:
+    recipe = _recipe("distill.batch_sequences=16", "distill.context_tokens=512")
+    needed = int(_plan(JETSON, recipe=recipe).training_memory_bytes.value)
+    assert not any("micro_batch" in w for w in _plan(JETSON, recipe=recipe, machine_memory_bytes=needed).warnings)
+    warned = _plan(JETSON, recipe=recipe, machine_memory_bytes=needed - 1).warnings
+    assert any("distill.micro_batch_sequences" in warning for warning in warned)
+    smaller = _plan(JETSON, recipe=_recipe("distill.micro_batch_sequences=1")).training_memory_bytes.value
+    assert smaller < needed
+    assert _plan(JETSON, recipe=_recipe("distill.micro_batch_sequences=1"), machine_memory_bytes=int(smaller))
+    with pytest.raises(UserError, match=r"distillation needs about .* with one sequence a step, 1 B more than"):
+        _plan(JETSON, recipe=recipe, machine_memory_bytes=int(smaller) - 1)
+    assert _plan(JETSON, store_hits={"student": True}, machine_memory_bytes=1).training_memory_bytes.value == 0
+
+
+def test_threads_are_warned_about() -> None:
+    assert not any("threads" in w for w in _plan(PHONE, recipe=_recipe("bench.threads=4"), machine_cores=4).warnings)
+    assert any(
+        "bench.threads is 5, but phone-arm64-high has 4 big cores" in w
+        for w in _plan(PHONE, recipe=_recipe("bench.threads=5")).warnings
+    )
+    assert any(
+        "this machine has 3 cores, fewer than the 4 threads" in w for w in _plan(PHONE, machine_cores=3).warnings
+    )
+
+
+def test_layers_cut_from_the_teacher_keep_its_widths() -> None:
+    cut = _plan(JETSON, recipe=_recipe("student.start=layers", "student.compression=3")).student
+    assert cut == TEACHER.model_copy(update={"num_hidden_layers": cut.num_hidden_layers})
+    assert cut.num_hidden_layers == 1  # 2.1M of embedding leave one layer of 3.1M in 7.0M
+    with pytest.raises(UserError, match="no student fits"):
+        _plan(JETSON, recipe=_recipe("student.start=layers", "student.compression=5"))
+
+
+def test_asked_sizes_are_kept_and_refused_with_a_remedy() -> None:
+    planned = _plan(JETSON, recipe=_recipe("student.shape.num_hidden_layers=3"))
+    assert planned.student.num_hidden_layers == 3
+    with pytest.raises(UserError, match=r"set student\.compression to at most"):
+        _plan(JETSON, recipe=_recipe("student.shape.hidden_size=512", "student.shape.num_hidden_layers=2"))
+
+
+def test_no_target() -> None:
+    with pytest.raises(UserError, match="no target\nname one"):
+        plan(_recipe(), [], teacher=TEACHER)
+
+
+def test_rows_for_people() -> None:
+    rows = plan_rows(_plan(JETSON, PHONE, store_hits={"teacher": True, "student": False}))
+    table = {what: (value, basis, source) for what, value, basis, source in rows}
+    assert table["student"][2].startswith("4,983,552 parameters, sized by compression")
+    assert table["jetson-orin-nano gguf:Q4_K_M: decode at most"][1] == "derived"
+    assert table["store: teacher"][0] == "ready"
+    assert table["store: student"][0] == "to be made"
+    # A cache holds models this small: the ceiling says that it is none for them.
+    assert "caches" in table["phone-arm64-high gguf:Q4_0: decode at most"][2]
+    big = {what: source for what, _, _, source in plan_rows(_plan(JETSON, teacher=LLAMA_8B))}
+    assert "caches" not in big["jetson-orin-nano gguf:Q4_K_M: decode at most"]
+
+
+def test_decode_ceiling_and_human_bytes() -> None:
+    ceiling = decode_ceiling(JETSON, read_bytes=1024)
+    assert (ceiling.value, ceiling.unit, ceiling.basis) == (100_000_000, "tokens/s", "derived")
+    assert [human_bytes(v) for v in (0, 999, 1000, 1_234_567, 150e6, 4.0e9, 141e9, 2e12)] == [
+        "0 B", "999 B", "1 kB", "1.23 MB", "150 MB", "4 GB", "141 GB", "2,000 GB"]  # fmt: skip
+
+
+def test_the_teacher_at_hand(test_data: Path) -> None:
+    """The numbers of the real 21M teacher's plan, for the three targets that a build names."""
+    import json
+
+    from edgedistill.shapes import shape_from_config
+
+    folder = test_data / "weights" / "teacher-tinystories-21m"
+    teacher = shape_from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")), where="teacher")
+    planned = _plan(JETSON, PHONE, SERVER, teacher=teacher)
+    assert (planned.student.hidden_size, planned.student.num_hidden_layers, planned.compression > 4) == (256, 5, True)
