@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from edgedistill import errors
 from edgedistill.progress import Progress
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="[RECIPE]", help="a built-in recipe or a YAML file")]
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a built-in recipe or a YAML file")]
 Targets = Annotated[list[str], typer.Option("--target", "-t", help="device profile; may be given several times")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, over any field of the recipe")]
 TeacherOption = Annotated[str | None, typer.Option("--teacher", help="folder or hub id of the large model")]

@@ -103,10 +103,9 @@ def bundle(
         try:
             _prepare(folder)
             temporary.mkdir()
-            bundled = [
-                _artifact(temporary, one, position, [o.artifact for o in artifacts[:position]], student_dir, held_out_texts, store)
-                for position, one in enumerate(artifacts)
-            ]
+            bundled: list[BundleArtifact] = []
+            for one in artifacts:
+                bundled.append(_artifact(temporary, one, bundled, student_dir, held_out_texts, store))
             _preprocess(temporary, student_dir)
             write_samples(temporary, [one.artifact for one in artifacts])
             manifest = _manifest(folder.name, bundled, artifacts, recipe, target, student, teacher, data)
@@ -120,7 +119,8 @@ def bundle(
             if error.errno not in DISK_ERRORS:
                 raise
             raise UserError(
-                f"the bundle {folder} cannot be written: {error.strerror}", "free space or name another --out; what was there is unchanged"
+                f"the bundle {folder} cannot be written: {error.strerror}",
+                "free space or name another --out; what was there is unchanged",
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -137,15 +137,16 @@ def _check_asked(artifacts: Sequence[BundledArtifact]) -> None:
         for label, digest in _judged(one):
             if digest != one.artifact.sha256:
                 raise UserError(
-                    f"{label} of {_name(one.artifact)} is of other bytes: {digest[:16]}…, not {one.artifact.sha256[:16]}…",
+                    f"the {label} record of {_name(one.artifact)} is of other bytes: "
+                    f"{digest[:16]}…, not {one.artifact.sha256[:16]}…",
                     "run that stage again on this artifact",
                 )
 
 
 def _judged(one: BundledArtifact) -> list[tuple[str, str]]:
     """(record, the artifact's hash that it carries)."""
-    shipped = [rung.artifact_sha256 for rung in one.retention.rungs if rung.rung == "shipped"]
-    return [*(("retention", digest) for digest in shipped), *([("latency", one.latency.artifact_sha256)] if one.latency else [])]
+    judged = [("retention", rung.artifact_sha256) for rung in one.retention.rungs if rung.rung == "shipped"]
+    return [*judged, ("latency", one.latency.artifact_sha256)] if one.latency is not None else judged
 
 
 def _name(artifact: Artifact) -> str:
@@ -157,7 +158,7 @@ def _prepare(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     left = sorted(folder.parent.glob(f".{folder.name}.old-*"))
     if left and not folder.exists():
-        os.rename(left.pop(0), folder)  # killed between two renames: the old bundle comes back
+        left.pop(0).rename(folder)  # killed between two renames: the old bundle comes back
     for path in [*left, *folder.parent.glob(f".{folder.name}.tmp-*")]:
         shutil.rmtree(path, ignore_errors=True)
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -169,8 +170,7 @@ def _prepare(folder: Path) -> None:
 def _artifact(
     root: Path,
     one: BundledArtifact,
-    position: int,
-    before: Sequence[Artifact],
+    before: Sequence[BundleArtifact],
     student_dir: Path,
     held_out_texts: Sequence[str],
     store: Store,
@@ -178,7 +178,7 @@ def _artifact(
     """Copy an artifact and its records into the bundle, and make its golden vectors there."""
     artifact = one.artifact
     suffix, reports = "", "reports"
-    if position:
+    if before:
         alone = artifact.format not in [other.format for other in before]
         suffix = f"/{artifact.format}" if alone else f"/{artifact.format}-{artifact.quantization.lower()}"
         reports = f"reports/{artifact.format}-{artifact.quantization}"
@@ -330,8 +330,9 @@ def _basis_notes(one: BundledArtifact) -> list[str]:
     notes = [f"{name}: retention of the shipped bytes is {basis}" for basis in shipped]
     if one.latency is None:
         return [*notes, f"{name}: speed was not measured"]
-    where = one.latency.measured_on.get("cpu") or "an unnamed CPU"
-    return [*notes, f"{name}: speed and memory are {one.latency.basis}, on {where}; the ceiling is {one.latency.ceiling.basis}"]
+    latency = one.latency
+    where = latency.measured_on.get("cpu") or "an unnamed CPU"
+    return [*notes, f"{name}: speed and memory are {latency.basis}, on {where}; the ceiling is {latency.ceiling.basis}"]
 
 
 def _documents(
@@ -361,14 +362,14 @@ def _seal(root: Path, manifest: Manifest) -> None:
 def _put_in_place(new: Path, final: Path) -> None:
     """Rename, or where an older bundle is there exchange the two in one step if the system can."""
     if not final.exists():
-        os.rename(new, final)
+        new.rename(final)
     elif not _exchange(new, final):
         old = final.with_name(f".{final.name}.old-{os.getpid()}")
-        os.rename(final, old)
+        final.rename(old)
         try:
-            os.rename(new, final)
+            new.rename(final)
         except OSError:
-            os.rename(old, final)
+            old.rename(final)
             raise
         shutil.rmtree(old, ignore_errors=True)
     fsync_folder(final.parent)

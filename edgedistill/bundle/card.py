@@ -28,7 +28,9 @@ def license_text(found: Path | None, manifest: Manifest) -> str:
     """The teacher's licence, word for word, or a text that says that none was found."""
     if found is not None:
         return found.read_text(encoding="utf-8", errors="replace")
-    teacher = f"the teacher ({_plain(manifest.teacher.name)})" if manifest.teacher else "the model that it was made from"
+    teacher = "the model that it was made from"
+    if manifest.teacher:
+        teacher = f"the teacher ({_plain(manifest.teacher.name)})"
     data = f"the text ({_plain(manifest.data.source)})" if manifest.data else "the text that it was trained on"
     return (
         "The licence of these weights is not known.\n\n"
@@ -66,9 +68,7 @@ def notice_text(found: Path | None, manifest: Manifest) -> str:
     return "\n".join(lines) + "\n"
 
 
-def model_card(
-    manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]], *, license_found: bool
-) -> str:
+def model_card(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]], *, license_found: bool) -> str:
     """The card, with the metadata block that model hubs read. `figures`: one pair an artifact, in its order."""
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -86,7 +86,8 @@ def model_card(
 
 def _body(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]], license_found: bool) -> str:
     student, teacher = manifest.student, manifest.teacher
-    parts = [f"# {_md(manifest.name)}", "", f"A language model of {student.parameters:,} parameters for {_target(manifest)}."]
+    parts = [f"# {_md(manifest.name)}", ""]
+    parts.append(f"A language model of {student.parameters:,} parameters for {_target(manifest)}.")
     if teacher is not None:
         parts.append(f"Distilled from {_md(teacher.name)} ({teacher.parameters:,} parameters, {teacher.origin}).")
     else:
@@ -100,9 +101,7 @@ def _body(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]
         parts += _speed(artifact.name, latency)
     data = manifest.data
     parts += ["## Training text", ""]
-    parts.append(
-        f"{_md(data.source)}, split `{_md(data.split)}`, sha256 `{data.sha256}`." if data else "Unknown."
-    )
+    parts.append(f"{_md(data.source)}, split `{_md(data.split)}`, sha256 `{data.sha256}`." if data else "Unknown.")
     parts += ["", "## Licence", ""]
     parts.append(
         "See LICENSE: it was beside the weights that this model was made from. The text's licence may add to it."
@@ -118,8 +117,8 @@ def _retention(name: str, retention: Retention) -> list[str]:
     lines = [
         f"### {_md(name)}",
         "",
-        f"{retention.documents} documents, {retention.examples:,} tokens, sha256 `{retention.eval_sha256[:16]}…`. The gate "
-        f"asks for at least {gate.min_retention:g} at the lower end of the interval: "
+        f"{retention.documents} documents, {retention.examples:,} tokens, sha256 `{retention.eval_sha256[:16]}…`. "
+        f"The gate asks for at least {gate.min_retention:g} at the lower end of the interval: "
         f"**{'passed' if gate.passed else 'FAILED'}**.",
         "",
     ]
@@ -145,8 +144,10 @@ def _speed(name: str, latency: Latency | None) -> list[str]:
     on = latency.measured_on
     where = _md(f"{on.get('machine')}, {on.get('cpu')}, {on.get('threads')} threads")
     figures = f"decode {latency.decode_tokens_per_s:,.1f} tokens/s, first token {latency.ttft_ms.p50:,.1f} ms (p50)"
-    note = " Another machine than the target: it tells nothing of the target's speed." if latency.basis == "proxy" else ""
-    return [f"{_md(name)}: {figures}; basis **{latency.basis}** on {where}.{note}", ""]
+    lines = [f"{_md(name)}: {figures}; basis **{latency.basis}** on {where}.", ""]
+    if latency.basis == "proxy":
+        lines[1:1] = ["That is another machine than the target: it tells nothing of the target's speed."]
+    return lines
 
 
 def _target(manifest: Manifest) -> str:

@@ -88,9 +88,7 @@ def verify_bundle(folder: Path, *, replay: bool = True, store: Store | None = No
     for artifact in manifest.artifacts if replay else ():
         done = replay_golden(folder, artifact, store=store)
         notes += done.notes
-        replays.append(
-            ArtifactReplay(**{name: getattr(done, name) for name in ArtifactReplay.model_fields})
-        )
+        replays.append(ArtifactReplay(**{name: getattr(done, name) for name in ArtifactReplay.model_fields}))
     if not replay:
         notes.append("the golden vectors were not replayed")
     return BundleCheck(
@@ -120,7 +118,7 @@ def _files_of(folder: Path) -> dict[str, int]:
                 kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "a special file"
                 raise UserError(f"{shown!r} in {folder} is {kind}: a bundle holds plain files only", REMEDY)
             elif not any(path.iterdir()):
-                raise UserError(f"{shown!r} in {folder} is an empty folder, which is not part of the bundle", "remove it")
+                raise UserError(f"{shown!r} in {folder} is an empty folder and not part of the bundle", "remove it")
         if len(sizes) > MAX_FILES + 2:
             raise UserError(f"{folder} holds more than {MAX_FILES} files", REMEDY)
     return sizes
@@ -159,7 +157,9 @@ def _check_listed(folder: Path, sizes: dict[str, int], hashes: dict[str, str], m
     for path in sorted(set(sizes) - set(hashes) - {SUMS, SIGNATURE}):
         if path in in_manifest or path == MANIFEST:
             raise UserError(f"{SUMS} does not list {path}, which belongs to the bundle: {SUMS} was altered", REMEDY)
-        raise UserError(f"{path!r} in {folder} is not part of the bundle: {SUMS} does not list it", "remove it, or " + REMEDY)
+        raise UserError(
+            f"{path!r} in {folder} is not part of the bundle: {SUMS} does not list it", f"remove it, or {REMEDY}"
+        )
 
 
 def _check_hashes(
@@ -174,7 +174,11 @@ def _check_hashes(
         entry = entries.get(path)
         # Before hashing: a file of another size may be very much larger.
         if entry is not None and sizes[path] != entry.bytes:
-            raise UserError(f"{path} has {sizes[path]} bytes, and {MANIFEST} says {entry.bytes}: {path} was altered", REMEDY)
+            raise UserError(
+                f"{path} was altered: it has {sizes[path]} bytes, and {MANIFEST}, whose hash is in {SUMS}, "
+                f"says {entry.bytes}",
+                REMEDY,
+            )
         try:
             found = sha256_of(folder / path)
         except OSError as error:

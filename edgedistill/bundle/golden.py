@@ -64,6 +64,7 @@ class _Case:
     text: str
     tokens: list[int]
     logits_TV: NDArray[np.float32]
+    longer_TV: NDArray[np.float32]  # the same rows, with the continuation in the batch
     greedy: list[int]
     margins: NDArray[np.float64]  # of each greedy token over the runner-up
 
@@ -104,30 +105,31 @@ def make_golden(
     with opened(threads, None) as runtime:
         info = runtime.info
         encode = _encoder(artifact, runtime, tokenizer_json, parse_special)
-        cases = []
-        seen = 0.0
-        for text in _prompts(held_out_texts):
-            text, tokens = _fit(text, encode, room)
-            if tokens:
-                case, largest = _first_run(runtime, text, tokens, new_tokens)
-                cases.append(case)
-                seen = max(seen, largest)
-    if not cases:
+        fitted = [_fit(text, encode, room) for text in _prompts(held_out_texts)]
+        firsts = [(text, tokens, runtime.logits(tokens)) for text, tokens in fitted if tokens]
+    if not firsts:
         raise UserError(f"the tokenizer of {model.name} gives no tokens for any text", "export it with its tokenizer")
-    ways.append("prompts cut after 1, 2, 3, half and all but one of their tokens, and with their continuation behind")
-    others: list[tuple[int, bool | None]] = [(1 if threads > 1 else 2, None)]
+    # Small batches in a single thread: more would only wait for each other where the machine is busy.
+    other = 1 if threads > 1 else 2
+    with opened(other, None) as runtime:
+        cases = [_continued(runtime, *first, new_tokens) for first in firsts]
+        seen = max(
+            max(_largest_cut(runtime, case.tokens, case.logits_TV), _largest(case.longer_TV, case.logits_TV))
+            for case in cases
+        )
+    ways.append(
+        f"{other} thread{'s' * (other > 1)}: prompts cut after 1, 2, 3, half and all but one of their tokens, "
+        "and with their continuation behind them in one batch"
+    )
     if info["options"].get("use_extra_bufts"):
-        others.append((threads, False))
-    for count, extra in others:
-        ways.append(f"{count} thread{'s' * (count > 1)}" + ("" if extra is None else ", no extra buffers"))
-        with opened(count, extra) as runtime:
-            for case in cases:
-                seen = max(seen, _largest(runtime.logits(case.tokens), case.logits_TV))
+        with opened(threads, False) as runtime:
+            seen = max(seen, *(_largest(runtime.logits(case.tokens), case.logits_TV) for case in cases))
+        ways.append("without llama.cpp's extra buffers")
     logits = _logits_output(artifact, seen, float(np.mean([case.logits_TV[-1].std() for case in cases])))
     if not seen <= MAX_SEEN * (logits.scale or 0.0):
         raise RuntimeCrashed(
-            f"{artifact.runtime} disagrees with itself on {model.name}: logits differ by {seen:.3g} between batch shapes "
-            f"or thread counts, and their standard deviation is {logits.scale:.3g}",
+            f"{artifact.runtime} disagrees with itself on {model.name}: logits differ by {seen:.3g} between batch "
+            f"shapes or thread counts, and their standard deviation is {logits.scale:.3g}",
             f"install another build of {artifact.runtime}; this one computes wrong results on this CPU",
         )
     return Golden(
@@ -147,12 +149,11 @@ def make_golden(
                 name="greedy",
                 tolerance=0.0,
                 largest_seen=0.0,
-                derivation="ids are equal for as long as each leads the runner-up by more than twice the logits' tolerance",
+                derivation="ids are equal for as long as each leads the runner-up by more than twice the tolerance "
+                "of the logits",
             ),
         ],
-        cases=[
-            _write(root, f"{folder}/{number:02d}", case, logits.tolerance) for number, case in enumerate(cases)
-        ],
+        cases=[_write(root, f"{folder}/{number:02d}", case, logits.tolerance) for number, case in enumerate(cases)],
         seen_with=ways,
     )
 
@@ -166,7 +167,7 @@ def replay(root: Path, artifact: BundleArtifact, *, store: Store | None = None) 
     golden = artifact.golden
     tolerance = next((output.tolerance for output in golden.outputs if output.name == "logits"), None)
     if tolerance is None:
-        raise UserError(f"the golden description of {artifact.name} has no tolerance for logits", "make the bundle again")
+        raise UserError(f"the golden vectors of {artifact.name} have no tolerance for logits", "make the bundle again")
     threads = min(REPLAY_THREADS, len(machine.usable_cpus()))
     model = root / artifact.folder / artifact.entry
     largest = 0.0
@@ -175,18 +176,21 @@ def replay(root: Path, artifact: BundleArtifact, *, store: Store | None = None) 
     ) as runtime:
         version = str(runtime.info["runtime_version"])
         if int(runtime.info["vocab_size"]) != golden.vocab_size:
-            raise _broken(artifact, version, "the vocabulary", f"has {runtime.info['vocab_size']} tokens, not {golden.vocab_size}")
+            how = f"has {runtime.info['vocab_size']} tokens, not {golden.vocab_size}"
+            raise _broken(artifact, version, "the vocabulary", how)
         for case in golden.cases:
             tokens = load_array(root / case.tokens, "<i4", (case.token_count,), what=case.tokens)
             if golden.tokenized_by == "artifact":
                 text = _text(root / case.prompt, case.prompt)
                 found = runtime.tokenize(text, add_special=golden.add_special, parse_special=golden.parse_special)
                 if found != tokens.tolist():
-                    raise _broken(artifact, version, case.tokens, f"the prompt's tokens are {found[:8]}…, not {tokens[:8].tolist()}…")
+                    how = f"the prompt's tokens are {found[:8]}…, not {tokens[:8].tolist()}…"
+                    raise _broken(artifact, version, case.tokens, how)
             expected = load_array(root / case.logits, "<f4", (golden.vocab_size,), what=case.logits)
             apart = _largest(runtime.logits(tokens)[-1], expected)
             if not apart <= tolerance:
-                raise _broken(artifact, version, case.logits, f"logits are off by {apart:.4g}, and {tolerance:.4g} is allowed")
+                how = f"logits are off by {apart:.4g}, and {tolerance:.4g} is allowed"
+                raise _broken(artifact, version, case.logits, how)
             largest = max(largest, apart)
             greedy = load_array(root / case.greedy, "<i4", (golden.new_tokens,), what=case.greedy)
             compared = greedy[: case.greedy_compared].tolist()
@@ -222,15 +226,16 @@ def load_array(path: Path, dtype: str, shape: tuple[int, ...], *, what: str) -> 
         if len(data) != math.prod(shape) * found_dtype.itemsize:
             raise ValueError("it is cut short or too long")
     except (OSError, ValueError) as error:
-        raise UserError(f"{what} is not a .npy file of {wanted}: {str(error)[:200]}", "make the bundle again") from error
+        how = str(error)[:200]
+        raise UserError(f"{what} is not a .npy file of {wanted}: {how}", "make the bundle again") from error
     return np.frombuffer(data, dtype=dtype).reshape(shape)
 
 
 def _broken(artifact: BundleArtifact, version: str, where: str, how: str) -> UserError:
     return UserError(
         f"golden replay of {artifact.name} failed in {version}: {where}: {how}",
-        f"the files are whole, so this machine's runtime computes something else: try another build of {artifact.runtime} "
-        f"(the bundle was made with {artifact.golden.runtime_version})",
+        f"the files are whole, so this machine's runtime computes something else: try another build of "
+        f"{artifact.runtime} (the bundle was made with {artifact.golden.runtime_version})",
     )
 
 
@@ -279,26 +284,31 @@ def _fit(text: str, encode: Any, room: int) -> tuple[str, list[int]]:
     return text, tokens
 
 
-def _first_run(runtime: RuntimeProcess, text: str, tokens: list[int], new_tokens: int) -> tuple[_Case, float]:
-    """The reference, and the largest difference between it and the same positions in other batches."""
-    whole_TV = runtime.logits(tokens)
+def _largest_cut(runtime: RuntimeProcess, tokens: list[int], whole_TV: NDArray[np.float32]) -> float:
+    """The largest difference between a prompt's logits and the last rows of shorter batches."""
     count = len(tokens)
-    largest = 0.0
-    for cut in sorted({1, 2, 3, count // 2, count - 1} & set(range(1, count))):
-        largest = max(largest, _largest(runtime.logits(tokens[:cut])[-1], whole_TV[cut - 1]))
+    cuts = sorted({1, 2, 3, count // 2, count - 1} & set(range(1, count)))
+    return max((_largest(runtime.logits(tokens[:cut])[-1], whole_TV[cut - 1]) for cut in cuts), default=0.0)
+
+
+def _continued(
+    runtime: RuntimeProcess, text: str, tokens: list[int], whole_TV: NDArray[np.float32], new_tokens: int
+) -> _Case:
+    """The greedy continuation, token by token, and its margins from one batch of prompt and continuation."""
+    count = len(tokens)
     greedy = runtime.greedy(tokens, new_tokens)
     longer_TV = runtime.logits([*tokens, *greedy])
-    largest = max(largest, _largest(longer_TV[:count], whole_TV))
     steps_NV = longer_TV[count - 1 : count - 1 + new_tokens].astype(np.float64)
     chosen_N = steps_NV[np.arange(new_tokens), greedy]
     steps_NV[np.arange(new_tokens), greedy] = -np.inf
-    return _Case(text, tokens, whole_TV, greedy, chosen_N - steps_NV.max(axis=1)), largest
+    return _Case(text, tokens, whole_TV, longer_TV[:count], greedy, chosen_N - steps_NV.max(axis=1))
 
 
 def _largest(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """The largest absolute difference; nan where either side is not finite, which no tolerance lets pass."""
+    """The largest absolute difference; infinite where either side is not finite, which no tolerance lets pass."""
     with np.errstate(invalid="ignore"):
-        return float(np.abs(found.astype(np.float64) - expected).max())
+        apart = float(np.abs(found.astype(np.float64) - expected).max())
+    return apart if math.isfinite(apart) else math.inf
 
 
 def _logits_output(artifact: Artifact, seen: float, scale: float) -> GoldenOutput:
@@ -308,9 +318,9 @@ def _logits_output(artifact: Artifact, seen: float, scale: float) -> GoldenOutpu
         tolerance=max(MULTIPLE_OF_SEEN * seen, floor * scale) if math.isfinite(seen) else 0.0,
         largest_seen=seen if math.isfinite(seen) else 0.0,
         scale=scale,
-        derivation=f"the larger of {MULTIPLE_OF_SEEN:g} × largest_seen and {floor:g} × scale; the floor is for instruction "
-        "sets and GPUs that were not at hand: they sum in another order, which flips single roundings of activations, "
-        "and these grow from layer to layer (ARM's repacked dotprod and i8mm kernels, for example)",
+        derivation=f"the larger of {MULTIPLE_OF_SEEN:g} × largest_seen and {floor:g} × scale; the floor is for "
+        "instruction sets and GPUs that were not at hand: they sum in another order, which flips single roundings of "
+        "activations, and these grow from layer to layer (ARM's repacked dotprod and i8mm kernels, for example)",
     )
 
 

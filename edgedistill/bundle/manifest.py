@@ -286,7 +286,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a bundle folder. Raises UserError where there is none, or it is not valid."""
     path = folder / MANIFEST
     if path.is_symlink() or not path.is_file():
-        raise UserError(f"{folder} is not a bundle: it has no {MANIFEST}", "give the folder that `edgedistill bundle` wrote")
+        raise UserError(f"{folder} is not a bundle: it has no {MANIFEST}", "give a folder that edgedistill wrote")
     with path.open("rb") as file:
         return parse_manifest(file.read(MAX_MANIFEST_BYTES + 1))
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Generate text with this bundle's ONNX model. Needs Python and `pip install onnxruntime-genai`, nothing else.
 
-    python samples/python/run.py "Once upon a time" --tokens 64
+python samples/python/run.py "Once upon a time" --tokens 64
 """
 
 from __future__ import annotations

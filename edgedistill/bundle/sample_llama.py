@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Generate text with this bundle's model. Needs Python and `pip install llama-cpp-python`, nothing else.
 
-    python samples/python/run.py "Once upon a time" --tokens 64
+python samples/python/run.py "Once upon a time" --tokens 64
 """
 
 from __future__ import annotations

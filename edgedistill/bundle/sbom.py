@@ -57,7 +57,8 @@ def sbom_text(manifest: Manifest) -> str:
         for name, version in sorted(manifest.tool_versions.items())
         if version != "absent" and name != "python"
     ]
-    serial = uuid.uuid5(uuid.NAMESPACE_URL, "edgedistill:" + ",".join(a.sha256 for a in manifest.artifacts) + manifest.name)
+    identity = ":".join(["edgedistill", manifest.name, *(artifact.sha256 for artifact in manifest.artifacts)])
+    serial = uuid.uuid5(uuid.NAMESPACE_URL, identity)
     bom = Bom(components=[*map(model, manifest.artifacts), *tools], serial_number=serial)
     bom.metadata.component = Component(
         name=manifest.name,
@@ -65,6 +66,7 @@ def sbom_text(manifest: Manifest) -> str:
         bom_ref="bundle",
         version=manifest.artifacts[0].sha256[:16],
     )
+    bom.register_dependency(bom.metadata.component, bom.components)
     made: dict[str, Any] = json.loads(JsonV1Dot6(bom).output_as_string())
     # Optional in the format, and the only thing in it that would differ between two equal builds.
     made["metadata"].pop("timestamp", None)

@@ -16,11 +16,12 @@ from pathlib import Path
 from edgedistill.errors import UserError
 
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "pydoc_data"})
-MIN_CHARS = 16
+MIN_CHARS = 16  # shorter docstrings are names and types
+REPEATED_CHARS = 60  # shorter paragraphs repeat by chance
 
 
 def python_docs() -> list[str]:
-    """Documents of the running Python, in a fixed order; no passage stands in two of them."""
+    """Documents of the running Python, in a fixed order; no paragraph stands in two of them."""
     seen: set[str] = set()
     documents = ["\n\n".join(fresh) for passages in _passages() if (fresh := _unseen(passages, seen))]
     if not documents:
@@ -32,11 +33,18 @@ def python_docs() -> list[str]:
 
 
 def _unseen(passages: list[str], seen: set[str]) -> list[str]:
+    """Passages without the paragraphs that stood before: topics quote each other, and modules their kin."""
     fresh = []
     for passage in passages:
-        text = inspect.cleandoc(passage).strip()
-        if len(text) >= MIN_CHARS and text not in seen:
-            seen.add(text)
+        kept = []
+        for paragraph in inspect.cleandoc(passage).strip().split("\n\n"):
+            words = " ".join(paragraph.split())
+            if words not in seen:
+                kept.append(paragraph)
+            if len(words) >= REPEATED_CHARS:
+                seen.add(words)
+        text = "\n\n".join(kept).strip()
+        if len(text) >= MIN_CHARS:
             fresh.append(text)
     return fresh
 

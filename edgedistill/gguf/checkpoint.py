@@ -108,13 +108,13 @@ def check_tensors(stored: Mapping[str, StoredTensor], expected: Mapping[str, tup
     missing = [name for name in expected if name not in stored]
     if missing:
         raise UserError(
-            f"{where}: {len(missing)} tensors are missing, e.g. {_some(missing)}",
+            f"{where}: {len(missing)} tensor(s) missing, e.g. {_some(missing)}",
             "use the whole checkpoint of a causal language model, not an adapter or a base model without its head",
         )
     extra = [name for name in stored if name not in expected]
     if extra:
         raise UserError(
-            f"{where}: {len(extra)} tensors that this architecture does not have, e.g. {_some(extra)}",
+            f"{where}: {len(extra)} tensor(s) that this architecture does not have, e.g. {_some(extra)}",
             "merge adapters and remove additions before the export; config.json must describe all weights",
         )
 

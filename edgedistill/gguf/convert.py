@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from math import prod
@@ -136,7 +135,7 @@ def _write(
         _add_metadata(writer, architecture, keys, tokenizer, dtype=dtype, name=name)
         _write_tensors(writer, specs, stored, rope, dtype)
         writer.close()
-        os.replace(part, out)
+        part.replace(out)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error}", "free some space, or write elsewhere") from error
     finally:

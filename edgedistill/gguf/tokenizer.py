@@ -25,7 +25,10 @@ SPLIT_REGEXES = {
     CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + TAIL: "llama-bpe",
     CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + TAIL: "qwen2",
 }
-KNOWN_TOKENIZERS = "byte-level BPE cut as by GPT-2, Llama 3, Qwen 2 or SmolLM; SentencePiece-style BPE with byte fallback as in Llama 2"
+KNOWN_TOKENIZERS = (
+    "byte-level BPE cut as by GPT-2, Llama 3, Qwen 2 or SmolLM; "
+    "SentencePiece-style BPE with byte fallback as in Llama 2"
+)
 
 
 @dataclass(frozen=True)
@@ -67,24 +70,22 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> GgufTokenizer:
     """
     files = _read_files(folder)
     model = files.tokenizer.get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
-        raise _unknown(
-            files.where, f"model type {(model or {}).get('type')!r}" if isinstance(model, dict) else "no model"
-        )
+    if not isinstance(model, dict):
+        raise _unknown(files.where, "no model")
+    if not isinstance(model.get("vocab"), dict):
+        raise _unknown(files.where, f"a {model.get('type')} model")
     _check_model(model, files.where)
     if model.get("byte_fallback"):
         return _sentencepiece_bpe(files, model, vocab_size)
     return _byte_level_bpe(files, model, vocab_size)
 
 
-def added_ends(tokenizer: Mapping[str, Any], config: Mapping[str, Any], *, where: str) -> tuple[str | None, str | None]:
-    """The tokens that encoding with special tokens puts before and after a text, as transformers 5 does.
+def added_ends(tokenizer: Mapping[str, Any], *, where: str) -> tuple[str | None, str | None]:
+    """The tokens that encoding with special tokens puts before and after a text, from a parsed tokenizer.json.
 
-    `add_bos_token` or `add_eos_token` in tokenizer_config.json override tokenizer.json's post-processor.
+    Its post-processor alone decides, as in transformers 5, which ignores `add_bos_token` and `add_eos_token`
+    of tokenizer_config.json where there is a tokenizer.json.
     """
-    if "add_bos_token" in config or "add_eos_token" in config:
-        bos, eos = (_content(config.get(key)) for key in ("bos_token", "eos_token"))
-        return (bos if config.get("add_bos_token") else None, eos if config.get("add_eos_token") else None)
     return _template_ends(tokenizer.get("post_processor"), where)
 
 
@@ -131,17 +132,8 @@ def _byte_level_bpe(files: _Files, model: Mapping[str, Any], vocab_size: int) ->
             f"llama.cpp's '{pre}' {'ignores' if pre == 'llama-bpe' else 'follows'} the merges for a word that is "
             "a token of its own; the original does not"
         )
-    return _assemble(
-        files,
-        model,
-        vocab_size,
-        kind="gpt2",
-        pre=pre,
-        scores=[],
-        merges=_merges(model, files.where),
-        space=False,
-        notes=notes,
-    )
+    merges = _merges(model, files.where)
+    return _assemble(files, model, vocab_size, kind="gpt2", pre=pre, scores={}, merges=merges, space=False, notes=notes)
 
 
 def _sentencepiece_bpe(files: _Files, model: Mapping[str, Any], vocab_size: int) -> GgufTokenizer:
@@ -157,11 +149,11 @@ def _sentencepiece_bpe(files: _Files, model: Mapping[str, Any], vocab_size: int)
     if open_pair:
         raise _unknown(files.where, f"merges that leave out {open_pair}, which llama.cpp would join")
     # llama.cpp joins the neighbours whose union has the highest score: the earlier merge must score higher.
-    scores = {token: -float(position) for token, position in rank.items()}
+    unmerged = -float(len(merges))
+    scores = {token: -float(rank[token]) if token in rank else unmerged for token in model["vocab"]}
     return _assemble(
-        files, model, vocab_size, kind="llama", pre="default",
-        scores=[scores, -float(len(merges))], merges=[], space=space, notes=notes,
-    )  # fmt: skip
+        files, model, vocab_size, kind="llama", pre="default", scores=scores, merges=[], space=space, notes=notes
+    )
 
 
 def _assemble(
@@ -171,7 +163,7 @@ def _assemble(
     *,
     kind: str,
     pre: str,
-    scores: list[Any],
+    scores: Mapping[str, float],
     merges: list[str],
     space: bool,
     notes: list[str],
@@ -198,13 +190,21 @@ def _assemble(
     for token in added:
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
             notes.append(f"llama.cpp does not strip spaces or look for word ends around {token['content']!r}")
-    table, default = (scores[0], scores[1]) if scores else ({}, 0.0)
-    scored = [float(table.get(t, default)) if kind_ == NORMAL else 0.0 for t, kind_ in zip(tokens, types, strict=True)]
+    scored = [scores.get(t, 0.0) if of == NORMAL else 0.0 for t, of in zip(tokens, types, strict=True)]
     return GgufTokenizer(
-        model=kind, pre=pre, tokens=tokens, types=types, scores=scored if scores else [], merges=merges,
-        special=special, add_bos=add_bos, add_eos=add_eos, add_space_prefix=space,
-        chat_template=_chat_template(files), notes=notes,
-    )  # fmt: skip
+        model=kind,
+        pre=pre,
+        tokens=tokens,
+        types=types,
+        scores=scored if scores else [],
+        merges=merges,
+        special=special,
+        add_bos=add_bos,
+        add_eos=add_eos,
+        add_space_prefix=space,
+        chat_template=_chat_template(files),
+        notes=notes,
+    )
 
 
 def _tokens(
@@ -249,7 +249,7 @@ def _special(files: _Files, model: Mapping[str, Any], ids: Mapping[str, int]) ->
         fallback = fallback[0] if isinstance(fallback, list) and fallback else fallback
         if isinstance(fallback, int) and 0 <= fallback < len(ids):
             special[name] = fallback
-    ends = added_ends(files.tokenizer, files.config, where=files.where)
+    ends = added_ends(files.tokenizer, where=files.where)
     for name, token in zip(("bos", "eos"), ends, strict=True):
         if token is None:
             continue

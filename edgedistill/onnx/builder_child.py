@@ -13,9 +13,7 @@ from pathlib import Path
 import numpy as np
 
 
-def build(
-    checkpoint: Path, out: Path, cache: Path, precision: str, options: list[str], *, separate_rope: bool
-) -> None:
+def build(checkpoint: Path, out: Path, cache: Path, precision: str, options: list[str], *, separate_rope: bool) -> None:
     """Write the onnxruntime-genai folder `out` of a transformers folder.
 
     `separate_rope`: rotary embedding as a node of its own instead of inside GroupQueryAttention, which

@@ -36,7 +36,7 @@ DECODED_TOKENS = 4
 FUSED_ROPE_MULTIPLE = 16  # of the head size: GroupQueryAttention rotates no others
 BUILD_TIMEOUT_S = 6 * 3600.0
 LOG_LINES_SHOWN = 6
-TOKENIZER_FILES = ("tokenizer.json",)
+TOKENIZER_FILE = "tokenizer.json"
 
 
 def export_onnx(
@@ -76,9 +76,8 @@ def export_onnx(
             quantization=quantization, separate_rope=separate_rope, tokens=tokens, threads=threads,
         )  # fmt: skip
         built = scratch / "out"
-        for file in TOKENIZER_FILES:
-            # transformers rebuilds some tokenizers when it loads them; what ships is the original.
-            shutil.copyfile(checkpoint / file, built / file)
+        # transformers rebuilds some tokenizers when it loads them; what ships is the original.
+        shutil.copyfile(checkpoint / TOKENIZER_FILE, built / TOKENIZER_FILE)
         error = _relative_error(built, scratch / "reference.npy", tokens, context=context, threads=threads)
         if not error <= MAX_RELATIVE_ERROR[quantization]:
             raise UserError(
@@ -88,8 +87,8 @@ def export_onnx(
             )
         _decodes(built, tokens, context=context, threads=threads)
         artifact = _describe(built, shape, quantization=quantization, context=context)
+        out.mkdir(parents=True, exist_ok=True)
         for file in sorted(built.iterdir()):
-            out.mkdir(parents=True, exist_ok=True)
             file.replace(out / file.name)
     return artifact
 
@@ -107,8 +106,10 @@ def _checked(checkpoint: Path) -> tuple[dict[str, Any], Shape]:
     if shape.tie_word_embeddings:
         kept.pop(TIED_HEAD, None)
     check_tensors(kept, expected, where=where)
-    if not (checkpoint / "tokenizer.json").is_file():
-        raise UserError(f"{checkpoint} has no tokenizer.json", "save the tokenizer into the folder with save_pretrained")
+    if not (checkpoint / TOKENIZER_FILE).is_file():
+        raise UserError(
+            f"{checkpoint} has no tokenizer.json", "save the tokenizer into the folder with save_pretrained"
+        )
     for tensor_name, tensor in kept.items():
         as_stored(read_tensor(tensor), "F32", tensor=tensor_name)  # refuses NaN and infinity
     return config, shape

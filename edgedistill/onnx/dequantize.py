@@ -86,17 +86,15 @@ def unpack(
     rows, blocks = packed.shape[0], packed.shape[1]
     if bits not in (4, 8):
         raise UserError(f"MatMulNBits of {bits} bits", "exports of INT4 and INT8 can be dequantized")
-    quantized = _nibbles(packed) if bits == 4 else packed
-    quantized = quantized.reshape(rows, blocks, block_size).astype(np.float32)
-    if zero_points is None:
-        quantized -= float(1 << (bits - 1))
-    elif zero_points.dtype == np.uint8:
-        unpacked = _nibbles(zero_points.reshape(rows, -1))[:, :blocks] if bits == 4 else zero_points
-        quantized -= unpacked.reshape(rows, blocks, 1).astype(np.float32)
-    else:
-        quantized -= zero_points.reshape(rows, blocks, 1).astype(np.float32)
-    quantized *= scales.reshape(rows, blocks, 1).astype(np.float32)
-    return np.ascontiguousarray(quantized.reshape(rows, blocks * block_size)[:, :columns])
+    whole = _nibbles(packed) if bits == 4 else packed
+    values: NDArray[np.float32] = whole.reshape(rows, blocks, block_size).astype(np.float32)
+    zero: NDArray[np.float32] = np.full((rows, blocks, 1), 1 << (bits - 1), dtype=np.float32)
+    if zero_points is not None:
+        packed_zeros = bits == 4 and zero_points.dtype == np.uint8
+        plain = _nibbles(zero_points.reshape(rows, -1))[:, :blocks] if packed_zeros else zero_points
+        zero = plain.reshape(rows, blocks, 1).astype(np.float32)
+    values = (values - zero) * scales.reshape(rows, blocks, 1).astype(np.float32)
+    return np.ascontiguousarray(values.reshape(rows, blocks * block_size)[:, :columns])
 
 
 def _nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:

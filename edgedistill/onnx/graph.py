@@ -42,7 +42,9 @@ def load_graph(folder: Path) -> ModelProto:
 
     path = folder / MODEL_FILE
     if not path.is_file():
-        raise UserError(f"{folder} has no {MODEL_FILE}", "give the folder that `edgedistill export --format onnx` wrote")
+        raise UserError(
+            f"{folder} has no {MODEL_FILE}", "give the folder that `edgedistill export --format onnx` wrote"
+        )
     try:
         return onnx.load(str(path), load_external_data=False)
     # protobuf's exception types differ between its versions
@@ -113,7 +115,8 @@ def _bytes(tensor: TensorProto) -> int:
     import onnx
 
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-    return prod(tensor.dims) * dtype.itemsize
+    size: int = prod(tensor.dims) * dtype.itemsize
+    return size
 
 
 def _index_types() -> frozenset[int]:

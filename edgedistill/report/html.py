@@ -78,38 +78,47 @@ def render(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None
 
 
 def limits_of(limits: dict[str, Any], artifact: BundleArtifact, latency: Latency | None) -> list[dict[str, Any]]:
-    """One row a limit: what it allows, what was found, on what basis, and the verdict.
+    """One row a limit: what it allows, what was counted or run, and the verdict.
 
-    Nothing about speed or memory in use is `met` by another machine's figures: then it is `not measured`.
+    Size and memory are known anywhere; no limit on speed is `met` by another machine's figures.
     """
     measured = latency is not None and latency.basis == "measured"
-    basis = latency.basis if latency is not None else "none"
-    found: list[tuple[str, str, float | None, bool, str, str]] = [
-        ("max_artifact_bytes", "Artifact size", artifact.bytes, True, "B", "measured"),
-        ("max_memory_bytes", "Peak memory", latency.peak_rss_bytes if latency else None, measured, "B", basis),
-        ("min_decode_tokens_per_s", "Decode", latency.decode_tokens_per_s if latency else None, measured, "tokens/s", basis),
-        ("max_ttft_ms", "First token, p50", latency.ttft_ms.p50 if latency else None, measured, "ms", basis),
+    memory, decode, ttft = None, None, None
+    if latency is not None:
+        memory, decode, ttft = latency.peak_rss_bytes, latency.decode_tokens_per_s, latency.ttft_ms.p50
+    found: list[tuple[str, str, str, float | None, bool]] = [
+        ("max_artifact_bytes", "Artifact size", "B", artifact.bytes, True),
+        ("max_memory_bytes", "Peak memory", "B", memory, True),
+        ("min_decode_tokens_per_s", "Decode", "tokens/s", decode, measured),
+        ("max_ttft_ms", "First token, p50", "ms", ttft, measured),
     ]
     rows = []
-    for key, label, value, counts, unit, row_basis in found:
+    for key, label, unit, value, counts in found:
         limit = limits.get(key)
         if not isinstance(limit, int | float):
             continue
+        least = key.startswith("min")
         verdict = "not measured"
         if counts and value is not None:
-            verdict = "met" if (value >= limit if key.startswith("min") else value <= limit) else "BROKEN"
+            verdict = "met" if (value >= limit if least else value <= limit) else "BROKEN"
+        allowed = f"at {'least' if least else 'most'} {_with_unit(limit, unit)}"
+        shown = "" if verdict == "not measured" or value is None else _with_unit(value, unit)
+        # The artifact's bytes are counted, not run: they have a column of their own.
+        counted = key == "max_artifact_bytes"
         rows.append(
             {
                 "label": label,
-                "bound": "at least" if key.startswith("min") else "at most",
-                "limit": limit,
-                "unit": unit,
+                "allowed": allowed,
+                "counted": shown if counted else "",
+                "run": "" if counted else shown,
                 "verdict": verdict,
-                "value": value if verdict != "not measured" else None,
-                "basis": row_basis if verdict != "not measured" else "",
             }
         )
     return rows
+
+
+def _with_unit(value: float, unit: str) -> str:
+    return size(value) if unit == "B" else f"{value:,.6g} {unit}"
 
 
 def number(value: float | int | None, digits: int = 4) -> str:
@@ -118,7 +127,8 @@ def number(value: float | int | None, digits: int = 4) -> str:
         return "–"
     if isinstance(value, int) or abs(value) >= 10 ** (digits - 1):
         return f"{value:,.0f}"
-    return f"{value:.{digits}g}"
+    # Trailing zeros stay, so that the figures of a column line up.
+    return f"{value:#.{digits}g}".rstrip(".") if value else "0"
 
 
 def size(value: float | None) -> str:
@@ -158,7 +168,10 @@ def _section(
         basis: [rung for rung in retention.rungs if rung.basis == basis]
         for basis in dict.fromkeys(rung.basis for rung in retention.rungs)
     }
-    drawn = {"perplexity": plots.perplexity_svg(retention, f"{key}-ppl"), "retention": plots.retention_svg(retention, f"{key}-ret")}
+    drawn = {
+        "perplexity": plots.perplexity_svg(retention, f"{key}-ppl"),
+        "retention": plots.retention_svg(retention, f"{key}-ret"),
+    }
     if latency is not None:
         drawn |= {
             "token_ms": plots.token_ms_svg(latency, f"{key}-tok"),

@@ -123,7 +123,8 @@ def drift_svg(latency: Latency, name: str) -> str:
         axes.set_ylabel("ms")
         axes.set_title(f"Drift {latency.drift:.2f} (last ÷ first quarter)")
 
-    return _svg(draw, name, f"Milliseconds a token in the order measured; the last quarter took {latency.drift:.3f} times the first")
+    spoken = f"Milliseconds a token in the order measured; the last quarter took {latency.drift:.3f} times the first"
+    return _svg(draw, name, spoken)
 
 
 def ttft_svg(latency: Latency, name: str) -> str:
@@ -135,15 +136,11 @@ def ttft_svg(latency: Latency, name: str) -> str:
     def draw(axes: Any) -> None:
         axes.plot(range(1, len(samples) + 1), samples, "o", color=BLUE, markersize=5)
         axes.axhline(latency.ttft_ms.p50, color=INK, linewidth=1, linestyle=(0, (4, 2)))
-        axes.annotate(
-            f"p50 {latency.ttft_ms.p50:.3g}", (1, latency.ttft_ms.p50), xycoords=axes.get_yaxis_transform(),
-            ha="right", va="bottom", xytext=(0, 2), textcoords="offset points",
-        )  # fmt: skip
         axes.set_ylim(bottom=0, top=max(samples) * 1.2)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("repeat")
         axes.set_ylabel("ms")
-        axes.set_title("Time to the first token")
+        axes.set_title(f"Time to the first token, p50 {latency.ttft_ms.p50:.3g} ms")
 
     return _svg(draw, name, f"Time to the first token of {len(samples)} repeats, p50 {latency.ttft_ms.p50:.3g} ms")
 

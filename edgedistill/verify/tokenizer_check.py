@@ -7,7 +7,6 @@ from pathlib import Path
 
 from edgedistill.errors import UserError
 from edgedistill.gguf.checkpoint import read_json
-from edgedistill.gguf.tokenizer import added_ends
 from edgedistill.records import TokenizerCheck
 
 TEXT_SHOWN = 60
@@ -79,27 +78,23 @@ def check_tokenizer(hf_tokenizer_dir: Path, tokenize: Callable[[str, bool, bool]
     for original in (plain, parsing):
         original.no_truncation()
         original.no_padding()
-    config_path = hf_tokenizer_dir / "tokenizer_config.json"
-    config = read_json(config_path, what="tokenizer_config.json") if config_path.is_file() else {}
     tokenizer_json = read_json(path, what="tokenizer.json")
-    ends = added_ends(tokenizer_json, config, where=str(path))
-    before, after = ([parsing.token_to_id(end)] if end is not None else [] for end in ends)
 
     texts = [*VARIED_TEXTS, *_texts_of_added_tokens(tokenizer_json)]
     mismatches = 0
     first: str | None = None
     for text in texts:
         parsed = list(parsing.encode(text, add_special_tokens=False).ids)
-        asked = {
-            (False, False): list(plain.encode(text, add_special_tokens=False).ids),
-            (False, True): parsed,
-            (True, True): [*before, *parsed, *after],
-        }
-        wrong = {how: expected for how, expected in asked.items() if tokenize(text, *how) != expected}
-        if wrong:
+        asked: list[tuple[bool, bool, list[int]]] = [
+            (False, False, list(plain.encode(text, add_special_tokens=False).ids)),
+            (False, True, parsed),
+            (True, True, list(parsing.encode(text, add_special_tokens=True).ids)),
+        ]
+        found = [(expected, tokenize(text, special, parse)) for special, parse, expected in asked]
+        wrong = next(((expected, got) for expected, got in found if got != expected), None)
+        if wrong is not None:
             mismatches += 1
-            how, expected = next(iter(wrong.items()))
-            first = first or _difference(text, expected, tokenize(text, *how))
+            first = first or _difference(text, *wrong)
     return TokenizerCheck(texts=len(texts), mismatches=mismatches, first_mismatch=first)
 
 

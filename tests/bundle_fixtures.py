@@ -1,0 +1,222 @@
+"""A small real bundle: a random Llama as a quantized GGUF, with records that are made up but valid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tiny_models import tiny_checkpoint
+
+from edgedistill.bundle.build import BundledArtifact, bundle
+from edgedistill.gguf.quantize import export_gguf
+from edgedistill.recipe import Recipe
+from edgedistill.records import (
+    Agreement,
+    Artifact,
+    DataResult,
+    Figure,
+    Gate,
+    Latency,
+    Percentiles,
+    Retention,
+    Rung,
+    Scored,
+    Shape,
+    SplitPart,
+    StudentResult,
+    TeacherResult,
+    TokenizerCheck,
+    Workload,
+)
+from edgedistill.store import Store
+from edgedistill.targets import load_target
+
+HELD_OUT = ["Once upon a time there was a cat. " * 20, "for x in range(10):\n    print(x)\n" * 9, "日本語 and émigré"]
+SHAPE = Shape(
+    vocab_size=263,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    tie_word_embeddings=False,
+)
+
+
+def rung(name: str, perplexity: float, teacher: float, sha256: str, **changes: Any) -> Rung:
+    kept = teacher / perplexity
+    return Rung(
+        **{
+            "rung": name,
+            "value": perplexity,
+            "ci95": (perplexity * 0.96, perplexity * 1.05),
+            "perplexity": perplexity,
+            "perplexity_ci95": (perplexity * 0.96, perplexity * 1.05),
+            "next_token_accuracy": 0.41,
+            "next_token_accuracy_ci95": (0.40, 0.42),
+            "retention": kept,
+            "retention_ci95": (kept * 0.985, kept * 1.012),
+            "kl_mean_nats": 0.0 if name == "teacher" else 0.13,
+            "kl_mean_nats_ci95": (0.12, 0.14),
+            "kl_p99_nats": 1.2,
+            "kl_p99_nats_ci95": (1.1, 1.4),
+            "top1_agreement": 1.0 if name == "teacher" else 0.78,
+            "top1_agreement_ci95": (0.77, 0.79),
+            "artifact_sha256": sha256,
+            "basis": "measured",
+            "runtime": "llama.cpp" if name == "shipped" else "torch",
+            **changes,
+        }
+    )
+
+
+def retention(artifact: Artifact, **changes: Any) -> Retention:
+    rungs = [
+        rung("teacher", 20.4, 20.4, "a" * 64),
+        rung("student", 22.9, 20.4, "b" * 64),
+        rung("quantized", 23.1, 20.4, artifact.sha256),
+        rung("shipped", 23.12, 20.4, artifact.sha256),
+    ]
+    kept = Scored(value=rungs[-1].retention, ci95=rungs[-1].retention_ci95)
+    values: dict[str, Any] = {
+        "task": "causal-lm",
+        "metric": "perplexity",
+        "higher_is_better": False,
+        "examples": 60_000,
+        "documents": 212,
+        "eval_sha256": "c" * 64,
+        "context_tokens": 256,
+        "stride_tokens": 256,
+        "bos": True,
+        "bootstrap": {"samples": 2000, "seed": 0},
+        "machine": {"cpu": "a CPU"},
+        "runtime_options": {"threads": 2},
+        "rungs": rungs,
+        "retention": kept,
+        "agreement": Agreement(
+            top1=0.78,
+            top1_ci95=(0.77, 0.79),
+            kl_mean_nats=0.13,
+            kl_mean_nats_ci95=(0.12, 0.14),
+            kl_p99_nats=1.2,
+            kl_p99_nats_ci95=(1.1, 1.4),
+        ),
+        "tokenizer": TokenizerCheck(texts=64, mismatches=0),
+        "gate": Gate(min_retention=0.8, passed=True),
+    }
+    return Retention(**{**values, **changes})
+
+
+def latency(artifact: Artifact, **changes: Any) -> Latency:
+    random = np.random.default_rng(0)
+    token_ms = [float(ms) for ms in 6.0 + random.gamma(2.0, 0.4, 315)]
+    values: dict[str, Any] = {
+        "target": "jetson-orin-nano",
+        "measured_on": {"machine": "a build server", "cpu": "a CPU", "memory_bytes": 8 << 30, "threads": 2},
+        "basis": "proxy",
+        "artifact_sha256": artifact.sha256,
+        "workload": Workload(batch=1, prompt_tokens=128, new_tokens=64, warmup=2, repeats=5),
+        "ttft_ms": Percentiles(p50=81.0, p90=84.0, p99=None),
+        "token_ms": Percentiles(p50=6.7, p90=7.9, p99=9.3),
+        "prefill_tokens_per_s": 1580.0,
+        "prefill_tokens_per_s_ci95": (1500.0, 1620.0),
+        "decode_tokens_per_s": 149.0,
+        "decode_tokens_per_s_ci95": (146.0, 151.0),
+        "load_ms": 41.0,
+        "peak_rss_bytes": 93_000_000,
+        "drift": 1.02,
+        "samples": {"token_ms": token_ms, "ttft_ms": [80.2, 81.0, 83.9, 80.9, 84.2]},
+        "ceiling": Figure(value=20_400.0, unit="tokens/s", basis="derived", source="bandwidth ÷ bytes a token"),
+        "notes": ["this machine is not jetson-orin-nano: the figures tell nothing of its speed"],
+    }
+    return Latency(**{**values, **changes})
+
+
+def data_result() -> DataResult:
+    return DataResult(
+        source="python-docs",
+        split="hash",
+        parts={"train": SplitPart(documents=900, bytes=2_000_000, sha256="d" * 64)},
+        duplicates_dropped=3,
+        overlap={},
+        sha256="e" * 64,
+    )
+
+
+def teacher_result(folder: Path, **changes: Any) -> TeacherResult:
+    values: dict[str, Any] = {
+        "origin": "folder",
+        "name": "/home/someone/secret/big-llama",
+        "path": str(folder),
+        "shape": SHAPE.model_copy(update={"num_hidden_layers": 8}),
+        "parameters": 21_000_000,
+        "weights_sha256": "a" * 64,
+        "tokenizer_sha256": "f" * 64,
+    }
+    return TeacherResult(**{**values, **changes})
+
+
+def student_result() -> StudentResult:
+    return StudentResult(
+        path="model",
+        start="fresh",
+        shape=SHAPE,
+        parameters=SHAPE.parameters,
+        weights_sha256="b" * 64,
+        tokenizer_sha256="f" * 64,
+    )
+
+
+class Ingredients:
+    """What a bundle is made of, in `folder`; `make` bundles it, with whatever is given instead."""
+
+    def __init__(self, folder: Path, *, quantization: str = "Q4_0") -> None:
+        self.folder = folder
+        self.store = Store(folder / "store")
+        self.checkpoint = tiny_checkpoint(folder / "student")
+        self.teacher_dir = folder / "teacher"
+        self.teacher_dir.mkdir()
+        self.artifact_dir = folder / "artifact"
+        self.artifact = export_gguf(
+            self.checkpoint, self.artifact_dir, quantization=quantization, context_tokens=2048, threads=2, name="tiny"
+        )
+
+    def exported(self, quantization: str, *, onnx: bool = False) -> BundledArtifact:
+        """Another artifact of the same checkpoint."""
+        folder = self.folder / f"artifact-{quantization}"
+        if onnx:
+            from edgedistill.onnx.decoder import export_onnx
+
+            artifact = export_onnx(
+                self.checkpoint, folder, quantization=quantization, context_tokens=512, threads=2, name="tiny"
+            )
+        else:
+            artifact = export_gguf(
+                self.checkpoint, folder, quantization=quantization, context_tokens=512, threads=2, name="tiny"
+            )
+        return self.bundled(artifact=artifact, folder=folder, retention=retention(artifact), latency=latency(artifact))
+
+    def bundled(self, **changes: Any) -> BundledArtifact:
+        values: dict[str, Any] = {
+            "artifact": self.artifact,
+            "folder": self.artifact_dir,
+            "retention": retention(self.artifact),
+            "latency": latency(self.artifact),
+        }
+        return BundledArtifact(**{**values, **changes})
+
+    def make(self, folder: Path, **changes: Any) -> Path:
+        values: dict[str, Any] = {
+            "recipe": Recipe(),
+            "target": load_target("jetson"),
+            "artifacts": [self.bundled()],
+            "student": student_result(),
+            "teacher": teacher_result(self.teacher_dir),
+            "data": data_result(),
+            "student_dir": self.checkpoint,
+            "held_out_texts": HELD_OUT,
+            "store": self.store,
+        }
+        return bundle(folder, **{**values, **changes})

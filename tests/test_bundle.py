@@ -1,0 +1,675 @@
+"""The bundle: written whole, runs, and says which file is wrong whatever is changed in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bundle_fixtures import Ingredients, latency, retention, teacher_result
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edgedistill.bundle import golden as golden_module
+from edgedistill.bundle.build import _exchange
+from edgedistill.bundle.check import verify_bundle
+from edgedistill.bundle.golden import load_array
+from edgedistill.bundle.manifest import (
+    Manifest,
+    manifest_bytes,
+    parse_manifest,
+    parse_sums,
+    read_manifest,
+    self_hash_holds,
+    sums_text,
+    unsafe_path,
+)
+from edgedistill.errors import RuntimeCrashed, UserError
+from edgedistill.records import Scored
+from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.store import files_under, sha256_of
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def ingredients(tmp_path_factory: pytest.TempPathFactory) -> Ingredients:
+    return Ingredients(tmp_path_factory.mktemp("ingredients"))
+
+
+@pytest.fixture(scope="module")
+def made(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One bundle for all tests that only read."""
+    return ingredients.make(tmp_path_factory.mktemp("out") / "quickstart-jetson-orin-nano")
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path) -> Path:
+    """A bundle to be broken."""
+    return Path(shutil.copytree(made, tmp_path / made.name))
+
+
+def reseal(folder: Path, change: Callable[[Manifest], Manifest] = lambda m: m) -> None:
+    """What a liar does: hashes of whatever lies there now, all of them right."""
+    manifest = change(read_manifest(folder))
+    files = [
+        entry.model_copy(
+            update={"bytes": (folder / entry.path).stat().st_size, "sha256": sha256_of(folder / entry.path)}
+        )
+        for entry in manifest.files
+    ]
+    (folder / "manifest.json").write_bytes(manifest_bytes(manifest.model_copy(update={"files": files})))
+    hashes = {entry.path: entry.sha256 for entry in files} | {"manifest.json": sha256_of(folder / "manifest.json")}
+    (folder / "SHA256SUMS").write_text(sums_text(hashes), encoding="utf-8", newline="\n")
+
+
+def refused(folder: Path, *needles: str, **options: object) -> str:
+    with pytest.raises(UserError) as caught:
+        verify_bundle(folder, **{"replay": False, **options})  # type: ignore[arg-type]
+    assert caught.value.exit_code == 2
+    for needle in needles:
+        assert needle in caught.value.cause, caught.value.cause
+    return caught.value.cause
+
+
+class TestWhole:
+    def test_layout(self, made: Path) -> None:
+        files = {p.relative_to(made).as_posix() for p in files_under(made)}
+        assert {
+            "manifest.json",
+            "SHA256SUMS",
+            "model/model.gguf",
+            "preprocess/tokenizer.json",
+            "preprocess/tokenizer_config.json",
+            "golden/00.prompt.txt",
+            "golden/00.logits.npy",
+            "reports/retention.json",
+            "reports/latency.json",
+            "reports/report.html",
+            "samples/python/run.py",
+            "MODEL_CARD.md",
+            "LICENSE",
+            "NOTICE",
+            "sbom.cdx.json",
+        } <= files
+        assert [p.name for p in made.parent.iterdir()] == [made.name], "nothing is left beside the bundle"
+
+    def test_verifies_and_says_what_that_proves(self, made: Path, ingredients: Ingredients) -> None:
+        check = verify_bundle(made, store=ingredients.store)
+        assert check.files == len(list(files_under(made))) - 1  # SHA256SUMS itself is not listed
+        assert check.golden_replayed == 5
+        assert check.replays[0].largest_deviation <= check.replays[0].tolerance
+        assert not check.signed
+        assert check.signature == "absent"
+        assert any("integrity" in note and "does not prove who made it" in note for note in check.notes)
+
+    def test_coreutils_agree(self, made: Path) -> None:
+        done = subprocess.run(
+            ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=made, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+    def test_same_inputs_same_bytes(self, made: Path, ingredients: Ingredients, tmp_path: Path) -> None:
+        again = ingredients.make(tmp_path / made.name)
+        # Rounding of a busy machine is the same rounding: every file, not only model/.
+        assert (again / "SHA256SUMS").read_bytes() == (made / "SHA256SUMS").read_bytes()
+
+    def test_no_path_of_this_machine(self, made: Path, ingredients: Ingredients) -> None:
+        for path in files_under(made):
+            data = path.read_bytes()
+            assert str(ingredients.folder).encode() not in data, path
+            assert b"/home/someone" not in data, path
+
+    def test_golden_vectors_are_what_the_runtime_says(self, made: Path, ingredients: Ingredients) -> None:
+        manifest = read_manifest(made)
+        golden = manifest.artifacts[0].golden
+        assert [len((made / case.prompt).read_bytes()) > 0 for case in golden.cases] == [True] * 5
+        with RuntimeProcess(
+            "llama.cpp", made / "model/model.gguf", threads=1, context_tokens=256, store=ingredients.store
+        ) as runtime:
+            for case in golden.cases:
+                tokens = np.load(made / case.tokens, allow_pickle=False)
+                text = (made / case.prompt).read_text(encoding="utf-8")
+                assert runtime.tokenize(text, add_special=True) == tokens.tolist()
+                last = runtime.logits(tokens)[-1]
+                expected = np.load(made / case.logits, allow_pickle=False)
+                assert np.abs(last - expected).max() <= golden.outputs[1].largest_seen + 1e-6
+                assert len(np.load(made / case.greedy, allow_pickle=False)) == golden.new_tokens
+        logits = golden.outputs[1]
+        assert logits.scale is not None
+        assert logits.tolerance == max(4 * logits.largest_seen, 0.25 * logits.scale)
+
+    def test_works_without_the_heavy_packages(self, made: Path, ingredients: Ingredients) -> None:
+        code = (
+            "import sys\n"
+            "banned = {'torch', 'transformers', 'tokenizers', 'yaml', 'jinja2', 'matplotlib', 'onnx', 'gguf',"
+            " 'huggingface_hub', 'cyclonedx', 'datasets', 'safetensors'}\n"
+            "class Absent:\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            "        if name.partition('.')[0] in banned:\n"
+            "            raise ModuleNotFoundError(name)\n"
+            "sys.meta_path.insert(0, Absent())\n"
+            "from pathlib import Path\n"
+            "from edgedistill.bundle.check import verify_bundle\n"
+            "from edgedistill.store import Store\n"
+            "print(verify_bundle(Path(sys.argv[1]), store=Store(Path(sys.argv[2]))).golden_replayed)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(made), str(ingredients.store.root)],
+            cwd=REPO,
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stdout) == (0, "5\n"), done.stderr
+
+    def test_missing_runtime_says_what_to_install(
+        self, made: Path, ingredients: Ingredients, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        (tmp_path / "llama_cpp").mkdir()
+        (tmp_path / "llama_cpp" / "__init__.py").write_text(
+            "raise ModuleNotFoundError(\"No module named 'llama_cpp'\", name='llama_cpp')\n", encoding="utf-8"
+        )
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.setenv("EDGEDISTILL_LLAMA_EXTRA_BUFTS", "0")
+        with pytest.raises(UserError) as caught:
+            verify_bundle(made, store=ingredients.store)
+        assert "pip install 'edgedistill[llama]'" in caught.value.remedy
+
+    def test_sample_runs_with_the_bundle_alone(self, made: Path, tmp_path: Path) -> None:
+        before = sorted(files_under(made))
+        done = subprocess.run(
+            [sys.executable, str(made / "samples/python/run.py"), "Once upon", "--tokens", "8", "--threads", "1"],
+            cwd=tmp_path,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("Once upon")
+        assert len(done.stdout) > len("Once upon\n")
+        assert "Traceback" not in done.stderr
+        assert sorted(files_under(made)) == before, "running the sample must not break the sums"
+
+    def test_sbom(self, made: Path) -> None:
+        sbom = json.loads((made / "sbom.cdx.json").read_text(encoding="utf-8"))
+        assert (sbom["bomFormat"], sbom["specVersion"]) == ("CycloneDX", "1.6")
+        components = {c["name"]: c for c in sbom["components"]}
+        assert components["gguf:Q4_0"]["type"] == "machine-learning-model"
+        inner = components["gguf:Q4_0"]["components"][0]
+        assert inner["hashes"] == [{"alg": "SHA-256", "content": sha256_of(made / "model/model.gguf")}]
+        assert components["llama-cpp-python"]["scope"] == "required"
+        assert "timestamp" not in sbom["metadata"]
+
+    def test_manifest_describes_the_artifact(self, made: Path) -> None:
+        artifact = read_manifest(made).artifacts[0]
+        assert (artifact.folder, artifact.entry, artifact.format) == ("model", "model.gguf", "gguf")
+        assert artifact.inputs[0].model_dump() == {"name": "tokens", "dtype": "int32", "shape": ["tokens"]}
+        assert artifact.outputs[0].shape == ["tokens", artifact.vocab_size]
+
+
+class TestChanged:
+    def test_one_byte_of_every_file(self, copy: Path) -> None:
+        random = np.random.default_rng(0)
+        for path in sorted(files_under(copy)):
+            name = path.relative_to(copy).as_posix()
+            whole = path.read_bytes()
+            places = {0, len(whole) // 2, len(whole) - 1, int(random.integers(len(whole)))}
+            for place in places:
+                changed = bytearray(whole)
+                changed[place] ^= 1 << int(random.integers(8))
+                path.write_bytes(changed)
+                cause = refused(copy, name)
+                if name not in ("SHA256SUMS", "manifest.json"):
+                    assert f"by manifest.json, {name} was altered" in cause
+                if name == "manifest.json":
+                    assert "holds of itself, manifest.json was altered" in cause
+            path.write_bytes(whole)
+        verify_bundle(copy, replay=False)
+
+    @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(data=st.data())
+    def test_any_byte_of_sha256sums_or_manifest(self, copy: Path, data: st.DataObject) -> None:
+        path = copy / data.draw(st.sampled_from(["SHA256SUMS", "manifest.json"]))
+        whole = path.read_bytes()
+        place = data.draw(st.integers(0, len(whole) - 1))
+        byte = data.draw(st.integers(0, 255).filter(lambda b: b != whole[place]))
+        path.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
+        try:
+            cause = refused(copy, path.name)
+        finally:
+            path.write_bytes(whole)
+        other = {"SHA256SUMS": "manifest.json was altered", "manifest.json": "SHA256SUMS was altered"}[path.name]
+        assert other not in cause
+
+    def test_every_file_removed(self, copy: Path) -> None:
+        for path in sorted(files_under(copy)):
+            whole = path.read_bytes()
+            path.unlink()
+            refused(copy, path.relative_to(copy).as_posix(), "missing")
+            path.write_bytes(whole)
+
+    @pytest.mark.parametrize("name", ["extra.txt", "model/.DS_Store", "golden/zz/deep.npy", "SHA256SUMS2", "Model.sig"])
+    def test_added(self, copy: Path, name: str) -> None:
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes(b"")
+        refused(copy, name, "not part of the bundle")
+
+    def test_empty_folder_added(self, copy: Path) -> None:
+        (copy / "cache").mkdir()
+        refused(copy, "cache")
+
+    def test_two_files_swapped(self, copy: Path) -> None:
+        one, other = copy / "golden/00.prompt.txt", copy / "golden/01.prompt.txt"
+        first, second = one.read_bytes(), other.read_bytes()
+        one.write_bytes(second)
+        other.write_bytes(first)
+        refused(copy, "golden/00.prompt.txt")
+
+    def test_truncated_and_grown_model(self, copy: Path) -> None:
+        model = copy / "model/model.gguf"
+        whole = model.read_bytes()
+        for data in (whole[:-1], whole + b"\0", b""):
+            model.write_bytes(data)
+            refused(copy, "model/model.gguf", str(len(data)), str(len(whole)))
+
+    def test_line_removed_from_sums(self, copy: Path) -> None:
+        sums = copy / "SHA256SUMS"
+        lines = sums.read_text(encoding="utf-8").splitlines(keepends=True)
+        for number in range(len(lines)):
+            sums.write_text("".join(lines[:number] + lines[number + 1 :]), encoding="utf-8")
+            refused(copy, "SHA256SUMS", lines[number][66:].strip())
+
+    def test_symlink_in_place_of_a_file(self, copy: Path, tmp_path: Path) -> None:
+        outside = tmp_path / "outside"
+        (copy / "NOTICE").rename(outside)
+        (copy / "NOTICE").symlink_to(outside)
+        refused(copy, "NOTICE", "symbolic link")
+
+    def test_symlinked_folder(self, copy: Path, tmp_path: Path) -> None:
+        (copy / "golden").rename(tmp_path / "elsewhere")
+        (copy / "golden").symlink_to(tmp_path / "elsewhere")
+        refused(copy, "golden", "symbolic link")
+
+    def test_fifo_does_not_hang(self, copy: Path) -> None:
+        os.mkfifo(copy / "reports/pipe")
+        refused(copy, "reports/pipe", "special file")
+
+    def test_signature_is_never_called_checked(self, copy: Path) -> None:
+        (copy / "model.sig").write_bytes(b"{}")
+        check = verify_bundle(copy, replay=False)
+        assert not check.signed
+        assert check.signature == "present, not checked"
+        assert any("signature present, not checked: needs" in note for note in check.notes)
+
+    def test_not_a_bundle(self, tmp_path: Path) -> None:
+        refused(tmp_path, "not a bundle")
+        refused(tmp_path / "absent", "no folder")
+
+    def test_huge_and_broken_manifests(self, copy: Path) -> None:
+        manifest = copy / "manifest.json"
+        whole = manifest.read_bytes()
+        for data, needle in (
+            (b"\xff\xfe" + whole, "manifest.json"),
+            (b"[" * 100_000, "manifest.json"),
+            (b"null\n", "manifest.json"),
+            (whole.replace(b"edgedistill.bundle/1", b"edgedistill.bundle/9"), "manifest.json"),
+        ):
+            manifest.write_bytes(data)
+            refused(copy, needle)
+            # And with a SHA256SUMS that vouches for it: the manifest itself is what is wrong.
+            lines = (copy / "SHA256SUMS").read_text(encoding="utf-8")
+            hashes = parse_sums(lines.encode()) | {"manifest.json": sha256_of(manifest)}
+            (copy / "SHA256SUMS").write_text(sums_text(hashes), encoding="utf-8")
+            refused(copy, "manifest.json")
+        with manifest.open("wb") as file:
+            file.truncate((16 << 20) + 1)
+        refused(copy, "manifest.json", "16777217")
+        with (copy / "SHA256SUMS").open("wb") as file:
+            file.truncate((4 << 20) + 1)
+        refused(copy, "SHA256SUMS", "4194305")
+
+
+class TestLies:
+    """Bundles whose hashes are all right, and whose content is not: what replay and the manifest's checks are for."""
+
+    def test_resealed_is_accepted_as_whole(self, copy: Path) -> None:
+        (copy / "NOTICE").write_text("another\n", encoding="utf-8")
+        reseal(copy)
+        verify_bundle(copy, replay=False)
+
+    def test_logits_that_the_runtime_does_not_compute(self, copy: Path, ingredients: Ingredients) -> None:
+        path = copy / "golden/01.logits.npy"
+        values = np.load(path)
+        values[7] += 1.0
+        np.save(path, values)
+        reseal(copy)
+        refused(copy, "golden/01.logits.npy", "off by", replay=True, store=ingredients.store)
+
+    def test_not_a_number(self, copy: Path, ingredients: Ingredients) -> None:
+        path = copy / "golden/01.logits.npy"
+        values = np.load(path)
+        values[7] = np.nan
+        np.save(path, values)
+        reseal(copy)
+        refused(copy, "golden/01.logits.npy", "off by inf", replay=True, store=ingredients.store)
+
+    def test_tokens_that_the_tokenizer_does_not_give(self, copy: Path, ingredients: Ingredients) -> None:
+        (copy / "golden/00.prompt.txt").write_text("Tha", encoding="utf-8")
+        reseal(copy)
+        refused(copy, "golden/00.tokens.npy", replay=True, store=ingredients.store)
+
+    def test_greedy_ids(self, copy: Path, ingredients: Ingredients) -> None:
+        manifest = read_manifest(copy)
+        artifact = manifest.artifacts[0]
+        cases = [case.model_copy(update={"greedy_compared": 3}) for case in artifact.golden.cases]
+        greedy = np.load(copy / cases[0].greedy)
+        greedy[1] ^= 1
+        np.save(copy / cases[0].greedy, greedy)
+        golden = artifact.golden.model_copy(update={"cases": cases})
+        reseal(copy, lambda m: m.model_copy(update={"artifacts": [artifact.model_copy(update={"golden": golden})]}))
+        refused(copy, "golden/00.greedy.npy", replay=True, store=ingredients.store)
+
+    def test_pickle_is_never_loaded(self, copy: Path, ingredients: Ingredients, tmp_path: Path) -> None:
+        class Bomb:
+            def __reduce__(self) -> tuple[object, tuple[str]]:
+                return os.system, (f"touch {tmp_path / 'exploded'}",)
+
+        np.save(copy / "golden/00.logits.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+        reseal(copy)
+        refused(copy, "golden/00.logits.npy", replay=True, store=ingredients.store)
+        assert not (tmp_path / "exploded").exists()
+
+    def test_header_that_claims_terabytes(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.npy"
+        np.save(path, np.zeros(4, dtype="<f4"))
+        path.write_bytes(path.read_bytes().replace(b"(4,), }          ", b"(4000000000000,),}"))
+        with pytest.raises(UserError, match="4000000000000"):
+            load_array(path, "<f4", (4,), what="a.npy")
+
+    def test_model_that_no_runtime_opens(self, copy: Path, ingredients: Ingredients) -> None:
+        model = copy / "model/model.gguf"
+        model.write_bytes(b"GGUF" + bytes(1000))
+
+        def claim(manifest: Manifest) -> Manifest:
+            artifact = manifest.artifacts[0]
+            entry = artifact.files[0].model_copy(update={"bytes": 1004, "sha256": sha256_of(model)})
+            changed = artifact.model_copy(update={"files": [entry], "sha256": entry.sha256, "bytes": 1004})
+            return manifest.model_copy(update={"artifacts": [changed]})
+
+        reseal(copy, claim)
+        with pytest.raises((UserError, RuntimeCrashed), match=r"model\.gguf"):
+            verify_bundle(copy, store=ingredients.store)
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("folder", "../../etc"),
+            ("folder", "/etc"),
+            ("entry", "../passwd"),
+            ("retention", "../../x"),
+            ("latency", "/x"),
+        ],
+    )
+    def test_manifest_paths_that_leave_the_folder(self, copy: Path, field: str, value: str) -> None:
+        reseal(copy, lambda m: m.model_copy(update={"artifacts": [m.artifacts[0].model_copy(update={field: value})]}))
+        refused(copy, "manifest.json", value)
+
+    def test_golden_paths_that_leave_the_folder(self, copy: Path) -> None:
+        def lie(manifest: Manifest) -> Manifest:
+            artifact = manifest.artifacts[0]
+            case = artifact.golden.cases[0].model_copy(update={"prompt": "../../../etc/passwd"})
+            golden = artifact.golden.model_copy(update={"cases": [case]})
+            return manifest.model_copy(update={"artifacts": [artifact.model_copy(update={"golden": golden})]})
+
+        reseal(copy, lie)
+        refused(copy, "../../../etc/passwd", "no file of the bundle")
+
+    def test_artifact_that_is_another(self, copy: Path) -> None:
+        def lie(manifest: Manifest) -> Manifest:
+            artifact = manifest.artifacts[0]
+            return manifest.model_copy(update={"artifacts": [artifact.model_copy(update={"sha256": "0" * 64})]})
+
+        reseal(copy, lie)
+        refused(copy, "manifest.json", "gguf:Q4_0")
+
+
+class TestSums:
+    GOOD = f"{'0' * 64}  a\n{'1' * 64}  b/c\n"
+
+    def test_round_trip(self) -> None:
+        assert sums_text(parse_sums(self.GOOD.encode())) == self.GOOD
+
+    @pytest.mark.parametrize(
+        ("text", "why"),
+        [
+            ("", "line feed"),
+            (GOOD.rstrip("\n"), "line feed"),
+            (GOOD + "\n", "line 3"),
+            (GOOD.replace("\n", "\r\n"), "line 1 is not canonical: it ends with CR LF"),
+            (f"{'A' * 64}  a\n", "capital"),
+            (f"{'0' * 64} a\n", "line 1"),
+            (f"{'0' * 64} *a\n", "line 1"),
+            (f"{'0' * 63}  a\n", "line 1"),
+            (f" {'0' * 64}  a\n", "line 1"),
+            (f"\\{'0' * 64}  a\\nb\n", "line 1"),
+            (f"{'0' * 64}  b\n{'1' * 64}  a\n", "line 2 is not canonical: the paths are not sorted"),
+            (f"{'0' * 64}  a\n{'0' * 64}  a\n", "line 2 is not canonical: the path is there twice"),
+            (f"{'0' * 64}  ../x\n", "'..'"),
+            (f"{'0' * 64}  a/../x\n", "'..'"),
+            (f"{'0' * 64}  ./x\n", "'.'"),
+            (f"{'0' * 64}  a//x\n", "empty"),
+            (f"{'0' * 64}  /etc/passwd\n", "absolute"),
+            (f"{'0' * 64}  C:x\n", "absolute"),
+            (f"{'0' * 64}  a\\b\n", "backslash"),
+            (f"{'0' * 64}  a\tb\n", "control"),
+            (f"{'0' * 64}  SHA256SUMS\n", "cannot be listed"),
+            (f"{'0' * 64}  model.sig\n", "cannot be listed"),
+            (f"{'0' * 64}  {'x' * 600}\n", "600 characters"),
+        ],
+    )
+    def test_anything_else_is_refused_with_its_line(self, text: str, why: str) -> None:
+        with pytest.raises(UserError) as caught:
+            parse_sums(text.encode())
+        assert why in caught.value.cause
+
+    def test_bytes_that_are_no_text(self) -> None:
+        with pytest.raises(UserError, match="line 1 is not UTF-8"):
+            parse_sums(b"\xff\xfe\n")
+
+    @given(st.binary(max_size=200))
+    def test_any_bytes_are_canonical_or_refused(self, data: bytes) -> None:
+        try:
+            assert sums_text(parse_sums(data)).encode() == data
+        except UserError:
+            pass
+
+    @given(
+        st.dictionaries(
+            st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(
+                lambda p: not unsafe_path(p) and p not in ("SHA256SUMS", "model.sig")
+            ),
+            st.just("ab" * 32),
+            min_size=1,
+        )
+    )
+    def test_every_safe_path_can_be_listed(self, hashes: dict[str, str]) -> None:
+        assert parse_sums(sums_text(hashes).encode()) == hashes
+
+
+class TestManifest:
+    def test_its_own_hash(self, made: Path) -> None:
+        data = (made / "manifest.json").read_bytes()
+        assert self_hash_holds(data)
+        assert not self_hash_holds(data.replace(b'"seed": 0', b'"seed": 1'))
+        assert not self_hash_holds(b"{}")
+        assert manifest_bytes(parse_manifest(data)) == data
+
+    def test_unknown_key(self, made: Path) -> None:
+        data = json.loads((made / "manifest.json").read_bytes())
+        data["surprise"] = 1
+        with pytest.raises(UserError, match="surprise"):
+            parse_manifest(json.dumps(data).encode())
+
+
+class TestBuild:
+    def test_replaces_a_bundle_and_nothing_else(self, copy: Path, ingredients: Ingredients, tmp_path: Path) -> None:
+        stale = copy / "stale.txt"
+        stale.write_text("old", encoding="utf-8")
+        ingredients.make(copy)
+        assert not stale.exists()
+        verify_bundle(copy, replay=False)
+        other = tmp_path / "holiday-photos"
+        other.mkdir()
+        (other / "one.jpg").write_bytes(b"x")
+        with pytest.raises(UserError, match="not a bundle"):
+            ingredients.make(other)
+        assert (other / "one.jpg").read_bytes() == b"x"
+
+    def test_leftovers_of_killed_runs(self, copy: Path, ingredients: Ingredients) -> None:
+        (copy.parent / f".{copy.name}.tmp-1").mkdir()
+        (copy.parent / f".{copy.name}.tmp-1" / "half").write_bytes(b"x")
+        old = copy.parent / f".{copy.name}.old-1"
+        copy.rename(old)  # as if killed between the two renames
+        with pytest.raises(UserError):
+            ingredients.make(copy, artifacts=[])
+        with pytest.raises(UserError, match="tokenizer"):
+            ingredients.make(copy, student_dir=copy.parent)
+        verify_bundle(copy, replay=False)
+        assert sorted(p.name for p in copy.parent.iterdir()) == [copy.name]
+
+    @pytest.mark.skipif(platform.system() != "Linux", reason="renameat2 is Linux's")
+    def test_exchange_is_one_step(self, tmp_path: Path) -> None:
+        for name in "ab":
+            (tmp_path / name).mkdir()
+            (tmp_path / name / name).touch()
+        if _exchange(tmp_path / "a", tmp_path / "b"):
+            assert (tmp_path / "a/b").exists()
+            assert (tmp_path / "b/a").exists()
+        assert not _exchange(tmp_path / "a", tmp_path / "absent")
+
+    def test_full_disk_leaves_the_old_bundle(self, copy: Path, ingredients: Ingredients) -> None:
+        # A limit on the size of a file is a real error of the system, without a disk to fill.
+        code = (
+            "import resource, sys\n"
+            "sys.path.insert(0, sys.argv[1])\n"
+            "from pathlib import Path\n"
+            "import bundle_fixtures as f\n"
+            "from edgedistill.errors import UserError\n"
+            "from edgedistill.records import Artifact\n"
+            "i = object.__new__(f.Ingredients)\n"
+            "i.folder = Path(sys.argv[2])\n"
+            "i.store, i.checkpoint = f.Store(i.folder / 'store'), i.folder / 'student'\n"
+            "i.teacher_dir, i.artifact_dir = i.folder / 'teacher', i.folder / 'artifact'\n"
+            "i.artifact = Artifact.model_validate_json(sys.argv[4])\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+            "try:\n"
+            "    i.make(Path(sys.argv[3]))\n"
+            "except UserError as error:\n"
+            "    print(error)\n"
+        )
+        arguments = [
+            str(Path(__file__).parent),
+            str(ingredients.folder),
+            str(copy),
+            ingredients.artifact.model_dump_json(),
+        ]
+        done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=REPO, capture_output=True, text=True)
+        assert "cannot be written" in done.stdout, done.stderr
+        verify_bundle(copy, replay=False)
+        assert sorted(p.name for p in copy.parent.iterdir()) == [copy.name]
+
+    def test_records_of_other_bytes(self, ingredients: Ingredients, tmp_path: Path) -> None:
+        other = ingredients.artifact.model_copy(update={"sha256": "9" * 64})
+        for changes in ({"retention": retention(other)}, {"latency": latency(other)}):
+            with pytest.raises(UserError, match="is of other bytes"):
+                ingredients.make(tmp_path / "b", artifacts=[ingredients.bundled(**changes)])
+        assert list(tmp_path.iterdir()) == []
+
+    def test_artifact_changed_since_it_was_exported(self, ingredients: Ingredients, tmp_path: Path) -> None:
+        elsewhere = shutil.copytree(ingredients.artifact_dir, tmp_path / "artifact")
+        with (elsewhere / "model.gguf").open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\x7f")
+        with pytest.raises(UserError, match="not what its record says"):
+            ingredients.make(tmp_path / "out" / "b", artifacts=[ingredients.bundled(folder=elsewhere)])
+        assert list((tmp_path / "out").iterdir()) == []
+
+    def test_figures_that_are_no_numbers(self, ingredients: Ingredients, tmp_path: Path) -> None:
+        broken = retention(ingredients.artifact, retention=Scored(value=float("nan"), ci95=(0.0, 1.0)))
+        with pytest.raises(UserError, match=r"reports/retention\.json"):
+            ingredients.make(tmp_path / "b", artifacts=[ingredients.bundled(retention=broken)])
+
+    def test_a_runtime_that_disagrees_with_itself(
+        self, ingredients: Ingredients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(golden_module, "MAX_SEEN", 1e-6)
+        with pytest.raises(RuntimeCrashed, match="disagrees with itself"):
+            ingredients.make(tmp_path / "b")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_licence_and_card(self, ingredients: Ingredients, made: Path, tmp_path: Path) -> None:
+        assert "not known" in (made / "LICENSE").read_text(encoding="utf-8")
+        card = (made / "MODEL_CARD.md").read_text(encoding="utf-8")
+        assert "license: unknown" in card
+        assert "basis: measured" in card
+        assert "basis **proxy**" in card
+        assert "To be filled in" in card
+        teacher = tmp_path / "teacher"
+        teacher.mkdir()
+        (teacher / "LICENSE").write_text("The Teacher Licence\n", encoding="utf-8")
+        hostile = teacher_result(teacher, name="x | y\n# <script>alert(1)</script> [a](b)")
+        second = ingredients.make(
+            tmp_path / "b", teacher=hostile, data=None, held_out_texts=[], artifacts=[ingredients.bundled(latency=None)]
+        )
+        assert (second / "LICENSE").read_text(encoding="utf-8") == "The Teacher Licence\n"
+        card = (second / "MODEL_CARD.md").read_text(encoding="utf-8")
+        assert "<script>" not in card
+        assert "\n# <" not in card
+        assert "not measured" in card
+        assert not (second / "reports/latency.json").exists()
+        check = verify_bundle(second, store=ingredients.store)
+        assert check.golden_replayed == 2  # the fixed prompts alone
+
+    def test_two_artifacts(self, ingredients: Ingredients, tmp_path: Path) -> None:
+        other = ingredients.exported("Q8_0")
+        both = ingredients.make(tmp_path / "b", artifacts=[ingredients.bundled(), other])
+        assert (both / "model/gguf-q8_0/model.gguf").is_file()
+        assert (both / "reports/gguf-Q8_0/retention.json").is_file()
+        assert [a.name for a in read_manifest(both).artifacts] == ["gguf:Q4_0", "gguf:Q8_0"]
+        check = verify_bundle(both, store=ingredients.store)
+        assert [r.artifact for r in check.replays] == ["gguf:Q4_0", "gguf:Q8_0"]
+        with pytest.raises(UserError, match="same artifact twice"):
+            ingredients.make(tmp_path / "c", artifacts=[ingredients.bundled(), ingredients.bundled()])
+
+
+class TestOnnx:
+    @pytest.fixture(scope="class")
+    def second(self, ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+        one = ingredients.exported("INT4", onnx=True)
+        out = tmp_path_factory.mktemp("onnx") / "b"
+        yield ingredients.make(out, artifacts=[ingredients.bundled(), one])
+
+    def test_beside_the_gguf(self, second: Path, ingredients: Ingredients) -> None:
+        check = verify_bundle(second, store=ingredients.store)
+        assert [r.artifact for r in check.replays] == ["gguf:Q4_0", "onnx:INT4"]
+        artifact = read_manifest(second).artifacts[1]
+        assert artifact.folder == "model/onnx"
+        assert artifact.inputs[0].name == "input_ids"
+        assert artifact.inputs[0].dtype == "int64"
+        assert any(tensor.name == "logits" for tensor in artifact.outputs)
+
+    def test_sample(self, second: Path) -> None:
+        done = subprocess.run(
+            [sys.executable, str(second / "samples/python/run_onnx.py"), "Once upon", "--tokens", "8"],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout) > len("Once upon\n")

@@ -1,0 +1,100 @@
+"""Recipes: typed, unknown keys refused with a suggestion, every field settable."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from edgedistill.errors import UserError
+from edgedistill.recipe import Recipe, builtin_recipes, load_recipe, parse_recipe
+
+
+def fields(section: type[BaseModel], prefix: str = ""):
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def value_at(recipe: Recipe, path: str):
+    node = recipe.model_dump(mode="json")
+    for part in path.split("."):
+        node = node[part]
+    return node
+
+
+@pytest.mark.parametrize("path", list(fields(Recipe)))
+def test_set_reaches_every_field(path):
+    recipe = load_recipe()
+    current = value_at(recipe, path)
+    assert load_recipe("quickstart", [f"{path}={yaml.safe_dump(current, default_flow_style=True).strip()}"]) == recipe or (
+        isinstance(current, str | None)
+    )
+    with pytest.raises(UserError) as error:
+        load_recipe("quickstart", [f"{path}={{not: valid}}"])
+    assert path.split(".")[-1] in str(error.value)
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_every_shipped_recipe_loads(name):
+    assert load_recipe(name).name
+
+
+@pytest.mark.parametrize(
+    ("text", "cause", "remedy"),
+    [
+        ("distil: {}", "unknown key 'distil'", "did you mean 'distill'?"),
+        ("distill: {learning_rat: 1}", "unknown key 'distill.learning_rat'", "did you mean 'learning_rate'?"),
+        ("teacher: {train: {shape: {hiden_size: 8}}}", "unknown key 'teacher.train.shape.hiden_size'", "hidden_size"),
+        ("seed: many", "seed = 'many'", "recipes show"),
+        ("distill: 3", "'distill' is 3", "section"),
+        ("- a\n- b", "holds a list", "mapping"),
+        ("a: [", "not YAML", ""),
+        ("name: ../up", "name = '../up'", ""),
+        ("student: {compression: 0.5}", "student.compression = 0.5", ""),
+        ("data: {split: both}", "data.split = 'both'", ""),
+        ("verify: {min_retention: -1}", "verify.min_retention = -1", ""),
+    ],
+)
+def test_wrong_recipes(text, cause, remedy):
+    with pytest.raises(UserError) as error:
+        parse_recipe(text, where="mine.yaml")
+    assert cause in error.value.cause
+    assert remedy in error.value.remedy
+
+
+@pytest.mark.parametrize("override", ["novalue", "=3", "seed.deeper=3", "a.b.c=1", "seed=[1"])
+def test_wrong_overrides(override):
+    with pytest.raises(UserError):
+        load_recipe("quickstart", [override])
+
+
+def test_numbers_as_people_write_them():
+    assert load_recipe("quickstart", ["distill.learning_rate=2e-3"]).distill.learning_rate == 2e-3
+    assert load_recipe("quickstart", ["export.artifacts=gguf:Q8_0, onnx:INT4"]).export.artifacts == ["gguf:Q8_0", "onnx:INT4"]
+
+
+def test_missing_recipe_suggests():
+    with pytest.raises(UserError) as error:
+        load_recipe("quickstrat")
+    assert "did you mean 'quickstart'?" in error.value.remedy
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"x" * (1 << 21)])
+def test_files_that_are_no_recipes(tmp_path, content):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError):
+        load_recipe(str(path))
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_a_recipe_or_a_user_error(text):
+    try:
+        parse_recipe(text, where="fuzz")
+    except UserError:
+        pass

@@ -1,0 +1,169 @@
+"""The store: whole or absent, one builder at a time, nothing stale."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from edgedistill.errors import UserError
+from edgedistill.records import Record
+from edgedistill.store import Store, Work, key_of, store_list, store_prune, store_verify
+
+
+class Number(Record):
+    value: int
+
+
+def builder(value: int = 1, calls: list[int] | None = None):
+    def build(work: Work) -> Number:
+        if calls is not None:
+            calls.append(value)
+        (work.out / "folder").mkdir()
+        (work.out / "folder" / "data.bin").write_bytes(bytes(range(256)) * 10)
+        return Number(value=value)
+
+    return build
+
+
+def test_a_second_run_reuses_and_other_inputs_do_not(tmp_path):
+    store, calls = Store(tmp_path), []
+    first = store.run("stage", {"a": 1}, builder(1, calls), Number)
+    again = store.run("stage", {"a": 1}, builder(1, calls), Number)
+    other = store.run("stage", {"a": 2}, builder(2, calls), Number)
+    assert (first.reused, again.reused, other.reused) == (False, True, False)
+    assert calls == [1, 2]
+    assert again.directory == first.directory != other.directory
+    assert store_verify(store) == []
+
+
+def test_key_depends_on_every_input_and_not_on_their_order():
+    assert key_of("s", {"a": 1, "b": [1, 2]}) == key_of("s", {"b": [1, 2], "a": 1})
+    assert len({key_of("s", {"a": 1}), key_of("t", {"a": 1}), key_of("s", {"a": 2}), key_of("s", {"a": "1"})}) == 4
+
+
+def test_a_failed_build_leaves_its_state_and_no_record(tmp_path):
+    store = Store(tmp_path)
+
+    def failing(work: Work) -> Number:
+        (work.state / "checkpoint").write_text("42")
+        (work.out / "half").write_text("x")
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        store.run("stage", {}, failing, Number)
+    assert store.find("stage", {}, Number) is None
+
+    def resuming(work: Work) -> Number:
+        assert not list(work.out.iterdir())
+        return Number(value=int((work.state / "checkpoint").read_text()))
+
+    assert store.run("stage", {}, resuming, Number).result.value == 42
+    assert [row["state"] for row in store_list(store)] == ["finished"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "record"])
+def test_a_damaged_record_is_built_again(tmp_path, damage):
+    store = Store(tmp_path)
+    made = store.run("stage", {}, builder(), Number)
+    file = made.directory / "folder" / "data.bin"
+    if damage == "truncate":
+        file.write_bytes(b"x")
+    elif damage == "remove":
+        file.unlink()
+    else:
+        (made.directory / "record.json").write_text("{")
+    assert store_verify(store)
+    assert store.find("stage", {}, Number) is None
+    assert store.run("stage", {}, builder(), Number).reused is False
+    assert store_verify(store) == []
+
+
+def test_verify_finds_one_changed_byte(tmp_path):
+    store = Store(tmp_path)
+    file = store.run("stage", {}, builder(), Number).directory / "folder" / "data.bin"
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+    assert [p for p in store_verify(store) if "content changed" in p]
+
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from edgedistill.store import Store
+from edgedistill.records import Record
+class Number(Record):
+    value: int
+def build(work):
+    print("building", flush=True)
+    log = Path({log!r})
+    with log.open("a") as file: file.write("start\\n")
+    time.sleep({seconds})
+    (work.out / "data").write_bytes(b"x" * 1000)
+    with log.open("a") as file: file.write("end\\n")
+    return Number(value=1)
+print(Store(Path({store!r})).run("stage", {{}}, build, Number, print).reused, flush=True)
+"""
+
+
+def script(tmp_path: Path, repository: Path, seconds: float) -> list[str]:
+    text = SCRIPT.format(
+        root=str(repository), log=str(tmp_path / "log"), store=str(tmp_path / "store"), seconds=seconds
+    )
+    return [sys.executable, "-c", textwrap.dedent(text)]
+
+
+def test_two_processes_build_once(tmp_path, repository):
+    command = script(tmp_path, repository, 1.0)
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    answers = [process.communicate()[0].split()[-1] for process in processes]
+    assert sorted(answers) == ["False", "True", "True"]
+    assert (tmp_path / "log").read_text().split() == ["start", "end"]
+
+
+def test_a_killed_builder_frees_its_lock(tmp_path, repository):
+    process = subprocess.Popen(script(tmp_path, repository, 60), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "building"
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = subprocess.run(script(tmp_path, repository, 0), capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "False"
+
+
+def test_hashes_are_remembered_until_the_file_changes(tmp_path):
+    store, file = Store(tmp_path / "store"), tmp_path / "weights"
+    file.write_bytes(b"a" * 5000)
+    first = store.hash_file(file)
+    cache = next((tmp_path / "store" / "hashes").iterdir())
+    kept = json.loads(cache.read_text())
+    cache.write_text(json.dumps({**kept, "sha256": "remembered"}))
+    assert store.hash_file(file) == "remembered"
+    file.write_bytes(b"b" * 5000)
+    os.utime(file, ns=(1, 1))
+    assert store.hash_file(file) not in (first, "remembered")
+
+
+def test_prune_leaves_what_is_being_built(tmp_path):
+    store = Store(tmp_path)
+    store.run("old", {}, builder(), Number)
+    busy = store.run("busy", {}, builder(), Number)
+    with store.lock(f"busy-{busy.key}"):
+        removed = store_prune(Store(tmp_path))
+    assert len(removed) == 1
+    assert store.find("busy", {}, Number) is not None
+    assert store_prune(store, stage="nothing") == []
+
+
+def test_a_store_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot be written"):
+        Store(tmp_path / "file" / "store").run("s", {}, builder(), Number)
