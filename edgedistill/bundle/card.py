@@ -11,6 +11,7 @@ from edgedistill.records import Latency, Retention
 
 LICENSE_NAMES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "LICENCE.md", "COPYING")
 MAX_LICENSE_BYTES = 1 << 20
+HUB_ID = re.compile(r"[A-Za-z0-9._-]{1,96}(/[A-Za-z0-9._-]{1,96})?")
 TO_FILL = "**To be filled in by whoever ships this model.**"
 
 
@@ -72,9 +73,11 @@ def model_card(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | 
     """The card, with the metadata block that model hubs read. `figures`: one pair an artifact, in its order."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    hub = manifest.teacher.name if manifest.teacher and manifest.teacher.origin == "hub" else None
+    teacher = manifest.teacher
+    # A name that no hub can have stays out of the metadata; the text below has it.
+    on_hub = teacher is not None and teacher.origin == "hub" and HUB_ID.fullmatch(teacher.name)
     data = ModelCardData(
-        base_model=hub,
+        base_model=teacher.name if teacher is not None and on_hub else None,
         library_name={"gguf": "llama.cpp", "onnx": "onnxruntime"}[manifest.artifacts[0].format],
         license="other" if license_found else "unknown",
         pipeline_tag="text-generation",

@@ -117,8 +117,6 @@ def _files_of(folder: Path) -> dict[str, int]:
             elif not stat.S_ISDIR(status.st_mode):
                 kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "a special file"
                 raise UserError(f"{shown!r} in {folder} is {kind}: a bundle holds plain files only", REMEDY)
-            elif not any(path.iterdir()):
-                raise UserError(f"{shown!r} in {folder} is an empty folder and not part of the bundle", "remove it")
         if len(sizes) > MAX_FILES + 2:
             raise UserError(f"{folder} holds more than {MAX_FILES} files", REMEDY)
     return sizes
@@ -160,6 +158,10 @@ def _check_listed(folder: Path, sizes: dict[str, int], hashes: dict[str, str], m
         raise UserError(
             f"{path!r} in {folder} is not part of the bundle: {SUMS} does not list it", f"remove it, or {REMEDY}"
         )
+    for here, folders, files in os.walk(folder, followlinks=False):
+        if not folders and not files:
+            empty = Path(here).relative_to(folder).as_posix()
+            raise UserError(f"{empty!r} in {folder} is an empty folder and not part of the bundle", "remove it")
 
 
 def _check_hashes(

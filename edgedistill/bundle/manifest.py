@@ -73,10 +73,10 @@ def parse_sums(data: bytes) -> dict[str, str]:
 
 def _line_fault(line: str, previous: str) -> tuple[str, str]:
     """Why a line is refused ("" where it is not), and its path."""
+    if line.endswith("\r"):
+        return "it ends with CR LF", ""
     match = _LINE.fullmatch(line)
     if match is None:
-        if line.endswith("\r"):
-            return "it ends with CR LF", ""
         if re.match(r"[0-9A-Fa-f]{64}  ", line):
             return "the hash has capital letters", ""
         return "it is not 64 lower-case hex digits, two spaces and a path", ""

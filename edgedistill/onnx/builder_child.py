@@ -28,12 +28,25 @@ def build(checkpoint: Path, out: Path, cache: Path, precision: str, options: lis
     builder.create_model("", str(checkpoint), str(out), precision, "cpu", str(cache), **prepared)
 
 
-def reference_logits(checkpoint: Path, tokens: list[int], out: Path) -> None:
-    """The torch model's logits, [T, V] float32, saved as .npy."""
+def reference_logits(checkpoint: Path, built: Path, tokens: list[int], out: Path, *, quantized: bool) -> None:
+    """The torch model's logits, [T, V] float32, saved as .npy; `quantized`: with the weights as `built` stores them.
+
+    So that a graph that computes something else is told from what the quantization costs.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
+    from edgedistill.onnx.dequantize import dequantized
+
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True).eval()
+    if quantized:
+        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        with torch.inference_mode():
+            for name, values in dequantized(built, config):
+                if name == "lm_head.weight":  # stored apart from the embedding, so no longer tied to it
+                    model.lm_head.weight = torch.nn.Parameter(torch.from_numpy(values), requires_grad=False)
+                else:
+                    model.get_parameter(name).copy_(torch.from_numpy(values))
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([tokens])).logits[0]
     np.save(out, logits.float().numpy(), allow_pickle=False)
@@ -52,7 +65,13 @@ def main() -> None:
         request["options"],
         separate_rope=bool(request["separate_rope"]),
     )
-    reference_logits(Path(request["original"]), request["tokens"], Path(request["reference"]))
+    reference_logits(
+        Path(request["original"]),
+        Path(request["out"]),
+        request["tokens"],
+        Path(request["reference"]),
+        quantized=request["precision"].startswith("int"),
+    )
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ from edgedistill.store import combined_sha256, file_entries, versions
 BLOCK_SIZE = 32
 # 4: activations to INT8 before each product, which is what makes INT4 fast on ARM (dotprod, i8mm) and x86.
 ACCURACY_LEVEL = 4
-# The relative error (root mean square) of the logits against torch beyond which the graph must be wrong:
-# what rounding of that width costs is several times less, a wrong rotary embedding or layout costs about 1.
-MAX_RELATIVE_ERROR: dict[str, float] = {"FP32": 1e-3, "INT8": 0.1, "INT4": 0.6}
+# The relative error (root mean square) of the logits, against torch with the weights that the graph stores,
+# beyond which the graph must be wrong. INT8 and INT4 also round the activations to INT8; a wrong rotary
+# embedding or layout costs about 1.
+MAX_RELATIVE_ERROR: dict[str, float] = {"FP32": 1e-3, "INT8": 0.2, "INT4": 0.2}
 PARITY_TOKENS = 48
 DECODED_TOKENS = 4
 FUSED_ROPE_MULTIPLE = 16  # of the head size: GroupQueryAttention rotates no others
@@ -78,12 +79,12 @@ def export_onnx(
         built = scratch / "out"
         # transformers rebuilds some tokenizers when it loads them; what ships is the original.
         shutil.copyfile(checkpoint / TOKENIZER_FILE, built / TOKENIZER_FILE)
-        error = _relative_error(built, scratch / "reference.npy", tokens, context=context, threads=threads)
+        error = relative_error(built, scratch / "reference.npy", tokens, context=context, threads=threads)
         if not error <= MAX_RELATIVE_ERROR[quantization]:
             raise UserError(
                 f"the {quantization} ONNX graph of {checkpoint} does not compute what torch does: "
                 f"relative error of the logits {error:.2g}, at most {MAX_RELATIVE_ERROR[quantization]:g} is rounding",
-                "export it as GGUF, or with quantization FP32 to see whether the quantization is the cause",
+                "export it as GGUF, or with quantization FP32",
             )
         _decodes(built, tokens, context=context, threads=threads)
         artifact = _describe(built, shape, quantization=quantization, context=context)
@@ -204,12 +205,12 @@ def _run_builder(
         )
 
 
-def _relative_error(folder: Path, reference: Path, tokens: list[int], *, context: int, threads: int) -> float:
-    """Root mean square of (ONNX − torch) logits over that of the torch logits about their mean."""
+def relative_error(folder: Path, reference: Path, tokens: list[int], *, context: int, threads: int) -> float:
+    """Root mean square of (ONNX - torch) logits over that of the torch logits about their mean."""
     expected_TV = np.load(reference, allow_pickle=False)
     with RuntimeProcess("onnxruntime", folder, threads=threads, context_tokens=context) as runtime:
         found_TV = runtime.logits(np.asarray(tokens, dtype=np.int64))
-    return _relative_rms(found_TV, expected_TV)
+    return relative_rms(found_TV, expected_TV)
 
 
 def _decodes(folder: Path, tokens: list[int], *, context: int, threads: int) -> None:
@@ -219,7 +220,7 @@ def _decodes(folder: Path, tokens: list[int], *, context: int, threads: int) -> 
         runtime.greedy(tokens[: context - new_tokens], new_tokens)
 
 
-def _relative_rms(found_TV: NDArray[np.float32], expected_TV: NDArray[np.float32]) -> float:
+def relative_rms(found_TV: NDArray[np.float32], expected_TV: NDArray[np.float32]) -> float:
     centred = expected_TV - expected_TV.mean(axis=-1, keepdims=True)
     scale = float(np.sqrt(np.mean(np.square(centred, dtype=np.float64))))
     error = float(np.sqrt(np.mean(np.square(found_TV - expected_TV, dtype=np.float64))))

@@ -1,0 +1,243 @@
+"""The real command line: start-up, wrong input, doctor."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command import Command, refused
+
+from edgedistill.targets import targets_folder
+
+HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "llama_cpp", "datasets", "matplotlib", "numpy")
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory) -> Command:
+    made = Command(tmp_path_factory.mktemp("cli"))
+    made.recipe()
+    return made
+
+
+@pytest.mark.parametrize("words", [["--help"], ["targets", "list"], ["build", "--help"], ["recipes", "list"]])
+def test_light_commands_import_nothing_heavy(command, words):
+    code = (
+        "import sys; from edgedistill import cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        f"print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, env=command.env(), check=True
+    )
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_every_package_module_imports_without_its_heavy_libraries(command):
+    """What the bundle verifier needs is importable where torch and transformers are absent."""
+    code = (
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'transformers', 'onnx', 'datasets', 'matplotlib', 'jinja2'):\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "import edgedistill.bundle.check, edgedistill.runtimes.child, edgedistill.targets, edgedistill.plan\n"
+        "import edgedistill.pipeline, edgedistill.doctor, edgedistill.recipe, edgedistill.store\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=command.env())
+
+
+def test_a_missing_heavy_package_is_named(command, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'torch':\n"
+        "            raise ModuleNotFoundError('No module named torch', name='torch')\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
+    lean = Command(command.folder, {"PYTHONPATH": str(tmp_path), "EDGEDISTILL_STORE": str(tmp_path / "store")})
+    refused(lean("distill", lean.recipe(), "-t", "phone"), "torch is not installed", "edgedistill[build]")
+
+
+def safetensors(folder: Path) -> Path:
+    return next(folder.glob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """A small, whole teacher folder."""
+    from tiny_models import tiny_checkpoint
+
+    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "teacher")
+
+
+@pytest.fixture
+def broken(teacher, tmp_path) -> Path:
+    """A copy of the teacher to break."""
+    return Path(shutil.copytree(teacher, tmp_path / "broken"))
+
+
+def test_no_such_things(command):
+    refused(command("build", "nosuch", "-t", "phone"), "no recipe 'nosuch'")
+    refused(command("build", "quickstrat", "-t", "phone"), "did you mean 'quickstart'?")
+    refused(command("build", "./missing.yaml", "-t", "phone"), "./missing.yaml")
+    refused(command("build", "-t", "jetsn"), "no target 'jetsn'", "did you mean 'jetson'?")
+    refused(command("build", "-t", "phone", "--teacher", "./nowhere"), "no teacher ./nowhere")
+    refused(command("build", "-t", "phone", "--teacher", "org/model"), "no teacher 'org/model'")
+    refused(command("build", "-t", "phone", "--data", "./missing.txt"), "no data file ./missing.txt")
+    done = command("build", "-t", "phone", "--on", "pixel")
+    assert done.returncode == 5
+    assert "'pixel'" in done.stderr
+    done = command("buidl")
+    assert done.returncode == 2
+    assert "build" in done.stderr
+
+
+def test_wrong_recipes(command):
+    recipe = command.recipe()
+    refused(command("plan", recipe, "-t", "phone", "--set", "distil.tokens=3"), "did you mean 'distill'?")
+    refused(command("plan", recipe, "-t", "phone", "--set", "distill.tokens=few"), "distill.tokens = 'few'")
+    path = command.folder / "wrong.yaml"
+    path.write_text("data: {sorce: x}")
+    refused(command("plan", str(path), "-t", "phone"), "unknown key 'data.sorce'", "did you mean 'source'?")
+    path.write_text("data: {source: ./not_there.txt}")
+    refused(command("build", str(path), "-t", "phone"), "not_there.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"", "is empty"),
+        (b"only one document, only one line", "1 document(s)"),
+        (bytes(range(256)) * 20, "binary"),
+        (("caf\u00e9 " * 50).encode("latin-1"), "is not UTF-8"),
+        (("text " * 50).encode("utf-16"), "UTF-16"),
+    ],
+)
+def test_wrong_data(command, tmp_path, content, cause):
+    path = tmp_path / "data.txt"
+    path.write_bytes(content)
+    refused(command("build", command.recipe(), "-t", "phone", "--data", str(path)), cause)
+
+
+def test_model_folder_without_weights(command, broken):
+    safetensors(broken).unlink()
+    refused(command("build", "-t", "phone", "--teacher", str(broken)), str(broken), "no weights")
+
+
+def test_truncated_safetensors(command, broken):
+    file = safetensors(broken)
+    os.truncate(file, file.stat().st_size - 1000)
+    refused(command("build", "-t", "phone", "--teacher", str(broken)), file.name, "truncated")
+    refused(command("export", "--student", str(broken), "--out", "x"), "truncated")
+    assert not (command.folder / "x").exists()
+
+
+def test_pickle_only(command, broken):
+    safetensors(broken).rename(broken / "pytorch_model.bin")
+    refused(command("export", "--student", str(broken)), "pickle", "safe_serialization")
+
+
+def test_architecture_without_a_converter(command, broken):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    refused(command("export", "--student", str(broken)), "mamba", "llama")
+    refused(command("build", "-t", "phone", "--teacher", str(broken)), "mamba", "llama")
+
+
+def test_config_of_another_model(command, broken):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "vocab_size": 7}))
+    refused(command("export", "--student", str(broken)), "embedding")
+
+
+def test_a_file_is_no_model(command, teacher):
+    refused(command("export", "--student", str(safetensors(teacher))), "is a file")
+
+
+def test_student_larger_than_its_teacher(command, teacher, tmp_path):
+    from tiny_models import tiny_checkpoint
+
+    larger = tiny_checkpoint(tmp_path / "larger", hidden=512)
+    done = command("build", "-t", "phone", "--teacher", str(teacher), "--student", str(larger), "--data", str(command.folder / "text.txt"))
+    refused(done, "more than its teacher")
+
+
+def test_target_that_cannot_hold_any_student(command, tmp_path):
+    """The Pi's profile with a memory that not even the runtime fits in beside a model."""
+    import yaml
+
+    profile = yaml.safe_load((targets_folder() / "raspberry-pi-5.yaml").read_text())
+    runtime = int(profile["runtime_bytes"]["value"])
+    profile["name"] = "tiny-board"
+    profile["aliases"] = []
+    profile["memory_bytes"]["value"] = runtime + 3000
+    profile["usable_memory_bytes"]["value"] = runtime + 2000
+    profile["limits"]["max_memory_bytes"] = runtime + 1000
+    path = tmp_path / "tiny-board.yaml"
+    path.write_text(yaml.safe_dump(profile))
+    refused(command("build", command.recipe(), "-t", str(path)), "tiny-board")
+
+
+def test_other_tokenizer_is_refused_and_named(command, teacher, test_data):
+    student = test_data / "weights" / "stories260k-hf"
+    big = test_data / "weights" / "teacher-tinystories-21m"
+    done = command("build", "-t", "phone", "--teacher", str(big), "--student", str(student), "--data", str(command.folder / "text.txt"))
+    refused(done, "do not share a tokenizer", "token ")
+
+
+def test_export_into_a_folder_in_use(command, teacher):
+    (command.folder / "used").mkdir(exist_ok=True)
+    (command.folder / "used" / "mine.txt").write_text("precious")
+    refused(command("export", "--student", str(teacher), "--out", "used"), "not an empty folder")
+    assert (command.folder / "used" / "mine.txt").read_text() == "precious"
+
+
+def test_doctor_names_the_extra_buffers_and_every_target(command):
+    found = command.json("doctor")
+    assert {"llama.cpp extra buffers", "distilling", "store"} <= {c["what"] for c in found["checks"]}
+    assert all(t["can_build"] for t in found["targets"])
+    assert len(found["targets"]) == 7
+    assert "llama.cpp extra buffers" in command("doctor", "-t", "jetson").stdout
+
+
+def test_json_is_one_document_for_every_light_command(command):
+    for words in (["targets", "list"], ["targets", "show", "jetson"], ["recipes", "list"], ["recipes", "show"],
+                  ["store", "list"], ["store", "verify"], ["plan", command.recipe(), "-t", "phone"], ["version"]):  # fmt: skip
+        command.json(*words)
+
+
+def test_jetson_is_an_alias_and_says_so(command):
+    done = command("plan", command.recipe(), "-t", "jetson")
+    assert "target jetson is jetson-orin-nano" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounting a small disk needs root")
+class TestFullDisk:
+    @pytest.fixture
+    def small_disk(self, tmp_path):
+        place = tmp_path / "small"
+        place.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"cannot mount a small disk: {done.stderr.strip()}")
+        yield place
+        subprocess.run(["umount", str(place)], check=True)
+
+    def test_plan_refuses_and_says_by_how_much(self, command, small_disk):
+        full = Command(command.folder, {"EDGEDISTILL_STORE": str(small_disk / "store")})
+        refused(full("build", full.recipe(), "-t", "phone"), "disk")
+
+    def test_export_measures_the_room_first(self, command, small_disk, teacher):
+        done = command("export", "--student", str(teacher), "--format", "gguf", "--quantization", "F16", "--out", str(small_disk / "x"))
+        refused(done, "bytes, and", "free some space")
+        assert not (small_disk / "x").exists()
+
+

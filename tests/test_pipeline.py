@@ -1,0 +1,228 @@
+"""The whole job by the real command line, small: builds, reuse, kills, gates, crashes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command import Command, refused
+
+TARGETS = ("-t", "phone")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Command:
+    """A finished build for the phone; its store and bundles are read by the tests below."""
+    command = Command(tmp_path_factory.mktemp("built"))
+    done = command("build", command.recipe(), *TARGETS, "--json")
+    assert done.returncode == 0, done.stderr
+    (command.folder / "first.json").write_text(done.stdout)
+    return command
+
+
+def sums(bundle: Path) -> dict[str, str]:
+    lines = (bundle / "SHA256SUMS").read_text().splitlines()
+    return {name: digest for digest, name in (line.split("  ") for line in lines)}
+
+
+def model_sums(folder: Path) -> dict[str, str]:
+    return {name: digest for name, digest in sums(folder).items() if name.startswith("model/")}
+
+
+def bundle_of(command: Command, target: str = "phone-arm64-high") -> Path:
+    return command.folder / "bundles" / f"tiny-{target}"
+
+
+def test_build_leaves_a_bundle_that_verifies(built):
+    done = built("bundle", "verify", str(bundle_of(built)))
+    assert done.returncode == 0, done.stderr
+    assert "integrity" in done.stdout
+    assert "origin" in done.stdout
+    assert sorted(p.name for p in (built.folder / "bundles").iterdir()) == ["tiny-phone-arm64-high"]
+    document = json.loads((built.folder / "first.json").read_text())
+    rungs = document["bundles"][0]["artifacts"][0]["retention"]["rungs"]
+    assert [r["rung"] for r in rungs] == ["teacher", "student", "quantized", "shipped"]
+    assert rungs[0]["kl_mean_nats"] == pytest.approx(0, abs=1e-6)
+    assert rungs[0]["retention"] == 1.0
+    quantized, shipped = rungs[2], rungs[3]
+    assert shipped["perplexity"] == pytest.approx(quantized["perplexity"], rel=0.05)
+    assert document["bundles"][0]["artifacts"][0]["latency"]["basis"] == "proxy"
+    assert document["compression"] if "compression" in document else document["plan"]["compression"] >= 4
+
+
+def test_a_second_target_reuses_the_student_and_everything_can_be_reused(built):
+    done = built("build", built.recipe(), "-t", "phone", "-t", "raspberry-pi-5", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["student"]["reused"] is True
+    assert [b["target"] for b in document["bundles"]] == ["phone-arm64-high", "raspberry-pi-5"]
+    assert "teacher 1/" not in done.stderr
+    assert model_sums(bundle_of(built)) == model_sums(bundle_of(built, "raspberry-pi-5"))
+    changed = built("build", built.recipe(), "-t", "phone", "--set", "bench.repeats=2")
+    assert changed.returncode == 0, changed.stderr
+    assert "verify: retention" in changed.stderr
+    assert changed.stderr.count("(from the store)") == 4  # data, student, export, verify; bench is new
+
+
+def test_plan_tells_what_the_store_has(built):
+    hits = built.json("plan", built.recipe(), "-t", "phone")["store_hits"]
+    assert all(hits.values()), hits
+    other = built.json("plan", built.recipe(), "-t", "phone", "--set", "distill.tokens=50000")["store_hits"]
+    assert other == {"data": True, "teacher": True, "student": False}
+
+
+def test_a_gate_out_of_reach_exits_3_and_leaves_the_reports(built):
+    done = built("build", built.recipe(), *TARGETS, "--min-retention", "5", "--out", "gated")
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    folder = Path(done.stderr.split("reports in ")[1].split(" ")[0].split(";")[0].strip())
+    retention = json.loads((folder / "retention.json").read_text())
+    assert retention["gate"] == {"min_retention": 5.0, "on": "ci95_low", "passed": False}
+    assert len(retention["rungs"]) == 4
+    assert not (built.folder / "gated").exists() or not any((built.folder / "gated").iterdir())
+
+
+def test_onnx_beside_gguf_in_one_bundle(built):
+    done = built("build", built.recipe(), *TARGETS, "--set", "export.artifacts=gguf:Q4_0,onnx:INT4", "--out", "both")
+    assert done.returncode == 0, done.stderr
+    bundle = built.folder / "both" / "tiny-phone-arm64-high"
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert [(a["format"], a["quantization"]) for a in manifest["artifacts"]] == [("gguf", "Q4_0"), ("onnx", "INT4")]
+    assert built("bundle", "verify", str(bundle)).returncode == 0
+
+
+def test_sigkill_at_ten_random_moments_ends_with_the_same_model(built, tmp_path):
+    command = Command(tmp_path)
+    recipe = shutil.copy(built.recipe(), tmp_path / "tiny.yaml")
+    seed = int(os.environ.get("EDGEDISTILL_TEST_SEED", time.time_ns() % 10**6))
+    rng, kills, done = random.Random(seed), 0, None
+    while kills < 10:
+        process = command.start("build", str(recipe), *TARGETS)
+        try:
+            process.communicate(timeout=rng.uniform(0.5, 9.0))
+            done = process.returncode
+            shutil.rmtree(tmp_path / "bundles", ignore_errors=True)
+            if rng.random() < 0.5:  # finished before the kill: take something away, so that there is work to kill
+                shutil.rmtree(tmp_path / "store" / "records" / "export", ignore_errors=True)
+            else:
+                shutil.rmtree(tmp_path / "store", ignore_errors=True)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            kills += 1
+        assert done in (None, 0), f"seed {seed}"
+    final = command("build", str(recipe), *TARGETS)
+    assert final.returncode == 0, (seed, final.stderr)
+    assert model_sums(bundle_of(command)) == model_sums(bundle_of(built)), f"seed {seed}"
+    assert command("store", "verify").returncode == 0
+
+
+def test_interrupting_twice_is_safe(built, tmp_path):
+    command = Command(tmp_path)
+    recipe = shutil.copy(built.recipe(), tmp_path / "tiny.yaml")
+    process = command.start("build", str(recipe), *TARGETS)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "teacher 1/" in line:
+            break
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.05)
+    if process.poll() is None:
+        os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT), stderr
+    assert command("store", "verify").returncode == 0
+    done = command("build", str(recipe), *TARGETS)
+    assert done.returncode == 0, done.stderr
+    assert model_sums(bundle_of(command)) == model_sums(bundle_of(built))
+
+
+CRASH = """
+import os, signal, sys
+if "edgedistill.runtimes.worker" in " ".join(sys.orig_argv):
+    import llama_cpp
+    def decode(*_):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    llama_cpp.llama_decode = decode
+"""
+
+
+def test_a_runtime_that_crashes_is_reported_and_what_was_finished_stays(built, tmp_path):
+    """The child process really dies of SIGSEGV in its first decode."""
+    (tmp_path / "sitecustomize.py").write_text(CRASH)
+    store = shutil.copytree(built.folder / "store", tmp_path / "store")
+    shutil.rmtree(store / "records" / "verify")
+    crashing = Command(tmp_path, {"PYTHONPATH": str(tmp_path)})
+    recipe = shutil.copy(built.recipe(), tmp_path / "tiny.yaml")
+    done = crashing("build", str(recipe), *TARGETS)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    for part in ("llama.cpp", "SIGSEGV", "model.gguf", "try: "):
+        assert part in done.stderr, done.stderr
+    (tmp_path / "sitecustomize.py").unlink()
+    again = Command(tmp_path)("build", str(recipe), *TARGETS, "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["student"]["reused"] is True
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounting a small disk needs root")
+def test_a_disk_that_fills_up_loses_nothing_that_was_finished(built, tmp_path):
+    place = tmp_path / "small"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount a small disk: {done.stderr.strip()}")
+    try:
+        full = built("build", built.recipe(), *TARGETS, "--out", str(place))
+        refused(full, "No space left on device", "free space")
+        assert not list(place.glob("tiny-*"))
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+    assert built("store", "verify").returncode == 0
+
+
+def test_export_verify_and_bench_stand_alone(built):
+    student = built.json("distill", built.recipe(), *TARGETS)["student"]["path"]
+    exported = built.json("export", "--student", student, "--quantization", "Q8_0", "--out", "alone")
+    assert exported["quantization"] == "Q8_0"
+    text = str(built.folder / "text.txt")
+    words = ["verify", "alone", "--student", student, "--data", text, "--set", "verify.context_tokens=64"]
+    retention = built.json(*words, "--set", "verify.max_tokens=2000")
+    assert retention["retention"]["value"] == pytest.approx(1.0, abs=0.02)
+    failed = built(*words, "--set", "verify.max_tokens=2000", "--min-retention", "3")
+    assert failed.returncode == 3
+    latency = built.json(
+        "bench", "alone", "-t", "cpu-x86", "--set", "bench.prompt_tokens=8", "--set", "bench.new_tokens=8",
+        "--set", "bench.repeats=1", "--set", "bench.warmup=0",
+    )  # fmt: skip
+    assert latency["decode_tokens_per_s"] > 0
+    data = bytearray((built.folder / "alone" / "model.gguf").read_bytes())
+    data[-1] ^= 1
+    (built.folder / "alone" / "model.gguf").write_bytes(data)
+    refused(built(*words), "model.gguf", "hash differs")
+
+
+def test_students_cut_from_layers_and_pretrained(built):
+    recipe = built.recipe()
+    cut = built.json("distill", recipe, *TARGETS, "--set", "student.start=layers", "--set", "student.compression=1.2")
+    assert cut["student"]["start"] == "layers"
+    assert cut["student"]["shape"]["num_hidden_layers"] == 1
+    assert cut["student"]["shape"]["hidden_size"] == 64
+    student = built.json("distill", recipe, *TARGETS)["student"]["path"]
+    more = built.json("distill", recipe, *TARGETS, "--student", student, "--set", "distill.tokens=5000")
+    assert more["student"]["start"] == "pretrained"
+    assert more["student"]["training"]["history"][-1]["perplexity"] < 100
+
+
+def test_losses_can_be_mixed(built):
+    words = ("--set", "distill.cross_entropy=0.5", "--set", "distill.temperature=2", "--set", "distill.tokens=5000")
+    mixed = built.json("distill", built.recipe(), *TARGETS, *words)
+    assert mixed["student"]["training"]["loss"] == "1·forward-kl(T=2) + 0.5·cross-entropy"

@@ -1,0 +1,274 @@
+"""The report: one file, from records only, nothing fetched, and no record can put markup into it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from bundle_fixtures import Ingredients, latency, retention, rung, teacher_result
+
+from edgedistill.bundle.check import verify_bundle
+from edgedistill.bundle.manifest import read_manifest
+from edgedistill.errors import UserError
+from edgedistill.records import Fallback, Gate, Percentiles, TokenizerCheck
+from edgedistill.report.html import interval, limits_of, number, plain, render, report, size
+from edgedistill.report.plots import drift_svg, token_ms_svg, ttft_svg
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+EVIL = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>{{ 7 * 7 }}&amp;"
+
+
+@pytest.fixture(scope="module")
+def ingredients(tmp_path_factory: pytest.TempPathFactory) -> Ingredients:
+    return Ingredients(tmp_path_factory.mktemp("ingredients"))
+
+
+@pytest.fixture(scope="module")
+def made(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ingredients.make(tmp_path_factory.mktemp("out") / "quickstart-jetson-orin-nano")
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text; fails where tags do not nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data + " "
+
+
+def page_of(made: Path, figures: object) -> Page:
+    return Page(render(read_manifest(made), [figures]))  # type: ignore[list-item]
+
+
+def assert_self_contained(html: str) -> Page:
+    page = Page(html)
+    assert not {"script", "link", "iframe", "object", "embed", "img", "base", "form"} & set(page.tags)
+    for tag, name, value in page.attributes:
+        assert not name.startswith("on"), (tag, name, value)
+        assert name not in ("src", "srcset", "action"), (tag, name, value)
+        if name in ("href", "xlink:href"):
+            assert value.startswith("#"), (tag, name, value)
+        assert not re.search(r"url\((?!#)", value), (tag, name, value)
+    assert not re.search(r"@import|url\((?!#)|@font-face", html)
+    return page
+
+
+class TestReport:
+    def test_same_as_in_the_bundle_and_beside_it(self, made: Path) -> None:
+        out = report(made)
+        assert out == made.parent / f"{made.name}.report.html"
+        assert out.read_bytes() == (made / "reports/report.html").read_bytes()
+        verify_bundle(made, replay=False)
+
+    def test_self_contained(self, made: Path) -> None:
+        page = assert_self_contained((made / "reports/report.html").read_text(encoding="utf-8"))
+        assert page.tags["svg"] == 5
+
+    def test_says_what_the_records_say(self, made: Path) -> None:
+        page = Page((made / "reports/report.html").read_text(encoding="utf-8"))
+        text = re.sub(r"\s+", " ", page.text)
+        for needle in (
+            "quickstart-jetson-orin-nano",
+            "NVIDIA Jetson Orin Nano",
+            "passed",
+            "88.24 %",
+            "23.12",
+            "22.20–24.28",
+            "0.8691–0.8929",
+            "proxy , not on the target",
+            "149.0 146.0–151.0 at most 20,400",
+            "proxy, on a build server derived: ceiling of jetson-orin-nano",
+            "p90 84.0, p99 –",
+            "all 64 varied texts",
+            "Q4_0 15",
+            "edgedistill bundle verify quickstart-jetson-orin-nano",
+            "sha256sum --check --strict SHA256SUMS",
+            "big-llama (folder)",
+            "not measured",
+            "Drift 1.02",
+        ):
+            assert needle in text, needle
+
+    def test_ids_are_unique_and_referred_to_rightly(self, made: Path) -> None:
+        page = Page((made / "reports/report.html").read_text(encoding="utf-8"))
+        ids = [value for _, name, value in page.attributes if name == "id"]
+        assert [i for i, count in Counter(ids).items() if count > 1] == []
+        for tag, name, value in page.attributes:
+            if name == "aria-labelledby":
+                assert value in ids
+            for reference in re.findall(r"url\(#([^)]*)\)", value) + ([value[1:]] if name.endswith("href") else []):
+                assert reference in ids, (tag, name, value)
+
+    def test_plots_can_be_read_aloud(self, made: Path) -> None:
+        html = (made / "reports/report.html").read_text(encoding="utf-8")
+        svgs = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
+        for svg in svgs:
+            root = ElementTree.fromstring(svg.replace("xlink:href", "href"))
+            assert root.attrib["role"] == "img"
+            assert root[0].tag == "title"
+            assert "p50" in svg or "rung" in root[0].text or "quarter" in root[0].text
+        assert "shipped 0.8824, 95 % 0.8691 to 0.8929. The gate is at 0.8" in html
+
+    def test_hostile_strings_stay_text(self, ingredients: Ingredients, tmp_path: Path) -> None:
+        fallback = Fallback(tensor=EVIL, wanted=EVIL, got=EVIL, why=EVIL)
+        artifact = ingredients.artifact.model_copy(update={"fallbacks": [fallback], "tool_versions": {EVIL: EVIL}})
+        kept = retention(
+            artifact,
+            tokenizer=TokenizerCheck(texts=3, mismatches=1, first_mismatch=EVIL),
+            rungs=[rung(n, 20.4, 20.4, artifact.sha256, runtime=EVIL) for n in ("teacher", "shipped")],
+        )
+        fast = latency(artifact, measured_on={"machine": EVIL, "cpu": EVIL, EVIL: EVIL}, notes=[EVIL], target=EVIL)
+        made = ingredients.make(
+            tmp_path / "quickstart-evil",
+            artifacts=[ingredients.bundled(artifact=artifact, retention=kept, latency=fast)],
+            teacher=teacher_result(ingredients.teacher_dir, origin="hub", name=EVIL),
+        )
+        page = assert_self_contained((made / "reports/report.html").read_text(encoding="utf-8"))
+        assert page.text.count(EVIL) >= 10
+        assert "49" not in page.text.split(EVIL, 1)[1][:20]
+        card = (made / "MODEL_CARD.md").read_text(encoding="utf-8")
+        assert "<script>" not in card
+        assert "base_model" not in card
+
+    def test_failed_gate_and_no_latency(self, made: Path, ingredients: Ingredients) -> None:
+        failed = retention(ingredients.artifact, gate=Gate(min_retention=0.9, passed=False))
+        page = page_of(made, (failed, None))
+        assert "gate FAILED" in page.text
+        assert "passed" not in page.text
+        assert "This bundle holds no latency record" in page.text
+        assert page.tags["svg"] == 2
+
+    def test_two_bases_never_share_a_table(self, made: Path, ingredients: Ingredients) -> None:
+        digest = ingredients.artifact.sha256
+        rungs = [rung("teacher", 20.4, 20.4, digest), rung("shipped", 23.1, 20.4, digest, basis="emulated")]
+        html = render(read_manifest(made), [(retention(ingredients.artifact, rungs=rungs), None)])
+        tables = [t for t in re.findall(r"<table.*?</table>", html, flags=re.DOTALL) if "Retention ladder" in t]
+        assert len(tables) == 2
+        assert "emulated" in tables[1]
+        assert "teacher" not in re.sub(r"<caption.*?</caption>", "", tables[1], flags=re.DOTALL)
+
+    def test_two_artifacts(self, ingredients: Ingredients, tmp_path: Path) -> None:
+        both = ingredients.make(tmp_path / "b", artifacts=[ingredients.bundled(), ingredients.exported("Q8_0")])
+        page = assert_self_contained(report(both).read_text(encoding="utf-8"))
+        assert page.tags["svg"] == 10
+        ids = [value for _, name, value in page.attributes if name == "id"]
+        assert len(ids) == len(set(ids))
+
+    @pytest.mark.parametrize(
+        ("path", "content", "needle"),
+        [
+            ("reports/retention.json", b"{}", "reports/retention.json"),
+            ("reports/retention.json", None, "reports/retention.json"),
+            ("reports/latency.json", b"\xff", "reports/latency.json"),
+            ("manifest.json", b"[]", "manifest.json"),
+            ("manifest.json", None, "not a bundle"),
+        ],
+    )
+    def test_broken_records(self, made: Path, tmp_path: Path, path: str, content: bytes | None, needle: str) -> None:
+        copy = Path(shutil.copytree(made, tmp_path / "b"))
+        (copy / path).unlink()
+        if content is not None:
+            (copy / path).write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            report(copy)
+        assert needle in caught.value.cause
+        assert not (tmp_path / "b.report.html").exists()
+
+    def test_out(self, made: Path, tmp_path: Path) -> None:
+        assert report(made, tmp_path / "deep" / "r.html").is_file()
+        with pytest.raises(UserError, match="is in the bundle"):
+            report(made, made / "reports/report.html")
+        (tmp_path / "file").touch()
+        with pytest.raises(UserError, match="cannot be written"):
+            report(made, tmp_path / "file" / "r.html")
+
+
+class TestLimits:
+    def rows(self, made: Path, **changes: object) -> dict[str, str]:
+        artifact = read_manifest(made).artifacts[0]
+        limits = {
+            "max_artifact_bytes": 1_000_000,
+            "max_memory_bytes": 10**9,
+            "min_decode_tokens_per_s": 100,
+            "max_ttft_ms": 50,
+        }
+        record = None
+        if changes.pop("latency", True):
+            from edgedistill.records import Artifact
+
+            stub = Artifact.model_construct(sha256="0" * 64)
+            record = latency(stub, **changes)
+        return {row["label"]: row["verdict"] for row in limits_of(limits, artifact, record)}
+
+    def test_speed_counts_only_where_it_was_measured(self, made: Path) -> None:
+        assert self.rows(made, basis="measured") == {
+            "Artifact size": "met",
+            "Peak memory": "met",
+            "Decode": "met",
+            "First token, p50": "BROKEN",
+        }
+        for basis in ("proxy", "emulated"):
+            found = self.rows(made, basis=basis)
+            assert (found["Decode"], found["First token, p50"]) == ("not measured", "not measured")
+            assert (found["Artifact size"], found["Peak memory"]) == ("met", "met")
+        assert self.rows(made, latency=False)["Peak memory"] == "not measured"
+        assert self.rows(made, peak_rss_bytes=2 * 10**9)["Peak memory"] == "BROKEN"
+
+
+class TestPlots:
+    def test_few_samples(self, ingredients: Ingredients) -> None:
+        p = Percentiles(p50=1.0, p90=1.0, p99=None)
+        few = latency(ingredients.artifact, samples={"token_ms": [1.0, 1.0], "ttft_ms": [3.0]}, token_ms=p, ttft_ms=p)
+        assert "<svg" in token_ms_svg(few, "a")
+        assert drift_svg(few, "b") == ""
+        assert "<svg" in ttft_svg(few, "c")
+        none = latency(ingredients.artifact, samples={})
+        assert (token_ms_svg(none, "a"), drift_svg(none, "b"), ttft_svg(none, "c")) == ("", "", "")
+
+    def test_same_records_same_bytes(self, ingredients: Ingredients) -> None:
+        record = latency(ingredients.artifact)
+        assert token_ms_svg(record, "a") == token_ms_svg(record, "a")
+
+
+def test_numbers() -> None:
+    assert [number(v) for v in (None, 0.0, 3, 1234567, 0.123456, 12.3, 1580.0, 123456.7, 0.9999)] == [
+        "–", "0", "3", "1,234,567", "0.1235", "12.30", "1,580", "123,457", "0.9999",
+    ]  # fmt: skip
+    assert [size(v) for v in (None, 999, 1000, 5_200_000_000, 7e12)] == [
+        "–",
+        "999 B",
+        "1.00 kB",
+        "5.20 GB",
+        "7,000.00 GB",
+    ]
+    assert interval((0.5, 1.25), 3) == "0.500–1.25"
+    assert interval(None) == "–"
+    assert plain([True, None, {"a": 1}, []]) == "yes, unknown, a 1, none"
