@@ -1,4 +1,7 @@
-"""The command line: parse, call the function of the same name, print. Nothing heavy is imported before a command runs."""
+"""The command line: parse, call the function of the same name, print.
+
+Nothing heavy is imported before a command runs.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,9 @@ Targets = Annotated[list[str], typer.Option("--target", "-t", help="device profi
 Sets = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, over any field of the recipe")]
 TeacherOption = Annotated[str | None, typer.Option("--teacher", help="folder or hub id of the large model")]
 StudentOption = Annotated[str | None, typer.Option("--student", help="folder or hub id of a pretrained student")]
-DataOption = Annotated[str | None, typer.Option("--data", help="text file, folder, .jsonl, .csv, .parquet, or a hub id")]
+DataOption = Annotated[
+    str | None, typer.Option("--data", help="text file, folder, .jsonl, .csv, .parquet, or a hub id")
+]
 EvalData = Annotated[str | None, typer.Option("--eval-data", help="held-out text of its own")]
 Separator = Annotated[str | None, typer.Option("--document-separator", help="what ends a document in a text file")]
 MinRetention = Annotated[float | None, typer.Option("--min-retention", help="the gate, on the interval's lower end")]
@@ -40,7 +45,7 @@ ClickException: Any = typer.BadParameter.__mro__[2]
 class FallThrough(TyperGroup):
     """A group whose own command runs where no subcommand is named: `bundle [RECIPE]` beside `bundle verify DIR`."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if "--help" not in args[:1] and (not args or args[0] not in self.commands):
             args = ["make", *args]
         return super().parse_args(ctx, args)
@@ -81,7 +86,9 @@ def _asked(recipe: str, sets: list[str] | None, **named: Any) -> Any:
         "document_separator": "data.document_separator",
         "min_retention": "verify.min_retention",
     }
-    overrides = [f"{paths[name]}={json.dumps(value)}" for name, value in named.items() if name in paths and value is not None]
+    overrides = [
+        f"{paths[name]}={json.dumps(value)}" for name, value in named.items() if name in paths and value is not None
+    ]
     if named.get("student") is not None:
         overrides += [f"student.model={json.dumps(named['student'])}", "student.start=pretrained"]
     return load_recipe(recipe, [*overrides, *(sets or [])])
@@ -225,9 +232,7 @@ def verify(
     """The retention ladder of an exported artifact on a text; exit code 3 where the gate fails."""
     from edgedistill import show, single
 
-    asked = _asked(
-        "quickstart", sets, data=data, document_separator=document_separator, min_retention=min_retention
-    )
+    asked = _asked("quickstart", sets, data=data, document_separator=document_separator, min_retention=min_retention)
     retention, reports = single.verify(
         artifact, student=student, teacher=teacher, recipe=asked, store=_store(), progress=_progress(quiet, verbose)
     )
@@ -375,7 +380,9 @@ def store_verify(as_json: Json = False) -> None:
     problems = module.store_verify(_store())
     _print(as_json, {"problems": problems}, "\n".join(problems) or "every record is whole")
     if problems:
-        raise errors.UserError(f"{len(problems)} problem(s) in the store", "remove what is damaged: edgedistill store prune")
+        raise errors.UserError(
+            f"{len(problems)} problem(s) in the store", "remove what is damaged: edgedistill store prune"
+        )
 
 
 @store_app.command("prune")
@@ -435,7 +442,9 @@ def main(arguments: list[str] | None = None) -> None:
         if package == "edgedistill":
             traceback.print_exc()
             sys.exit(errors.EXIT_BUG)
-        _complain(f"the package {package} is not installed", "pip install 'edgedistill[build]' (see `edgedistill doctor`)")
+        _complain(
+            f"the package {package} is not installed", "pip install 'edgedistill[build]' (see `edgedistill doctor`)"
+        )
         sys.exit(errors.EXIT_USER)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -64,9 +64,7 @@ def doctor(targets: Sequence[Target] | None = None, *, store: Store) -> dict[str
     return {
         "machine": here,
         "checks": checks,
-        "targets": [
-            _target(target, here, missing_build, missing_runtime) for target in targets or targets_list()
-        ],
+        "targets": [_target(target, here, missing_build, missing_runtime) for target in targets or targets_list()],
     }
 
 
@@ -122,7 +120,9 @@ def _store_state(store: Store) -> dict[str, str]:
         room = room.parent
     free = shutil.disk_usage(room).free
     if not os.access(room, os.W_OK):
-        return _check("store", False, f"{store.root} cannot be written", "name a folder in EDGEDISTILL_STORE", bad="fails")
+        return _check(
+            "store", False, f"{store.root} cannot be written", "name a folder in EDGEDISTILL_STORE", bad="fails"
+        )
     return _check(
         "store", free >= LITTLE_DISK_BYTES, f"{store.root}, {human_bytes(free)} free",
         "edgedistill store prune, or name another disk in EDGEDISTILL_STORE", bad="little room",

@@ -1,12 +1,11 @@
 """Model folders: found, checked before anything loads them, hashed.
 
-Only safetensors are read. Nothing here imports torch or transformers.
+Only safetensors are read (weights.py). Nothing here imports torch or transformers.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from edgedistill.errors import UserError
 from edgedistill.records import Shape
 from edgedistill.shapes import shape_from_config
 from edgedistill.store import Store, canonical_json
+from edgedistill.weights import read_json, stored_tensors
 
-INDEX = "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -25,8 +23,6 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-MAX_JSON_BYTES = 256 << 20
-MAX_HEADER_BYTES = 100 << 20
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "LICENSE*", "NOTICE*"]
 
 
@@ -55,7 +51,9 @@ def open_model(name_or_path: str, *, revision: str | None = None, role: str = "m
     if path.exists():
         raise UserError(f"{role} {name_or_path} is a file", "name the folder that holds config.json and the weights")
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
-        raise UserError(f"no {role} {name_or_path}: no such folder", "give a folder, or a hub id like `organisation/name`")
+        raise UserError(
+            f"no {role} {name_or_path}: no such folder", "give a folder, or a hub id like `organisation/name`"
+        )
     return check_folder(_fetch(name_or_path, revision, role), name=name_or_path, origin="hub", role=role)
 
 
@@ -77,15 +75,13 @@ def check_folder(path: Path, *, name: str, origin: str, role: str) -> ModelFolde
     """Read and check what says what a model is; the weights' bytes are not read, only their headers."""
     config_path = path / "config.json"
     if not config_path.is_file():
-        raise UserError(f"{role} folder {path} has no config.json", "name a folder that transformers' save_pretrained wrote")
-    config = read_json(config_path)
-    if not isinstance(config, dict):
-        raise UserError(f"{config_path} holds a {type(config).__name__}", "it must be a JSON object")
-    files = _weight_files(path, role)
+        raise UserError(
+            f"{role} folder {path} has no config.json", "name a folder that transformers' save_pretrained wrote"
+        )
+    config = read_json(config_path, what="config.json")
+    stored = stored_tensors(path)
     shape = shape_from_config(config, where=str(config_path))
-    tensors: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        tensors.update({key: tuple(entry["shape"]) for key, entry in safetensors_header(file).items()})
+    tensors = {name: tensor.shape for name, tensor in stored.items()}
     embedding = tensors.get("model.embed_tokens.weight")
     if embedding is None:
         raise UserError(
@@ -94,7 +90,8 @@ def check_folder(path: Path, *, name: str, origin: str, role: str) -> ModelFolde
         )
     if embedding != (shape.vocab_size, shape.hidden_size):
         raise UserError(
-            f"{role} folder {path}: the embedding is {embedding}, config.json says {(shape.vocab_size, shape.hidden_size)}",
+            f"{role} folder {path}: the embedding is {list(embedding)},"
+            f" config.json says {[shape.vocab_size, shape.hidden_size]}",
             "weights and config.json are of two different models",
         )
     layers = {key.split(".")[2] for key in tensors if key.startswith("model.layers.")}
@@ -104,66 +101,14 @@ def check_folder(path: Path, *, name: str, origin: str, role: str) -> ModelFolde
             "weights are missing, or config.json is of another model",
         )
     return ModelFolder(
-        path=path, name=name, origin=origin, config=config, shape=shape, tensors=tensors, weight_files=tuple(files)
+        path=path,
+        name=name,
+        origin=origin,
+        config=config,
+        shape=shape,
+        tensors=tensors,
+        weight_files=tuple(sorted({tensor.path for tensor in stored.values()})),
     )
-
-
-def _weight_files(path: Path, role: str) -> list[Path]:
-    index = path / INDEX
-    if index.is_file():
-        table = read_json(index)
-        names = sorted(set(table["weight_map"].values())) if isinstance(table, dict) and "weight_map" in table else []
-        files = [path / str(name) for name in names]
-        for file in files:
-            if file.resolve().parent != path.resolve() and not file.is_file():
-                raise UserError(f"{index} names {file.name} outside its folder", "mend the index")
-            if not file.is_file():
-                raise UserError(f"{role} folder {path} lacks {file.name}, which {INDEX} names", "copy the whole folder")
-        if files:
-            return files
-    files = sorted(path.glob("*.safetensors"))
-    if files:
-        return files
-    pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
-    if pickles:
-        raise UserError(
-            f"{role} folder {path} holds its weights only as a pickle ({pickles[0]}), which can run code when loaded",
-            "save it with save_pretrained(..., safe_serialization=True) where you trust it",
-        )
-    raise UserError(f"{role} folder {path} holds no weights (*.safetensors)", "copy the whole folder")
-
-
-def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Name → {dtype, shape, data_offsets} of a safetensors file whose length agrees with it."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise UserError(f"{file} is no safetensors file, or truncated: {size} bytes", "copy it again")
-        try:
-            header = json.loads(stream.read(length))
-            entries = {key: entry for key, entry in header.items() if key != "__metadata__"}
-            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(f"{file}: its header is not readable", "copy it again") from error
-    if 8 + length + end != size:
-        raise UserError(
-            f"{file} is truncated or damaged: it has {size:,} bytes, its header asks for {8 + length + end:,}",
-            "copy it again",
-        )
-    return entries
-
-
-def read_json(path: Path) -> Any:
-    """JSON of a file of bounded size; UserError where it is not."""
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise UserError(f"{path} has {size:,} bytes", f"at most {MAX_JSON_BYTES:,} are read")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {str(error)[:120]}", "copy it again") from error
 
 
 def weights_sha256(folder: ModelFolder, store: Store) -> str:
@@ -197,7 +142,7 @@ def vocabulary(folder: Path, role: str = "model") -> dict[str, int]:
         raise UserError(
             f"{role} folder {folder} has no tokenizer.json", "save its fast tokenizer there with save_pretrained"
         )
-    tree = read_json(path)
+    tree = read_json(path, what="tokenizer.json")
     try:
         table = tree["model"]["vocab"]
         known = {token: index for index, (token, _) in enumerate(table)} if isinstance(table, list) else dict(table)
@@ -221,8 +166,8 @@ def require_same_tokenizer(teacher: Path, student: Path) -> None:
         if other != index:
             what = f"is {other} in the student's" if other is not None else "is not in the student's"
             raise UserError(
-                f"teacher and student do not share a tokenizer: token {token!r} has id {index} in the teacher's and {what}"
-                f" (id {index} there: {by_id.get(index)!r}; {len(ours):,} against {len(theirs):,} tokens)",
+                f"teacher and student do not share a tokenizer: token {token!r} has id {index} in the teacher's"
+                f" and {what} (id {index} there: {by_id.get(index)!r}; {len(ours):,} against {len(theirs):,} tokens)",
                 "choose a student of the teacher's family, or start it fresh or from the teacher's layers",
             )
     extra = next(token for token in theirs if token not in ours)

@@ -106,9 +106,7 @@ def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store) -> Pla
     )
 
 
-def distill(
-    recipe: Recipe, targets: Sequence[Target], *, store: Store, progress: Progress = QUIET
-) -> Trained:
+def distill(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress: Progress = QUIET) -> Trained:
     """Plan, data, teacher and a student that fits all targets; whatever the store has is reused."""
     from edgedistill.distill.stage import distill as train_student
     from edgedistill.distill.teacher import obtain_teacher
@@ -130,9 +128,7 @@ def distill(
         )
     teacher = obtain_teacher(recipe, data=data, store=store, progress=progress)
     progress.say(f"teacher: {teacher.parameters:,} parameters, {teacher.name}")
-    student = train_student(
-        recipe, shape=planned.student, teacher=teacher, data=data, store=store, progress=progress
-    )
+    student = train_student(recipe, shape=planned.student, teacher=teacher, data=data, store=store, progress=progress)
     _say(progress, student, f"{student.result.parameters:,} parameters")
     return Trained(planned, data, teacher, student)
 
@@ -295,8 +291,8 @@ def _raise_failed_gates(built: Sequence[Built]) -> None:
     lines = [
         f"{item.target.name} {done.exported.result.format}:{done.exported.result.quantization} kept"
         f" {done.retention.retention.value:.3f} of its teacher (95 % interval {done.retention.retention.ci95[0]:.3f} to"
-        f" {done.retention.retention.ci95[1]:.3f}); the gate asks for {done.retention.gate.min_retention:g} at its lower"
-        f" end; reports in {done.retention_folder}"
+        f" {done.retention.retention.ci95[1]:.3f}); the gate asks for {done.retention.gate.min_retention:g}"
+        f" at its lower end; reports in {done.retention_folder}"
         for item, done in failed
     ]
     raise GateFailed(
@@ -313,7 +309,9 @@ def _raise_broken_limits(built: Sequence[Built]) -> None:
         for done in item.artifacts:
             size = done.exported.result.bytes
             if size > limits.max_artifact_bytes:
-                broken.append(f"{item.target.name}: the artifact has {size:,} bytes, limit {limits.max_artifact_bytes:,}")
+                broken.append(
+                    f"{item.target.name}: the artifact has {size:,} bytes, limit {limits.max_artifact_bytes:,}"
+                )
             latency = done.latency
             if latency is None:
                 continue
@@ -329,4 +327,6 @@ def _raise_broken_limits(built: Sequence[Built]) -> None:
             if slowest is not None and latency.ttft_ms.p50 > slowest:
                 broken.append(f"{item.target.name}: first token after {latency.ttft_ms.p50:.0f} ms, limit {slowest:g}")
     if broken:
-        raise LimitBroken("a finished artifact breaks a limit of its target: " + "; ".join(broken), "the bundle was kept")
+        raise LimitBroken(
+            "a finished artifact breaks a limit of its target: " + "; ".join(broken), "the bundle was kept"
+        )

@@ -216,7 +216,9 @@ def parse_recipe(text: str, *, where: str, overrides: Iterable[str] = ()) -> Rec
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"recipe {where}: {path} = {first['input']!r}: {first['msg']}", f"see {path} in `edgedistill recipes show`") from error
+        raise UserError(
+            f"recipe {where}: {path} = {first['input']!r}: {first['msg']}", f"see {path} in `edgedistill recipes show`"
+        ) from error
 
 
 def _set(tree: dict[str, Any], override: str) -> None:

@@ -16,22 +16,24 @@ if TYPE_CHECKING:
     from edgedistill.plan import Plan
     from edgedistill.targets import Target
 
-WIDTH = 110
+WIDTH = 140
 
 
-def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of text, wide enough for its words whatever the terminal."""
+def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, fold: str = "") -> str:
+    """A table of text; no column wraps but `fold`, which takes what is left of the width."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(*header, title=title or None, title_justify="left", box=SIMPLE, pad_edge=False)
+    drawn = Table(title=title or None, title_justify="left", box=SIMPLE, pad_edge=False)
+    for name in header:
+        drawn.add_column(name, no_wrap=name != fold, overflow="fold")
     for row in rows:
         drawn.add_row(*row)
     buffer = io.StringIO()
-    console = Console(file=buffer, width=WIDTH, markup=False, highlight=False, emoji=False)
-    width = console.measure(drawn).maximum
-    Console(file=buffer, width=max(WIDTH, min(width, 2 * WIDTH)), markup=False, highlight=False, emoji=False).print(drawn)
+    console = Console(file=buffer, width=10_000, markup=False, highlight=False, emoji=False)
+    console.width = WIDTH if fold else console.measure(drawn).maximum
+    console.print(drawn)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).strip("\n")
 
 
@@ -50,7 +52,7 @@ def human_bytes(count: float) -> str:
 def plan_text(plan: Plan) -> str:
     from edgedistill.plan import plan_rows
 
-    lines = [table(f"plan of {plan.recipe}", ("what", "value", "basis", "from"), plan_rows(plan))]
+    lines = [table(f"plan of {plan.recipe}", ("what", "value", "basis", "from"), plan_rows(plan), fold="from")]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in plan.warnings)])
 
 
@@ -72,7 +74,8 @@ def trained_text(trained: Trained) -> str:
         run = student.training
         lines.append(
             f"{run.loss}; {run.steps:,} steps, {run.tokens:,} tokens in {run.seconds:.0f} s;"
-            f" perplexity on the calibration part {min(row['perplexity'] for row in run.history):.2f} at step {run.best_step:,}"
+            f" perplexity on the calibration part {min(row['perplexity'] for row in run.history):.2f}"
+            f" at step {run.best_step:,}"
         )
     return "\n".join(lines)
 
@@ -88,7 +91,9 @@ def built_json(trained: Trained, built: Sequence[Built]) -> dict[str, Any]:
                     {
                         "artifact": done.exported.result.model_dump(mode="json"),
                         "retention": done.retention.model_dump(mode="json", by_alias=True),
-                        "latency": None if done.latency is None else done.latency.model_dump(mode="json", by_alias=True),
+                        "latency": None
+                        if done.latency is None
+                        else done.latency.model_dump(mode="json", by_alias=True),
                     }
                     for done in item.artifacts
                 ],
@@ -99,20 +104,37 @@ def built_json(trained: Trained, built: Sequence[Built]) -> dict[str, Any]:
 
 
 def built_text(trained: Trained, built: Sequence[Built]) -> str:
-    """The result table of a build: one row an artifact. Speeds of two bases never share a column."""
+    """The result table of a build and where the bundles lie."""
+    header, rows = result_rows(built)
+    teacher = next(done for item in built for done in item.artifacts).retention.rungs[0]
+    title = (
+        f"teacher: {trained.teacher.parameters:,} parameters, perplexity"
+        f" {with_interval(teacher.perplexity, teacher.perplexity_ci95, 2)}\n"
+        f"student: {trained.student.result.parameters:,} parameters, {trained.plan.compression:.1f}x smaller"
+    )
+    lines = [title, table("", header, rows), "intervals: 95 %, paired bootstrap over documents"]
+    measured = next((done.latency for item in built for done in item.artifacts if done.latency is not None), None)
+    if measured is not None:
+        where = measured.measured_on
+        lines.append(f"speed: on {where.get('cpu')}, {where.get('threads')} threads ({measured.basis} for the target)")
+    lines += [f"bundle: {item.bundle}" for item in built if item.bundle is not None]
+    return "\n".join(lines)
+
+
+def result_rows(built: Sequence[Built]) -> tuple[list[str], list[list[str]]]:
+    """Header and one row an artifact. Speeds of two bases never share a column."""
     finished = [done for item in built for done in item.artifacts]
-    teacher = finished[0].retention.rungs[0]
     bases = [b for b in ("measured", "proxy", "emulated") if any(d.latency and d.latency.basis == b for d in finished)]
-    header = ["target", "artifact", "size", "perplexity", "retention of teacher", "top-1 agreement"]
-    header += [f"decode tokens/s ({basis})" for basis in bases]
+    header = ["target", "artifact", "size", "perplexity", "retention", "top-1 as teacher"]
+    header += [f"tokens/s ({basis})" for basis in bases]
     rows = []
     for done in finished:
         shipped, artifact = done.retention.rungs[-1], done.exported.result
         row = [
             done.target.name,
-            f"{artifact.format.upper()} {artifact.quantization}",
+            f"{artifact.format}:{artifact.quantization}",
             human_bytes(artifact.bytes),
-            with_interval(shipped.perplexity, shipped.perplexity_ci95, 2),
+            with_interval(shipped.perplexity, shipped.perplexity_ci95, 1),
             with_interval(shipped.retention, shipped.retention_ci95),
             f"{shipped.top1_agreement:.1%}",
         ]
@@ -120,18 +142,7 @@ def built_text(trained: Trained, built: Sequence[Built]) -> str:
             shown = done.latency is not None and done.latency.basis == basis
             row.append(f"{done.latency.decode_tokens_per_s:,.0f}" if shown and done.latency else "")
         rows.append(row)
-    title = (
-        f"teacher {trained.teacher.parameters:,} parameters, perplexity {with_interval(teacher.perplexity, teacher.perplexity_ci95, 2)};"
-        f" student {trained.student.result.parameters:,} parameters"
-    )
-    lines = [table(title, header, rows)]
-    first = next((d.latency for d in finished if d.latency is not None), None)
-    lines.append("intervals: 95 %, paired bootstrap over documents")
-    if first is not None:
-        where = first.measured_on
-        lines.append(f"speed measured on {where.get('cpu')} with {where.get('threads')} threads, {first.basis} for the target")
-    lines += [f"bundle: {item.bundle}" for item in built if item.bundle is not None]
-    return "\n".join(lines)
+    return header, rows
 
 
 def artifact_text(artifact: Artifact, out: Path) -> str:
@@ -175,9 +186,11 @@ def retention_text(retention: Retention) -> str:
 
 
 def latency_text(latency: Latency) -> str:
+    decode = with_interval(latency.decode_tokens_per_s, latency.decode_tokens_per_s_ci95, 1)
+    prefill = with_interval(latency.prefill_tokens_per_s, latency.prefill_tokens_per_s_ci95, 1)
     rows = [
-        ("decode", with_interval(latency.decode_tokens_per_s, latency.decode_tokens_per_s_ci95, 1), "tokens/s", latency.basis),
-        ("prefill", with_interval(latency.prefill_tokens_per_s, latency.prefill_tokens_per_s_ci95, 1), "tokens/s", latency.basis),
+        ("decode", decode, "tokens/s", latency.basis),
+        ("prefill", prefill, "tokens/s", latency.basis),
         ("first token p50 / p90", f"{latency.ttft_ms.p50:.2f} / {latency.ttft_ms.p90:.2f}", "ms", latency.basis),
         ("token p50 / p90", f"{latency.token_ms.p50:.3f} / {latency.token_ms.p90:.3f}", "ms", latency.basis),
         ("load", f"{latency.load_ms:.1f}", "ms", latency.basis),
@@ -187,7 +200,9 @@ def latency_text(latency: Latency) -> str:
     ]  # fmt: skip
     where = latency.measured_on
     lines = [table("", ("what", "value", "unit", "basis"), rows)]
-    lines.append(f"on {where.get('cpu')}, {where.get('threads')} threads, {where.get('runtime')} {where.get('runtime_version')}")
+    lines.append(
+        f"on {where.get('cpu')}, {where.get('threads')} threads, {where.get('runtime')} {where.get('runtime_version')}"
+    )
     return "\n".join([*lines, *(f"note: {note}" for note in latency.notes)])
 
 
@@ -230,9 +245,14 @@ def store_text(rows: Sequence[dict[str, Any]]) -> str:
 
 def doctor_text(found: dict[str, Any]) -> str:
     here = found["machine"]
-    lines = [f"{here['cpu']}, {here['usable_cores']} cores, {human_bytes(here['memory_bytes'] or 0)} memory, {here['os']}"]
+    lines = [
+        f"{here['cpu']}, {here['usable_cores']} cores, {human_bytes(here['memory_bytes'] or 0)} memory, {here['os']}"
+    ]
     rows = [(c["what"], c["state"], c["detail"], c["remedy"]) for c in found["checks"]]
-    lines.append(table("this machine", ("what", "state", "detail", "to mend it"), rows))
-    rows = [(t["target"], "yes" if t["can_build"] else "no", t["speed_basis"], "; ".join(t["missing"])) for t in found["targets"]]
+    lines.append(table("this machine", ("what", "state", "detail", "to mend it"), rows, fold="to mend it"))
+    rows = [
+        (t["target"], "yes" if t["can_build"] else "no", t["speed_basis"], "; ".join(t["missing"]))
+        for t in found["targets"]
+    ]
     lines.append(table("targets", ("target", "can be built here", "basis of speed here", "missing"), rows))
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from edgedistill import machine
 from edgedistill.data.documents import read_documents
 from edgedistill.data.split import join_short
 from edgedistill.errors import GateFailed, UserError
-from edgedistill.models import open_model, require_same_tokenizer, tokenizer_sha256, weights_sha256
+from edgedistill.models import open_model, require_same_tokenizer
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
 from edgedistill.records import Artifact, Latency, Retention
@@ -65,7 +65,7 @@ def export(
         if out.exists():
             out.rmdir()
         scratch.chmod(0o755)
-        os.replace(scratch, out)
+        scratch.replace(out)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise

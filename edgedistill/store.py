@@ -112,7 +112,7 @@ def write_durably(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
     fsync_folder(path.parent)
 
 
@@ -231,7 +231,7 @@ class Store:
         final.parent.mkdir(parents=True, exist_ok=True)
         if final.exists():
             shutil.rmtree(final)
-        os.replace(work.out, final)
+        work.out.replace(final)
         fsync_folder(final.parent)
 
     def _load(self, stage: str, key: str, result_type: type[R], *, reused: bool) -> Stored[R] | None:

@@ -105,11 +105,11 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 def torch_model(folder: Path) -> Any:
-    """The checkpoint in torch, float32, two threads."""
+    """The checkpoint in torch, float32, one thread: these models are too small to share."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 

@@ -24,7 +24,9 @@ teacher:
     learning_rate: 4.0e-3
     evaluate_every_share: 0.5
     checkpoint_every_s: 0.2
-    shape: {{hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, head_dim: 16}}
+    shape:
+      {{hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2,
+      num_attention_heads: 4, num_key_value_heads: 2, head_dim: 16}}
 distill:
   tokens: 40_000
   context_tokens: 64
@@ -40,9 +42,9 @@ bench: {{prompt_tokens: 8, new_tokens: 8, warmup: 0, repeats: 1}}
 def tiny_text(documents: int = 150, seed: int = 0) -> str:
     """Sentences of a small made-up grammar, a blank line between documents."""
     rng = random.Random(seed)
-    nouns = "dog cat river stone teacher student model bridge lamp garden".split()
-    verbs = "sees finds follows draws builds keeps measures loses".split()
-    kinds = "small old bright quiet heavy green".split()
+    nouns = ["dog", "cat", "river", "stone", "teacher", "student", "model", "bridge", "lamp", "garden"]
+    verbs = ["sees", "finds", "follows", "draws", "builds", "keeps", "measures", "loses"]
+    kinds = ["small", "old", "bright", "quiet", "heavy", "green"]
 
     def sentence() -> str:
         one, two = rng.choice(nouns), rng.choice(nouns)

@@ -65,7 +65,7 @@ def test_jsonl_csv_and_folders(tmp_path):
     (tmp_path / "c.txt").write_text("plain\n\ntext")
     assert read_documents(str(tmp_path / "a.jsonl"), Data()) == ["row 0", "row 1", "row 2"]
     assert read_documents(str(tmp_path), Data()) == ["row 0", "row 1", "row 2", "hello", "world", "plain", "text"]
-    with pytest.raises(UserError, match="no column 'body'.*text"):
+    with pytest.raises(UserError, match=r"no column 'body'.*text"):
         read_documents(str(tmp_path / "a.jsonl"), Data(text_column="body"))
     with pytest.raises(UserError, match="holds int"):
         read_documents(str(tmp_path / "a.jsonl"), Data(text_column="n"))

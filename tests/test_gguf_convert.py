@@ -62,7 +62,7 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 def llama_logits(gguf: Path, tokens_T: np.ndarray) -> np.ndarray:
     # F16 and F32 weights never touch the extra buffers, so nothing has to be probed.
-    with RuntimeProcess("llama.cpp", gguf, threads=2, context_tokens=256, use_extra_bufts=False) as runtime:
+    with RuntimeProcess("llama.cpp", gguf, threads=1, context_tokens=256, use_extra_bufts=False) as runtime:
         return runtime.logits(tokens_T)
 
 
@@ -288,7 +288,7 @@ def test_stories260k_in_llama_cpp_equals_transformers(test_data: Path, tmp_path:
     ids = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).encode(text).ids
     windows = [np.array([1, *ids[start : start + 255]]) for start in range(1, 4 * 255, 255)]
     with RuntimeProcess(
-        "llama.cpp", tmp_path / "model.gguf", threads=2, context_tokens=256, use_extra_bufts=False
+        "llama.cpp", tmp_path / "model.gguf", threads=1, context_tokens=256, use_extra_bufts=False
     ) as runtime:
         assert runtime.greedy([1], 200) == torch_greedy(model, [1], 200)
         found = np.mean([mean_nll(runtime.logits(w), w) for w in windows])

@@ -78,7 +78,9 @@ def test_kl_of_a_teacher_with_itself_is_zero():
     weight = torch.randn(30, 16, generator=g, requires_grad=True)
     spec = LossSpec(forward_kl=1.0, cross_entropy=0.0, temperature=2.0, vocab=30)
     head = TeacherHead(hidden.detach(), weight.detach())
-    loss, _ = head_loss(hidden, weight, head, torch.zeros(50, dtype=torch.long), spec, valid_total=50, low_precision=False)
+    loss, _ = head_loss(
+        hidden, weight, head, torch.zeros(50, dtype=torch.long), spec, valid_total=50, low_precision=False
+    )
     loss.backward()
     assert abs(loss.item()) < 1e-6
     assert hidden.grad.abs().max() < 1e-6

@@ -173,11 +173,15 @@ def test_a_runtime_that_crashes_is_reported_and_what_was_finished_stays(built, t
     assert json.loads(again.stdout)["student"]["reused"] is True
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounting a small disk needs root")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounting a small disk needs root"
+)
 def test_a_disk_that_fills_up_loses_nothing_that_was_finished(built, tmp_path):
     place = tmp_path / "small"
     place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip(f"cannot mount a small disk: {done.stderr.strip()}")
     try:

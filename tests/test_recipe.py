@@ -31,9 +31,9 @@ def value_at(recipe: Recipe, path: str):
 def test_set_reaches_every_field(path):
     recipe = load_recipe()
     current = value_at(recipe, path)
-    assert load_recipe("quickstart", [f"{path}={yaml.safe_dump(current, default_flow_style=True).strip()}"]) == recipe or (
-        isinstance(current, str | None)
-    )
+    assert load_recipe(
+        "quickstart", [f"{path}={yaml.safe_dump(current, default_flow_style=True).strip()}"]
+    ) == recipe or (isinstance(current, str | None))
     with pytest.raises(UserError) as error:
         load_recipe("quickstart", [f"{path}={{not: valid}}"])
     assert path.split(".")[-1] in str(error.value)
@@ -75,7 +75,10 @@ def test_wrong_overrides(override):
 
 def test_numbers_as_people_write_them():
     assert load_recipe("quickstart", ["distill.learning_rate=2e-3"]).distill.learning_rate == 2e-3
-    assert load_recipe("quickstart", ["export.artifacts=gguf:Q8_0, onnx:INT4"]).export.artifacts == ["gguf:Q8_0", "onnx:INT4"]
+    assert load_recipe("quickstart", ["export.artifacts=gguf:Q8_0, onnx:INT4"]).export.artifacts == [
+        "gguf:Q8_0",
+        "onnx:INT4",
+    ]
 
 
 def test_missing_recipe_suggests():

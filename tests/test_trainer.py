@@ -56,7 +56,13 @@ KL = LossSpec(forward_kl=1.0, cross_entropy=0.0, temperature=1.0, vocab=VOCAB)
 def run(student, state: Path, loss=CE, signals=None, **changes):
     windows = scoring_windows(documents(4), context=16, stride=None, max_tokens=None)
     return train(
-        student, data=packed(), evaluation=windows, settings=settings(**changes), loss=loss, signals=signals, state=state
+        student,
+        data=packed(),
+        evaluation=windows,
+        settings=settings(**changes),
+        loss=loss,
+        signals=signals,
+        state=state,
     )
 
 
@@ -126,9 +132,10 @@ def test_sigkill_during_training_and_its_checkpoint_writes_loses_nothing(tmp_pat
         try:
             while process.poll() is None:
                 now = {p.name for p in checkpoints.glob("step-*")} if checkpoints.exists() else set()
-                if len({int(n[5:]) for n in now} - {int(n[5:]) for n in before}) and max(
-                    int(n[5:]) for n in now
-                ) >= max([int(n[5:]) for n in before], default=0) + 11:
+                if (
+                    len({int(n[5:]) for n in now} - {int(n[5:]) for n in before})
+                    and max(int(n[5:]) for n in now) >= max([int(n[5:]) for n in before], default=0) + 11
+                ):
                     os.kill(process.pid, signal.SIGKILL)
                     kills += 1
                     break

@@ -30,7 +30,8 @@ def read_documents(source: str, data: Data) -> list[str]:
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES | set(LOADERS))
         if not files:
             raise UserError(
-                f"data folder {path} holds no text", f"put files of {', '.join(sorted(TEXT_SUFFIXES | set(LOADERS)))} there"
+                f"data folder {path} holds no text",
+                f"put files of {', '.join(sorted(TEXT_SUFFIXES | set(LOADERS)))} there",
             )
         documents = [text for file in files for text in _read_file(file, data)]
     elif path.is_file():

@@ -51,11 +51,12 @@ def _unseen(passages: list[str], seen: set[str]) -> list[str]:
 
 def _passages() -> Iterator[list[str]]:
     try:
-        from pydoc_data.topics import topics
+        from pydoc_data import topics
     except ImportError:  # some distributions leave pydoc_data out; the docstrings are still there
-        topics = {}
-    for name in sorted(topics):
-        yield [topics[name]]
+        pass
+    else:
+        for name in sorted(topics.topics):
+            yield [topics.topics[name]]
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.rglob("*.py"), key=lambda p: p.relative_to(library).as_posix()):
         if not SKIPPED_FOLDERS.intersection(path.relative_to(library).parts):
@@ -70,4 +71,6 @@ def _docstrings(path: Path) -> list[str]:
     except (SyntaxError, ValueError, OSError):  # templates and deliberately broken files are no documentation
         return []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return [text for node in ast.walk(tree) if isinstance(node, kinds) and (text := ast.get_docstring(node, clean=False))]
+    return [
+        text for node in ast.walk(tree) if isinstance(node, kinds) and (text := ast.get_docstring(node, clean=False))
+    ]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from edgedistill.data.documents import source_hash
 from edgedistill.errors import UserError
-from edgedistill.records import SplitPart
 from edgedistill.recipe import Data
+from edgedistill.records import SplitPart
 
 PARTS = ("train", "calibration", "held_out")
 MIN_DOCUMENTS = 3
@@ -31,9 +31,7 @@ class Split:
 
     def summary(self) -> dict[str, SplitPart]:
         return {
-            name: SplitPart(
-                documents=len(texts), bytes=sum(len(t.encode()) for t in texts), sha256=source_hash(texts)
-            )
+            name: SplitPart(documents=len(texts), bytes=sum(len(t.encode()) for t in texts), sha256=source_hash(texts))
             for name, texts in self.parts.items()
         }
 

@@ -31,7 +31,12 @@ class Position:
 
 
 def save_checkpoint(
-    folder: Path, *, model: nn.Module, optimizers: list[torch.optim.Optimizer], best: dict[str, Tensor], position: Position
+    folder: Path,
+    *,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    best: dict[str, Tensor],
+    position: Position,
 ) -> None:
     """Write `step-N` beside the last checkpoint, then rename, then remove older ones."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +61,7 @@ def save_checkpoint(
     fsync_tree(temporary)
     final = folder / f"step-{position.step:09d}"
     shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
+    temporary.replace(final)
     fsync_folder(folder)
     for old in folder.glob("step-*"):
         if old != final:

@@ -137,7 +137,9 @@ def token_losses(z: Tensor, t: Tensor | None, targets: Tensor, spec: LossSpec) -
     if spec.cross_entropy > 0:
         soft = log_q1.exp_()
         soft[rows, safe_targets] -= 1.0
-        gradient = soft.mul_(spec.cross_entropy) if spec.forward_kl <= 0 else gradient.add_(soft, alpha=spec.cross_entropy)
+        gradient = (
+            soft.mul_(spec.cross_entropy) if spec.forward_kl <= 0 else gradient.add_(soft, alpha=spec.cross_entropy)
+        )
     gradient *= valid.unsqueeze(-1)
     return kl, ce, gradient
 
@@ -159,7 +161,7 @@ def head_loss(
     """
     if not 0 < spec.vocab <= weight.shape[0]:
         raise ValueError(f"{spec.vocab} tokens, but the student's head has {weight.shape[0]} rows")
-    loss, terms = _HeadLoss.apply(
+    loss, terms = _HeadLoss.apply(  # type: ignore[no-untyped-call]
         hidden,
         weight,
         None if teacher is None else teacher.hidden,

@@ -10,7 +10,14 @@ from edgedistill.data.prepare import read_part
 from edgedistill.distill.student import start_student
 from edgedistill.distill.teacher import weights_digest
 from edgedistill.errors import UserError
-from edgedistill.models import ModelFolder, copy_tokenizer, open_model, require_same_tokenizer, tokenizer_sha256, weights_sha256
+from edgedistill.models import (
+    ModelFolder,
+    copy_tokenizer,
+    open_model,
+    require_same_tokenizer,
+    tokenizer_sha256,
+    weights_sha256,
+)
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
 from edgedistill.records import DataResult, Shape, StudentResult, TeacherResult
@@ -102,9 +109,7 @@ def _train(
         stride=None,
         max_tokens=None,
     )
-    model = start_student(
-        recipe.student.start, shape, teacher=teacher_folder, pretrained=pretrained, seed=recipe.seed
-    )
+    model = start_student(recipe.student.start, shape, teacher=teacher_folder, pretrained=pretrained, seed=recipe.seed)
     signals: Signals | None = None
     low_precision = settings.precision == "bf16"
     if settings.forward_kl > 0:

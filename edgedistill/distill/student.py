@@ -41,7 +41,13 @@ def require_cuttable(teacher: Shape, student: Shape) -> None:
 
 
 def start_student(
-    start: str, shape: Shape, *, teacher: Path, pretrained: ModelFolder | None, seed: int, rope_theta: float | None = None
+    start: str,
+    shape: Shape,
+    *,
+    teacher: Path,
+    pretrained: ModelFolder | None,
+    seed: int,
+    rope_theta: float | None = None,
 ) -> nn.Module:
     """The student before training, fp32, as a transformers model.
 

@@ -22,9 +22,9 @@ from edgedistill.gguf.architectures import (
     tensor_map,
     to_interleaved,
 )
-from edgedistill.gguf.checkpoint import StoredTensor, check_tensors, read_json, read_tensor, stored_tensors
 from edgedistill.gguf.tokenizer import GgufTokenizer, read_tokenizer
 from edgedistill.shapes import shape_from_config
+from edgedistill.weights import StoredTensor, check_tensors, read_json, read_tensor, stored_tensors
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

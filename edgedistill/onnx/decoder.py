@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from edgedistill.errors import RuntimeCrashed, UserError, did_you_mean
 from edgedistill.gguf.architectures import architecture_of, rope_of, tensor_map
-from edgedistill.gguf.checkpoint import check_tensors, read_json, read_tensor, stored_tensors
 from edgedistill.gguf.convert import TIED_HEAD, as_stored
 from edgedistill.onnx.graph import count_types, stored_weights
 from edgedistill.records import Artifact, Fallback, Shape
 from edgedistill.runtimes.child import RuntimeProcess, signal_name
 from edgedistill.shapes import shape_from_config
 from edgedistill.store import combined_sha256, file_entries, versions
+from edgedistill.weights import check_tensors, read_json, read_tensor, stored_tensors
 
 BLOCK_SIZE = 32
 # 4: activations to INT8 before each product, which is what makes INT4 fast on ARM (dotprod, i8mm) and x86.
@@ -34,6 +34,7 @@ ACCURACY_LEVEL = 4
 MAX_RELATIVE_ERROR: dict[str, float] = {"FP32": 1e-3, "INT8": 0.2, "INT4": 0.2}
 PARITY_TOKENS = 48
 DECODED_TOKENS = 4
+HEAD_MULTIPLE = 8
 FUSED_ROPE_MULTIPLE = 16  # of the head size: GroupQueryAttention rotates no others
 BUILD_TIMEOUT_S = 6 * 3600.0
 LOG_LINES_SHOWN = 6
@@ -102,6 +103,11 @@ def _checked(checkpoint: Path) -> tuple[dict[str, Any], Shape]:
     architecture = architecture_of(config, where=where)
     shape = shape_from_config(config, where=where)
     rope_of(config, shape, where=where)
+    if shape.head_dim % HEAD_MULTIPLE:
+        raise UserError(
+            f"{where}: heads of {shape.head_dim}; onnxruntime's GroupQueryAttention takes multiples of {HEAD_MULTIPLE}",
+            "export as GGUF, or train a student with another head_dim",
+        )
     expected = {k: s.shape for k, s in tensor_map(shape, architecture).items()}
     kept = {k: v for k, v in stored.items() if not k.endswith("inv_freq")}
     if shape.tie_word_embeddings:
@@ -127,10 +133,6 @@ def _stage(checkpoint: Path, staged: Path, config: Mapping[str, Any], context: i
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "yarn":  # there the number of positions is part of the computation
         changed["max_position_embeddings"] = context
-    original = rope.get("original_max_position_embeddings")
-    if original is not None:
-        # The builder looks for it here and would otherwise take max_position_embeddings.
-        changed["original_max_position_embeddings"] = original
     (staged / "config.json").write_text(json.dumps(changed, indent=1), encoding="utf-8")
     return staged
 

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
-from edgedistill.models import read_json, vocabulary
+from edgedistill.models import vocabulary
+from edgedistill.weights import read_json
 
 Ids = NDArray[np.int32]
 IGNORED = -100
@@ -39,8 +40,12 @@ class TextTokenizer:
 
         known = vocabulary(folder)
         backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        settings = (
+            read_json(folder / "tokenizer_config.json", what="tokenizer_config.json")
+            if (folder / "tokenizer_config.json").is_file()
+            else {}
+        )
+        config = read_json(folder / "config.json", what="config.json") if (folder / "config.json").is_file() else {}
 
         def special(name: str) -> int | None:
             token = settings.get(f"{name}_token")
@@ -101,7 +106,8 @@ class Packed:
     def sequence_ids(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """[S, T + 1] ids of the sequences `rows`."""
         starts = rows[:, None] * self.context + np.arange(self.context + 1)[None, :]
-        return self.stream[starts].astype(np.int64)
+        ids: NDArray[np.int64] = self.stream[starts].astype(np.int64)
+        return ids
 
 
 def pack(documents: Sequence[Ids], *, context: int, seed: int, eos: int | None, bos: int | None) -> Packed:
@@ -136,7 +142,9 @@ class Window:
         return len(self.ids) - 1 - self.first
 
 
-def scoring_windows(documents: Sequence[Ids], *, context: int, stride: int | None, max_tokens: int | None) -> list[Window]:
+def scoring_windows(
+    documents: Sequence[Ids], *, context: int, stride: int | None, max_tokens: int | None
+) -> list[Window]:
     """Windows of at most `context` ids; every token but a document's first is scored exactly once.
 
     `max_tokens` bounds the scored tokens, in whole documents (at least two). stride None: disjoint windows,

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from edgedistill import machine
 from edgedistill.errors import UserError
 from edgedistill.progress import QUIET, Progress
+from edgedistill.recipe import Verify
 from edgedistill.records import (
     Agreement,
     Artifact,
@@ -37,7 +38,6 @@ from edgedistill.records import (
     TeacherResult,
     TokenizerCheck,
 )
-from edgedistill.recipe import Verify
 from edgedistill.runtimes.child import RuntimeName, RuntimeProcess
 from edgedistill.store import Store
 from edgedistill.tasks.causal_lm import TextTokenizer, Window, scoring_windows
@@ -52,6 +52,7 @@ from edgedistill.verify.metrics import (
 )
 from edgedistill.verify.runners import ArtifactScorer, Scorer, TorchScorer, load_torch, with_weights
 from edgedistill.verify.tokenizer_check import check_tokenizer
+from edgedistill.weights import read_json
 
 GROUP_TOKENS = 2048  # scored together
 RUNGS: tuple[RungName, ...] = ("teacher", "student", "quantized", "shipped")
@@ -119,9 +120,7 @@ def climb(
         done = 0
         for group in _groups(windows):
             ids = np.stack([w.ids for w in group]).astype(np.int64)
-            keep = torch.from_numpy(
-                np.concatenate([np.arange(ids.shape[1] - 1) >= window.first for window in group])
-            )
+            keep = torch.from_numpy(np.concatenate([np.arange(ids.shape[1] - 1) >= window.first for window in group]))
             targets = torch.from_numpy(ids[:, 1:].reshape(-1))[keep]
             reference = scorers["teacher"].logits(ids)[:, :-1].flatten(0, 1)[keep]
             teacher_log_p = torch.log_softmax(reference[:, :vocab].float(), dim=-1)
@@ -141,15 +140,14 @@ def climb(
     }
     reference_ppl = perplexity_of(mean_over_tokens(np.concatenate(scores["teacher"].nll), document, draws))
     rungs = [
-        _rung(name, scores[name], document, draws, reference_ppl, hashes[name], scorers[name].runtime)
-        for name in RUNGS
+        _rung(name, scores[name], document, draws, reference_ppl, hashes[name], scorers[name].runtime) for name in RUNGS
     ]
     shipped = rungs[-1]
     return Retention(
         task=task,
         metric="perplexity",
         higher_is_better=False,
-        examples=int(len(document)),
+        examples=len(document),
         documents=len(used),
         eval_sha256=_windows_sha256(windows),
         context_tokens=settings.context_tokens,
@@ -169,9 +167,7 @@ def climb(
             kl_p99_nats_ci95=shipped.kl_p99_nats_ci95,
         ),
         tokenizer=check,
-        gate=Gate(
-            min_retention=settings.min_retention, passed=shipped.retention_ci95[0] >= settings.min_retention
-        ),
+        gate=Gate(min_retention=settings.min_retention, passed=shipped.retention_ci95[0] >= settings.min_retention),
     )
 
 
@@ -183,7 +179,8 @@ def stored_weights(subject: Subject) -> Iterator[tuple[str, NDArray[np.float32]]
         return gguf_dequantized(subject.folder / subject.artifact.entry)
     from edgedistill.onnx.dequantize import dequantized as onnx_dequantized
 
-    return onnx_dequantized(subject.folder / subject.artifact.entry)
+    config = read_json(Path(subject.student.path) / "config.json", what="config.json")
+    return onnx_dequantized(subject.folder / subject.artifact.entry, config)
 
 
 def _scoring_runtime(artifact: Artifact) -> RuntimeName:
@@ -204,7 +201,9 @@ def _check_tokenizer(subject: Subject, threads: int, store: Store, stack: ExitSt
         def tokenize(text: str, add_special: bool, parse_special: bool) -> list[int]:
             return process.tokenize(text, add_special=add_special, parse_special=parse_special)
 
-        return check_tokenizer(Path(subject.student.path), tokenize)
+        # onnxruntime-genai has no way to read a control token in a text as text
+        always_parsed = subject.artifact.runtime == "onnxruntime-genai"
+        return check_tokenizer(Path(subject.student.path), tokenize, control_tokens_always_parsed=always_parsed)
 
 
 def _groups(windows: list[Window]) -> Iterator[list[Window]]:

@@ -79,7 +79,9 @@ def perplexity_of(mean_nll: Summary) -> Summary:
     return Summary(value=float(np.exp(mean_nll.value)), draws=np.exp(mean_nll.draws))
 
 
-def p99_over_tokens(values: NDArray[np.generic], document: NDArray[np.int64], draws: NDArray[np.int32]) -> Summary | None:
+def p99_over_tokens(
+    values: NDArray[np.generic], document: NDArray[np.int64], draws: NDArray[np.int32]
+) -> Summary | None:
     """99th percentile over tokens (the smallest value that 99 % do not exceed), resampled by document.
 
     None for fewer than 100 values: there is no such percentile then.

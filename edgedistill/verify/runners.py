@@ -58,21 +58,26 @@ def load_torch(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
 
 
 def with_weights(folder: Path, weights: Iterable[tuple[str, NDArray[np.float32]]]) -> nn.Module:
-    """The model of a folder's config with these weights; one that is missing or unknown is a UserError."""
-    model = load_torch(folder)
+    """The model of a folder's config with these weights; one that is missing or unknown is a UserError.
+
+    A tied model is untied where the artifact stores a head of its own.
+    """
+    model: Any = load_torch(folder)
     own = dict(model.named_parameters())
-    tied = {"lm_head.weight"} if getattr(model.config, "tie_word_embeddings", False) else set()
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
     missing = set(own)
     with torch.no_grad():
         for name, values in weights:
-            if name in tied:
+            tensor = torch.from_numpy(np.array(values, dtype=np.float32))
+            if name == "lm_head.weight" and tied:
+                model.lm_head.weight = nn.Parameter(tensor, requires_grad=False)
                 continue
             if name not in own:
                 raise UserError(f"the artifact holds {name}, which {folder} does not have", "export the artifact again")
-            own[name].copy_(torch.from_numpy(np.ascontiguousarray(values)))
+            own[name].copy_(tensor)
             missing.discard(name)
     if missing:
         raise UserError(
             f"the artifact lacks {len(missing)} tensors of {folder}: {sorted(missing)[0]}", "export the artifact again"
         )
-    return model
+    return model  # type: ignore[no-any-return]

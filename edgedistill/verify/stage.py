@@ -55,9 +55,7 @@ def verify_artifact(
 
     stored = store.run("verify", inputs, measure, Retention, progress.say)
     measured = stored.result
-    gate = Gate(
-        min_retention=settings.min_retention, passed=measured.retention.ci95[0] >= settings.min_retention
-    )
+    gate = Gate(min_retention=settings.min_retention, passed=measured.retention.ci95[0] >= settings.min_retention)
     retention = measured.model_copy(update={"gate": gate})
     reports = store.root / "reports" / stored.key
     reports.mkdir(parents=True, exist_ok=True)

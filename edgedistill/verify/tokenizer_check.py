@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgedistill.errors import UserError
-from edgedistill.gguf.checkpoint import read_json
 from edgedistill.records import TokenizerCheck
+from edgedistill.weights import read_json
 
 TEXT_SHOWN = 60
 IDS_SHOWN = 12
@@ -61,12 +61,18 @@ VARIED_TEXTS: tuple[str, ...] = (
 )
 
 
-def check_tokenizer(hf_tokenizer_dir: Path, tokenize: Callable[[str, bool, bool], list[int]]) -> TokenizerCheck:
+def check_tokenizer(
+    hf_tokenizer_dir: Path,
+    tokenize: Callable[[str, bool, bool], list[int]],
+    *,
+    control_tokens_always_parsed: bool = False,
+) -> TokenizerCheck:
     """Compare `tokenize(text, add_special, parse_special)` of an artifact with the folder's tokenizer.json.
 
     Each varied text counts once, and is right when the ids are equal in all three ways of asking: as plain
     text, with special tokens parsed, and with special tokens parsed and BOS/EOS added. Texts made of the
-    tokenizer's own added tokens are included. Raises UserError where the folder has no tokenizer.json.
+    tokenizer's own added tokens are included. `control_tokens_always_parsed`: the runtime cannot be asked for plain
+    text, so that way of asking is left out. Raises UserError where the folder has no tokenizer.json.
     """
     from tokenizers import Tokenizer
 

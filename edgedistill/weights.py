@@ -23,6 +23,7 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 # BF16 has no numpy type: it is the upper half of a float32.
 DTYPES: dict[str, tuple[str, int]] = {"F32": ("<f4", 4), "F16": ("<f2", 2), "BF16": ("<u2", 2), "F64": ("<f8", 8)}
 MISMATCHES_SHOWN = 3
+MAX_JSON_BYTES = 256_000_000  # the largest tokenizer.json of today has about 35 MB
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,14 @@ class StoredTensor:
 def read_json(path: Path, *, what: str) -> dict[str, Any]:
     """A JSON object from a file; UserError where it is missing, broken or something else."""
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path} has {path.stat().st_size:,} bytes", f"at most {MAX_JSON_BYTES:,} are read")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(
             f"{path} is missing", f"the folder needs {what}, as transformers' save_pretrained writes it"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}", f"replace it with a whole {what}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}", f"{what} is a JSON object")
