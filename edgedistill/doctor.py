@@ -85,7 +85,7 @@ def _extra_buffers(store: Store) -> dict[str, str]:
         "what": "llama.cpp extra buffers",
         "state": "off",
         "detail": answer.reason,
-        "remedy": "nothing to do: artifacts run without them; a llama.cpp with PR 26954 may run with them",
+        "remedy": "nothing: they run without",
     }
 
 

@@ -27,14 +27,14 @@ class Section(BaseModel):
 
 
 class ShapeAsk(Section):
-    """Sizes of a decoder to build; what stays out is designed."""
+    """Sizes of a decoder to build. What stays out is designed (student), or as in the quickstart (teacher)."""
 
-    hidden_size: int | None = Field(None, ge=8, le=65536)
-    intermediate_size: int | None = Field(None, ge=8, le=262144)
-    num_hidden_layers: int | None = Field(None, ge=1, le=512)
-    num_attention_heads: int | None = Field(None, ge=1, le=1024)
-    num_key_value_heads: int | None = Field(None, ge=1, le=1024)
-    head_dim: int | None = Field(None, ge=2, le=1024)
+    hidden_size: int | None = Field(None, ge=8, le=65536, description="width of the residual stream")
+    intermediate_size: int | None = Field(None, ge=8, le=262144, description="width of the feed-forward layers")
+    num_hidden_layers: int | None = Field(None, ge=1, le=512, description="depth")
+    num_attention_heads: int | None = Field(None, ge=1, le=1024, description="query heads")
+    num_key_value_heads: int | None = Field(None, ge=1, le=1024, description="key and value heads")
+    head_dim: int | None = Field(None, ge=2, le=1024, description="width of a head")
 
 
 class Training(Section):
@@ -50,10 +50,10 @@ class Training(Section):
     muon_learning_rate: float = Field(0.02, gt=0, le=10, description="Muon's peak, where it is used")
     warmup_share: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising rate")
     final_rate_share: float = Field(0.05, ge=0, le=1, description="the cosine's end, as a share of the peak")
-    weight_decay: float = Field(0.1, ge=0, le=10)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    clip_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.1, ge=0, le=10, description="on the layers' matrices alone")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second moment")
+    clip_norm: float = Field(1.0, gt=0, description="largest norm of the gradient")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: autocast over fp32 weights")
     evaluate_every_share: float = Field(0.1, gt=0, le=1, description="evaluations, as a share of the steps")
     patience: int = Field(0, ge=0, description="evaluations without a better one before stopping; 0: never stop early")
@@ -63,7 +63,7 @@ class Training(Section):
 class TeacherTraining(Training):
     """How the quickstart's teacher is made, where no teacher is named."""
 
-    vocab_size: int = Field(2048, ge=300, le=1 << 20)
+    vocab_size: int = Field(2048, ge=300, le=1 << 20, description="of the byte-level BPE trained on the data")
     shape: ShapeAsk = ShapeAsk()
 
 
@@ -71,8 +71,8 @@ class Teacher(Section):
     """The large model."""
 
     model: str | None = Field(None, description="folder or hub id; none: train one (`teacher.train`)")
-    revision: str | None = None
-    trust_remote_code: bool = False
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    trust_remote_code: bool = Field(False, description="run the Python code that comes with the model")
     train: TeacherTraining = TeacherTraining()
 
 
@@ -83,7 +83,7 @@ class Student(Section):
         "fresh", description="fresh: designed; pretrained: `student.model`; layers: cut from the teacher's"
     )
     model: str | None = Field(None, description="folder or hub id of a pretrained student")
-    revision: str | None = None
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
     compression: float = Field(4.0, ge=1, le=10000, description="teacher's parameters ÷ student's, at least")
     shape: ShapeAsk = ShapeAsk()
 
@@ -93,17 +93,19 @@ class Data(Section):
 
     source: str = Field("python-docs", description="python-docs, a file, a folder, or a hub id")
     subset: str | None = Field(None, description="configuration of a hub dataset")
-    text_column: str = "text"
+    text_column: str = Field("text", description="column of .jsonl, .csv, .parquet and hub data that holds the text")
     document_separator: str | None = Field(
         None, min_length=1, description="what ends a document in a text file; default: a blank line, or a line each"
     )
     min_document_chars: int = Field(
         2000, ge=0, description="shorter neighbours are joined to blocks of this size, so that intervals are honest"
     )
-    split: Literal["hash", "tail"] = "hash"
+    split: Literal["hash", "tail"] = Field(
+        "hash", description="hash: by each document's own hash; tail: the end is held out, calibration stands before it"
+    )
     eval_data: str | None = Field(None, description="held-out text of its own; then nothing is split off for it")
-    eval_share: float = Field(0.05, gt=0, lt=0.9)
-    calibration_share: float = Field(0.05, gt=0, lt=0.9)
+    eval_share: float = Field(0.05, gt=0, lt=0.9, description="held out: of the documents (hash), of the lines (tail)")
+    calibration_share: float = Field(0.05, gt=0, lt=0.9, description="for evaluation while training; counted likewise")
 
 
 class Distill(Training):
@@ -111,7 +113,7 @@ class Distill(Training):
 
     forward_kl: float = Field(1.0, ge=0, description="weight of KL(teacher ‖ student)")
     cross_entropy: float = Field(0.0, ge=0, description="weight of the next token's cross-entropy")
-    temperature: float = Field(1.0, gt=0, le=100)
+    temperature: float = Field(1.0, gt=0, le=100, description="of the forward KL, scaled by its square")
     documents_share: float = Field(1.0, gt=0, le=1, description="share of the training documents the student sees")
     teacher_signals: Literal["auto", "live", "cached"] = Field(
         "auto", description="cached: the teacher runs once over the text; auto: where that pays and fits"
@@ -133,29 +135,29 @@ class Export(Section):
 class Verify(Section):
     """How retention is measured."""
 
-    min_retention: float = Field(0.80, ge=0, le=10)
+    min_retention: float = Field(0.80, ge=0, le=10, description="the gate, on the interval's lower end")
     context_tokens: int = Field(256, ge=8, description="window of the evaluation")
     stride_tokens: int | None = Field(None, ge=1, description="step between windows; default: the window (disjoint)")
     max_tokens: int = Field(60_000, ge=64, description="at most so many held-out tokens, whole documents")
-    bootstrap_samples: int = Field(2000, ge=100, le=1_000_000)
+    bootstrap_samples: int = Field(2000, ge=100, le=1_000_000, description="draws of documents for the intervals")
 
 
 class Bench(Section):
     """How speed is measured. Default: the target's settings."""
 
-    prompt_tokens: int | None = Field(None, ge=1)
-    new_tokens: int | None = Field(None, ge=2)
-    warmup: int | None = Field(None, ge=0)
-    repeats: int | None = Field(None, ge=1)
-    threads: int | None = Field(None, ge=1)
+    prompt_tokens: int | None = Field(None, ge=1, description="length of the prompt; default: the target's")
+    new_tokens: int | None = Field(None, ge=2, description="tokens decoded after it; default: the target's")
+    warmup: int | None = Field(None, ge=0, description="runs thrown away first; default: the target's")
+    repeats: int | None = Field(None, ge=1, description="runs that count; default: the target's")
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: the target's")
 
 
 class Recipe(Section):
     """A whole recipe."""
 
-    name: str = Field(QUICKSTART, pattern=NAME_PATTERN)
-    task: Literal["causal-lm"] = "causal-lm"
-    seed: int = Field(0, ge=0, lt=2**31)
+    name: str = Field(QUICKSTART, pattern=NAME_PATTERN, description="first part of the bundle's name")
+    task: Literal["causal-lm"] = Field("causal-lm", description="what the model does")
+    seed: int = Field(0, ge=0, lt=2**31, description="of everything random")
     teacher: Teacher = Teacher()
     student: Student = Student()
     data: Data = Data()

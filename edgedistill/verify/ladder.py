@@ -118,7 +118,7 @@ def climb(
         owner: list[NDArray[np.int64]] = []
         total = sum(w.scored for w in windows)
         done = 0
-        for group in _groups(windows):
+        for group in groups(windows):
             ids = np.stack([w.ids for w in group]).astype(np.int64)
             keep = torch.from_numpy(np.concatenate([np.arange(ids.shape[1] - 1) >= window.first for window in group]))
             targets = torch.from_numpy(ids[:, 1:].reshape(-1))[keep]
@@ -206,7 +206,7 @@ def _check_tokenizer(subject: Subject, threads: int, store: Store, stack: ExitSt
         return check_tokenizer(Path(subject.student.path), tokenize, control_tokens_always_parsed=always_parsed)
 
 
-def _groups(windows: list[Window]) -> Iterator[list[Window]]:
+def groups(windows: list[Window]) -> Iterator[list[Window]]:
     """Windows of one length together, so that nothing is padded."""
     by_length: dict[int, list[Window]] = {}
     for window in windows:

@@ -1,0 +1,259 @@
+"""The pages of docs/ that the program writes of itself: `python -m edgedistill.reference docs`.
+
+tests/test_docs.py holds the files in docs/ to what these functions give.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from edgedistill.fit import human_bytes
+from edgedistill.recipe import Recipe, load_recipe
+from edgedistill.records import Figure
+from edgedistill.targets import Target, load_targets
+
+NOTE = "<!-- Written by `python -m edgedistill.reference docs`. Edit what it is made of, not this page. -->"
+HELP_WIDTH = 100
+TYPES: dict[Any, str] = {int: "integer", float: "number", str: "text", bool: "true or false", types.NoneType: "null"}
+# A group runs this hidden command where no other is named: `bundle [RECIPE]`.
+UNNAMED = "make"
+
+
+def reference_pages() -> dict[str, str]:
+    """File name in docs/ → its text."""
+    return {"recipe-reference.md": recipe_page(), "cli.md": cli_page(), "targets.md": targets_page()}
+
+
+def write_reference(folder: Path) -> list[Path]:
+    """Write every page; the files written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, text in reference_pages().items():
+        path = folder / name
+        path.write_text(text, encoding="utf-8", newline="\n")
+        paths.append(path)
+    return paths
+
+
+def recipe_page() -> str:
+    """Every field of a recipe: type and bounds, default, the quickstart's value, meaning."""
+    lines = [
+        "# Recipe reference",
+        "",
+        NOTE,
+        "",
+        "A recipe is a YAML file. Every field has a default, so a recipe says only what it changes; an unknown key is",
+        "refused. `--set a.b=c` sets any field from the command line. Where a command names no recipe it uses the",
+        "built-in `quickstart`, so that its values are what `--teacher`, `--data` and `--set` build upon; the column",
+        "`quickstart` has them where they differ from the default.",
+    ]
+    for path, section, chosen in _sections(Recipe, load_recipe(), ""):
+        lines += ["", f"## {path or 'Top level'}", "", str(section.__doc__).strip(), ""]
+        rows = [
+            (
+                f"`{path}.{name}`" if path else f"`{name}`",
+                field_type(field),
+                _yaml(field.get_default()),
+                _yaml(getattr(chosen, name)) if getattr(chosen, name) != field.get_default() else "",
+                field.description or "",
+            )
+            for name, field in section.model_fields.items()
+            if not _is_section(field)
+        ]
+        lines += markdown_table(("field", "type", "default", "quickstart", "what it is"), rows)
+    return "\n".join(lines) + "\n"
+
+
+def field_type(field: FieldInfo) -> str:
+    """A field's type and bounds in words: `integer ≥ 1, or null`."""
+    bounds = [_bound(limit) for limit in field.metadata]
+    kinds = [_kind(part) for part in _parts(field.annotation)]
+    kinds[0] = " ".join([kinds[0], " and ".join(filter(None, bounds))]).strip()
+    return ", or ".join(kinds)
+
+
+def cli_page() -> str:
+    """What `--help` of every command prints."""
+    import typer
+
+    from edgedistill.cli import app
+
+    lines = ["# Command line", "", NOTE, "", "What `--help` prints, command by command. Exit codes are in the README."]
+    for words, text in _helps(typer.main.get_command(app)):
+        lines += ["", f"## {words}", "", "```text", text.rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def targets_page() -> str:
+    """Every shipped profile with its figures, their basis and source."""
+    targets = list(load_targets().values())
+    lines = [
+        "# Device profiles",
+        "",
+        NOTE,
+        "",
+        "The files are in `targets/`. `edgedistill targets show NAME` prints one, `edgedistill targets probe` drafts",
+        "one of the machine it runs on, `edgedistill targets check FILE` validates one, `--target FILE.yaml` uses it.",
+        "A figure's basis says how it is known: `derived` is from a data sheet or computed, and not measured.",
+        "",
+    ]
+    rows = [
+        (
+            f"[{target.name}](#{target.name})",
+            ", ".join(target.aliases),
+            target.title,
+            ", ".join(target.default_artifacts),
+            f"{target.context_tokens:,}",
+        )
+        for target in targets
+    ]
+    lines += markdown_table(("name", "alias", "device", "default artifact", "context, tokens"), rows)
+    for target in targets:
+        lines += ["", *_target_lines(target)]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table; what would break a cell is escaped."""
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [header, *rows]]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return [lines[0], f"|{' --- |' * len(header)}", *lines[1:]]
+
+
+def _sections(
+    section: type[BaseModel], chosen: BaseModel, path: str
+) -> Iterator[tuple[str, type[BaseModel], BaseModel]]:
+    """Path, class and the quickstart's values of a section and all sections in it."""
+    yield path, section, chosen
+    for name, field in section.model_fields.items():
+        if _is_section(field):
+            inner: type[BaseModel] = field.annotation  # type: ignore[assignment]
+            yield from _sections(inner, getattr(chosen, name), f"{path}.{name}" if path else name)
+
+
+def _is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def _parts(annotation: Any) -> Sequence[Any]:
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def _kind(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        values = [f"`{value}`" for value in get_args(annotation)]
+        return f"one of {', '.join(values)}" if len(values) > 1 else values[0]
+    if get_origin(annotation) is list:
+        return f"list of {_kind(get_args(annotation)[0])}"
+    return TYPES[annotation]
+
+
+def _bound(limit: Any) -> str:
+    """A constraint of pydantic's in signs."""
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    for name, sign in signs.items():
+        if hasattr(limit, name):
+            return f"{sign} {getattr(limit, name):,}"
+    if hasattr(limit, "min_length"):
+        return f"of {limit.min_length} or more characters"
+    return f"like `{limit.pattern}`" if hasattr(limit, "pattern") else ""
+
+
+def _yaml(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000).replace("\n...", "").strip()
+    return f"`{text}`"
+
+
+def _helps(root: Any) -> Iterator[tuple[str, str]]:
+    """A command's words and its help, for every command that a user can call."""
+
+    def walk(command: Any, words: str, parent: Any) -> Iterator[tuple[str, str]]:
+        context = command.context_class(
+            command, info_name=words.split()[-1], parent=parent, terminal_width=HELP_WIDTH, max_content_width=HELP_WIDTH
+        )
+        yield words, command.get_help(context)
+        inner = dict(getattr(command, "commands", {}))
+        unnamed = inner.pop(UNNAMED, None)
+        if unnamed is not None:
+            alone = unnamed.context_class(unnamed, info_name=words.split()[-1], parent=parent)
+            yield f"{words} [RECIPE]", unnamed.get_help(alone)
+        for name, one in inner.items():
+            if not one.hidden:
+                yield from walk(one, f"{words} {name}", context)
+
+    yield from walk(root, "edgedistill", None)
+
+
+def _target_lines(target: Target) -> list[str]:
+    limits, bench = target.limits, target.bench
+    clusters = ", ".join(f"{cluster.cores} × {cluster.name}" for cluster in target.cpu.clusters)
+    figures = {
+        "memory": target.memory_bytes,
+        "usable memory": target.usable_memory_bytes,
+        "runtime without a model": target.runtime_bytes,
+        "memory bandwidth": target.bandwidth_bytes_per_s,
+        **{f"compute, {name}": figure for name, figure in target.compute.items()},
+        **{f"clock of {c.name}": c.clock_ghz for c in target.cpu.clusters if c.clock_ghz is not None},
+    }
+    lines = [f"## {target.name}", "", target.title + ".", ""]
+    rows = [(what, shown_figure(figure), figure.basis, figure.source) for what, figure in figures.items()]
+    lines += [*markdown_table(("figure", "value", "basis", "source"), rows), ""]
+    facts = {
+        "CPU": f"{target.arch}; {clusters}; {', '.join(target.cpu.isa)}",
+        "GPU": target.gpu or "none named",
+        "runtimes": ", ".join(target.runtimes),
+        "default artifacts": ", ".join(target.default_artifacts),
+        "allowed artifacts": ", ".join(target.allowed_artifacts),
+        "artifacts of encoders": ", ".join(target.encoder_artifacts),
+        "context": f"{target.context_tokens:,} tokens",
+        "bench": f"{bench.threads} threads, {bench.prompt_tokens} prompt tokens, {bench.new_tokens} new tokens,"
+        f" {bench.warmup} warm-up runs, {bench.repeats} repeats",
+        "limits": "; ".join(_limits(target)),
+        "why these limits": limits.rationale,
+        "how a machine is told to be one": _identify(target),
+    }
+    lines += markdown_table(("what", "value"), list(facts.items()))
+    if target.notes:
+        lines += ["", *(f"- {note}" for note in target.notes)]
+    return lines
+
+
+def _limits(target: Target) -> Iterator[str]:
+    limits = target.limits
+    yield f"artifact at most {human_bytes(limits.max_artifact_bytes)}"
+    yield f"memory at most {human_bytes(limits.max_memory_bytes)}"
+    if limits.min_decode_tokens_per_s is not None:
+        yield f"decode at least {limits.min_decode_tokens_per_s:g} tokens/s"
+    if limits.max_ttft_ms is not None:
+        yield f"first token within {limits.max_ttft_ms:g} ms"
+
+
+def _identify(target: Target) -> str:
+    conditions = target.identify.model_dump(exclude_none=True)
+    return "; ".join(
+        f"{name.replace('_', ' ')} {', '.join(value) if isinstance(value, list) else f'`{value}`'}"
+        for name, value in conditions.items()
+        if value != []
+    )
+
+
+def shown_figure(figure: Figure) -> str:
+    """A figure with its unit, short: bytes and operations in powers of 1000."""
+    if figure.unit in ("B", "B/s"):
+        return human_bytes(figure.value) + figure.unit[1:]
+    if figure.unit == "op/s":
+        return f"{figure.value / 1e12:g} Top/s"
+    return f"{figure.value:g} {figure.unit}"
+
+
+if __name__ == "__main__":
+    for written in write_reference(Path(sys.argv[1] if len(sys.argv) > 1 else "docs")):
+        print(written)
