@@ -20,7 +20,10 @@ from typer.core import TyperGroup
 from edgedistill import errors
 from edgedistill.progress import Progress
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="a built-in recipe or a YAML file")]
+RecipeArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="RECIPE", help="built-in recipe or YAML file; default: quickstart, or own with --teacher, --data"),
+]
 Targets = Annotated[list[str], typer.Option("--target", "-t", help="device profile; may be given several times")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, over any field of the recipe")]
 TeacherOption = Annotated[str | None, typer.Option("--teacher", help="folder or hub id of the large model")]
@@ -76,7 +79,7 @@ def _progress(quiet: bool, verbose: bool) -> Progress:
     return Progress(level=0 if quiet else 2 if verbose else 1)
 
 
-def _asked(recipe: str, sets: list[str] | None, **named: Any) -> Any:
+def _asked(recipe: str | None, sets: list[str] | None, **named: Any) -> Any:
     from edgedistill.recipe import load_recipe
 
     paths = {
@@ -91,6 +94,10 @@ def _asked(recipe: str, sets: list[str] | None, **named: Any) -> Any:
     ]
     if named.get("student") is not None:
         overrides += [f"student.model={json.dumps(named['student'])}", "student.start=pretrained"]
+    if recipe is None:
+        recipe = "own" if any(named.get(name) is not None for name in ("teacher", "student", "data")) else "quickstart"
+        if recipe == "own":
+            print("no recipe named: using the built-in 'own' (see `edgedistill recipes show own`)", file=sys.stderr)
     return load_recipe(recipe, [*overrides, *(sets or [])])
 
 
@@ -119,7 +126,7 @@ def _local(host: str) -> None:
 @app.command()
 def build(
     target: Targets,
-    recipe: RecipeArgument = "quickstart",
+    recipe: RecipeArgument = None,
     sets: Sets = None,
     teacher: TeacherOption = None,
     student: StudentOption = None,
@@ -150,7 +157,7 @@ def build(
 @app.command()
 def plan(
     target: Targets,
-    recipe: RecipeArgument = "quickstart",
+    recipe: RecipeArgument = None,
     sets: Sets = None,
     teacher: TeacherOption = None,
     student: StudentOption = None,
@@ -173,7 +180,7 @@ def plan(
 @app.command()
 def distill(
     target: Targets,
-    recipe: RecipeArgument = "quickstart",
+    recipe: RecipeArgument = None,
     sets: Sets = None,
     teacher: TeacherOption = None,
     student: StudentOption = None,
@@ -255,7 +262,7 @@ def bench(
 
     _local(on)
     latency = single.bench(
-        artifact, _targets([target])[0], recipe=_asked("quickstart", sets), store=_store(),
+        artifact, _targets([target])[0], recipe=_asked("own", sets), store=_store(),
         progress=_progress(quiet, verbose),
     )  # fmt: skip
     _print(as_json, latency.model_dump(mode="json", by_alias=True), show.latency_text(latency))
@@ -264,7 +271,7 @@ def bench(
 @bundle_app.command("make", hidden=True)
 def bundle(
     target: Targets,
-    recipe: RecipeArgument = "quickstart",
+    recipe: RecipeArgument = None,
     sets: Sets = None,
     teacher: TeacherOption = None,
     student: StudentOption = None,

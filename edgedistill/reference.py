@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from edgedistill.fit import human_bytes
-from edgedistill.recipe import Recipe, load_recipe
+from edgedistill.recipe import Recipe, builtin_recipes, load_recipe
 from edgedistill.records import Figure
 from edgedistill.targets import Target, load_targets
 
@@ -44,31 +44,32 @@ def write_reference(folder: Path) -> list[Path]:
 
 
 def recipe_page() -> str:
-    """Every field of a recipe: type and bounds, default, the quickstart's value, meaning."""
+    """Every field of a recipe: type and bounds, default, the built-in recipes' values, meaning."""
     lines = [
         "# Recipe reference",
         "",
         NOTE,
         "",
         "A recipe is a YAML file. Every field has a default, so a recipe says only what it changes; an unknown key is",
-        "refused. `--set a.b=c` sets any field from the command line. Where a command names no recipe it uses the",
-        "built-in `quickstart`, so that its values are what `--teacher`, `--data` and `--set` build upon; the column",
-        "`quickstart` has them where they differ from the default.",
+        "refused. `--set a.b=c` sets any field from the command line. Where no recipe is named, `build`, `plan`,",
+        "`distill` and `bundle` take the built-in `quickstart`, or `own` where a teacher, student or data is named.",
+        "Their columns have their values where those differ from the default, which is what a recipe of your own gets.",
     ]
-    for path, section, chosen in _sections(Recipe, load_recipe(), ""):
+    names = builtin_recipes()
+    for path, section, chosen in _sections(Recipe, [load_recipe(name) for name in names], ""):
         lines += ["", f"## {path or 'Top level'}", "", str(section.__doc__).strip(), ""]
         rows = [
             (
                 f"`{path}.{name}`" if path else f"`{name}`",
                 field_type(field),
                 _yaml(field.get_default()),
-                _yaml(getattr(chosen, name)) if getattr(chosen, name) != field.get_default() else "",
+                *(_yaml(value) if value != field.get_default() else "" for value in (getattr(c, name) for c in chosen)),
                 field.description or "",
             )
             for name, field in section.model_fields.items()
             if not _is_section(field)
         ]
-        lines += markdown_table(("field", "type", "default", "quickstart", "what it is"), rows)
+        lines += markdown_table(("field", "type", "default", *(f"`{name}`" for name in names), "what it is"), rows)
     return "\n".join(lines) + "\n"
 
 
@@ -129,14 +130,14 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 
 
 def _sections(
-    section: type[BaseModel], chosen: BaseModel, path: str
-) -> Iterator[tuple[str, type[BaseModel], BaseModel]]:
-    """Path, class and the quickstart's values of a section and all sections in it."""
+    section: type[BaseModel], chosen: Sequence[BaseModel], path: str
+) -> Iterator[tuple[str, type[BaseModel], Sequence[BaseModel]]]:
+    """Path and class of a section and all sections in it, with what the built-in recipes have there."""
     yield path, section, chosen
     for name, field in section.model_fields.items():
         if _is_section(field):
             inner: type[BaseModel] = field.annotation  # type: ignore[assignment]
-            yield from _sections(inner, getattr(chosen, name), f"{path}.{name}" if path else name)
+            yield from _sections(inner, [getattr(c, name) for c in chosen], f"{path}.{name}" if path else name)
 
 
 def _is_section(field: FieldInfo) -> bool:

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 WIDTH = 140
 
 
-def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, fold: str = "") -> str:
-    """A table of text; no column wraps but `fold`, which takes what is left of the width."""
+def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, fold: Sequence[str] = ()) -> str:
+    """A table of text; no column wraps but those in `fold`, which share what is left of the width."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
     drawn = Table(title=title or None, title_justify="left", box=SIMPLE, pad_edge=False)
     for name in header:
-        drawn.add_column(name, no_wrap=name != fold, overflow="fold")
+        drawn.add_column(name, no_wrap=name not in fold, overflow="fold", min_width=24 if name in fold else None)
     for row in rows:
         drawn.add_row(*row)
     buffer = io.StringIO()
@@ -52,7 +52,7 @@ def human_bytes(count: float) -> str:
 def plan_text(plan: Plan) -> str:
     from edgedistill.plan import plan_rows
 
-    lines = [table(f"plan of {plan.recipe}", ("what", "value", "basis", "from"), plan_rows(plan), fold="from")]
+    lines = [table(f"plan of {plan.recipe}", ("what", "value", "basis", "from"), plan_rows(plan), fold=("value", "from"))]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in plan.warnings)])
 
 
@@ -249,7 +249,7 @@ def doctor_text(found: dict[str, Any]) -> str:
         f"{here['cpu']}, {here['usable_cores']} cores, {human_bytes(here['memory_bytes'] or 0)} memory, {here['os']}"
     ]
     rows = [(c["what"], c["state"], c["detail"], c["remedy"]) for c in found["checks"]]
-    lines.append(table("this machine", ("what", "state", "detail", "to mend it"), rows, fold="detail"))
+    lines.append(table("this machine", ("what", "state", "detail", "to mend it"), rows, fold=("detail", "to mend it")))
     rows = [
         (t["target"], "yes" if t["can_build"] else "no", t["speed_basis"], "; ".join(t["missing"]))
         for t in found["targets"]

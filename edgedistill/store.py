@@ -25,6 +25,7 @@ from typing import Any, Generic, TypeVar
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
+from edgedistill import __version__
 from edgedistill.errors import UserError
 from edgedistill.records import FileEntry
 
@@ -98,6 +99,9 @@ def versions(*packages: str) -> dict[str, str]:
     """Installed versions of the packages that compute a stage; part of its key."""
     found = {}
     for package in packages:
+        if package == "edgedistill":  # an editable install's metadata may be stale
+            found[package] = __version__
+            continue
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -73,9 +73,9 @@ def verify_bundle(folder: Path, *, replay: bool = True, store: Store | None = No
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}", "give the folder of a bundle")
-    sizes = _files_of(folder)
-    if MANIFEST not in sizes and SUMS not in sizes:
+    if not (folder / MANIFEST).exists() and not (folder / SUMS).exists():
         raise UserError(f"{folder} is not a bundle: it has no {MANIFEST} and no {SUMS}", "give the folder of a bundle")
+    sizes = _files_of(folder)
     hashes = parse_sums(_read(folder, SUMS, sizes, MAX_SUMS_BYTES))
     manifest_data = _read(folder, MANIFEST, sizes, MAX_MANIFEST_BYTES)
     manifest = _manifest_or_none(manifest_data)
