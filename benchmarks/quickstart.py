@@ -56,7 +56,8 @@ def readme_table(builds: list[dict[str, Any]], cpu: str, threads: int, date: str
         "",
         f"Quickstart of {date}: teacher {first['teacher']['parameters']:,} parameters, perplexity"
         f" {teacher['perplexity']:.1f} [{low:.1f}, {high:.1f}]; student {first['student']['parameters']:,} parameters."
-        f" Retention is measured on the shipped bytes in llama.cpp; intervals are 95 %, paired bootstraps over documents."
+        " Retention is measured on the shipped bytes in llama.cpp; intervals are 95 %, paired bootstraps over"
+        " documents."
         f" Speed is a proxy: measured on {cpu} with {threads} threads, not on the target."
         f" The first build took {minutes:.1f} minutes from an empty store on two cores, teacher included.",
     ]

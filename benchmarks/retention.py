@@ -131,10 +131,9 @@ def main() -> None:
             low, high = interval(summary.draws)
             return f"{summary.value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
-        rows.append(
-            (str(seed), shown(ppl["teacher"], 1), shown(ppl["distilled"], 1), shown(ppl["plain"], 1),
-             shown(ppl["plain, all text"], 1) if "plain, all text" in ppl else "", shown(retention), shown(recovered), shown(cost, 4))
-        )  # fmt: skip
+        models = ("teacher", "distilled", "plain", "plain, all text")
+        perplexities = [shown(ppl[name], 1) if name in ppl else "" for name in models]
+        rows.append((str(seed), *perplexities, shown(retention), shown(recovered), shown(cost, 4)))
         bounds += [
             Bound(f"seed {seed}: retention", retention.value, ">=", 0.85),
             Bound(f"seed {seed}: student's share of the parameters", share, "<=", 0.25),

@@ -6,7 +6,6 @@ Nothing heavy is imported before a command runs.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import sys
@@ -18,28 +17,28 @@ import typer
 from typer.core import TyperGroup
 
 from edgedistill import errors
-from edgedistill.progress import Progress
-
-RecipeArgument = Annotated[
-    str | None,
-    typer.Argument(metavar="RECIPE", help="built-in recipe or YAML file; default: quickstart, or own with --teacher, --data"),
-]
-Targets = Annotated[list[str], typer.Option("--target", "-t", help="device profile; may be given several times")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, over any field of the recipe")]
-TeacherOption = Annotated[str | None, typer.Option("--teacher", help="folder or hub id of the large model")]
-StudentOption = Annotated[str | None, typer.Option("--student", help="folder or hub id of a pretrained student")]
-DataOption = Annotated[
-    str | None, typer.Option("--data", help="text file, folder, .jsonl, .csv, .parquet, or a hub id")
-]
-EvalData = Annotated[str | None, typer.Option("--eval-data", help="held-out text of its own")]
-Separator = Annotated[str | None, typer.Option("--document-separator", help="what ends a document in a text file")]
-MinRetention = Annotated[float | None, typer.Option("--min-retention", help="the gate, on the interval's lower end")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="folder for bundles")]
-Host = Annotated[str, typer.Option("--on", help="host to benchmark on; only 'local' so far")]
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="more detail")]
-
+from edgedistill.cli_options import (
+    DataOption,
+    EvalData,
+    Host,
+    Json,
+    MinRetention,
+    Out,
+    Quiet,
+    RecipeArgument,
+    Separator,
+    Sets,
+    StudentOption,
+    Targets,
+    TeacherOption,
+    Verbose,
+    asked_recipe,
+    chosen_targets,
+    emit,
+    progress_of,
+    require_local,
+    the_store,
+)
 
 # Typer carries its own copy of click from 0.29 on; this is its ClickException either way.
 ClickException: Any = typer.BadParameter.__mro__[2]
@@ -71,58 +70,6 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(store_app, name="store")
 
 
-def _print(as_json: bool, document: Any, text: str) -> None:
-    print(json.dumps(document, indent=2, default=str) if as_json else text)
-
-
-def _progress(quiet: bool, verbose: bool) -> Progress:
-    return Progress(level=0 if quiet else 2 if verbose else 1)
-
-
-def _asked(recipe: str | None, sets: list[str] | None, **named: Any) -> Any:
-    from edgedistill.recipe import load_recipe
-
-    paths = {
-        "teacher": "teacher.model",
-        "data": "data.source",
-        "eval_data": "data.eval_data",
-        "document_separator": "data.document_separator",
-        "min_retention": "verify.min_retention",
-    }
-    overrides = [
-        f"{paths[name]}={json.dumps(value)}" for name, value in named.items() if name in paths and value is not None
-    ]
-    if named.get("student") is not None:
-        overrides += [f"student.model={json.dumps(named['student'])}", "student.start=pretrained"]
-    if recipe is None:
-        recipe = "own" if any(named.get(name) is not None for name in ("teacher", "student", "data")) else "quickstart"
-        if recipe == "own":
-            print("no recipe named: using the built-in 'own' (see `edgedistill recipes show own`)", file=sys.stderr)
-    return load_recipe(recipe, [*overrides, *(sets or [])])
-
-
-def _targets(names: list[str]) -> Any:
-    from edgedistill.targets import load_target
-
-    targets = [load_target(name) for name in names]
-    for name, target in zip(names, targets, strict=True):
-        if name in target.aliases:
-            print(f"target {name} is {target.name}", file=sys.stderr)
-    unique = {target.name: target for target in targets}
-    return list(unique.values())
-
-
-def _store() -> Any:
-    from edgedistill.store import Store
-
-    return Store()
-
-
-def _local(host: str) -> None:
-    if host != "local":
-        raise errors.HostUnreachable(f"host '{host}' cannot be reached: only 'local' is known", "leave --on away")
-
-
 @app.command()
 def build(
     target: Targets,
@@ -143,15 +90,15 @@ def build(
     """The whole flow: teacher, student, artifact, proof, speed, bundle."""
     from edgedistill import pipeline, show
 
-    _local(on)
-    asked = _asked(
+    require_local(on)
+    asked = asked_recipe(
         recipe, sets, teacher=teacher, student=student, data=data, eval_data=eval_data,
         document_separator=document_separator, min_retention=min_retention,
     )  # fmt: skip
     trained, built = pipeline.build(
-        asked, _targets(target), store=_store(), out=out, progress=_progress(quiet, verbose)
+        asked, chosen_targets(target), store=the_store(), out=out, progress=progress_of(quiet, verbose)
     )
-    _print(as_json, show.built_json(trained, built), show.built_text(trained, built))
+    emit(as_json, show.built_json(trained, built), show.built_text(trained, built))
 
 
 @app.command()
@@ -169,12 +116,12 @@ def plan(
     """What build would do, without doing it: sizes, memory, ceilings, disk."""
     from edgedistill import pipeline, show
 
-    asked = _asked(
+    asked = asked_recipe(
         recipe, sets, teacher=teacher, student=student, data=data, eval_data=eval_data,
         document_separator=document_separator,
     )  # fmt: skip
-    result = pipeline.preflight(asked, _targets(target), store=_store())
-    _print(as_json, result.model_dump(mode="json"), show.plan_text(result))
+    result = pipeline.preflight(asked, chosen_targets(target), store=the_store())
+    emit(as_json, result.model_dump(mode="json"), show.plan_text(result))
 
 
 @app.command()
@@ -194,12 +141,12 @@ def distill(
     """Train the student that the targets need; it stays in the store."""
     from edgedistill import pipeline, show
 
-    asked = _asked(
+    asked = asked_recipe(
         recipe, sets, teacher=teacher, student=student, data=data, eval_data=eval_data,
         document_separator=document_separator,
     )  # fmt: skip
-    trained = pipeline.distill(asked, _targets(target), store=_store(), progress=_progress(quiet, verbose))
-    _print(as_json, show.trained_json(trained), show.trained_text(trained))
+    trained = pipeline.distill(asked, chosen_targets(target), store=the_store(), progress=progress_of(quiet, verbose))
+    emit(as_json, show.trained_json(trained), show.trained_text(trained))
 
 
 @app.command()
@@ -217,10 +164,10 @@ def export(
     from edgedistill import show, single
 
     made = single.export(
-        student, format_=format_, quantization=quantization, context_tokens=context_tokens, out=out, store=_store(),
-        progress=_progress(quiet, verbose),
+        student, format_=format_, quantization=quantization, context_tokens=context_tokens, out=out, store=the_store(),
+        progress=progress_of(quiet, verbose),
     )  # fmt: skip
-    _print(as_json, made.model_dump(mode="json"), show.artifact_text(made, out))
+    emit(as_json, made.model_dump(mode="json"), show.artifact_text(made, out))
 
 
 @app.command()
@@ -239,11 +186,16 @@ def verify(
     """The retention ladder of an exported artifact on a text; exit code 3 where the gate fails."""
     from edgedistill import show, single
 
-    asked = _asked("quickstart", sets, data=data, document_separator=document_separator, min_retention=min_retention)
+    asked = asked_recipe("own", sets, data=data, document_separator=document_separator, min_retention=min_retention)
     retention, reports = single.verify(
-        artifact, student=student, teacher=teacher, recipe=asked, store=_store(), progress=_progress(quiet, verbose)
+        artifact,
+        student=student,
+        teacher=teacher,
+        recipe=asked,
+        store=the_store(),
+        progress=progress_of(quiet, verbose),
     )
-    _print(as_json, retention.model_dump(mode="json", by_alias=True), show.retention_text(retention))
+    emit(as_json, retention.model_dump(mode="json", by_alias=True), show.retention_text(retention))
     single.require_gate(retention, reports)
 
 
@@ -260,15 +212,15 @@ def bench(
     """Measure an exported artifact's speed and memory here and now."""
     from edgedistill import show, single
 
-    _local(on)
+    require_local(on)
     latency = single.bench(
-        artifact, _targets([target])[0], recipe=_asked("own", sets), store=_store(),
-        progress=_progress(quiet, verbose),
+        artifact, chosen_targets([target])[0], recipe=asked_recipe("own", sets), store=the_store(),
+        progress=progress_of(quiet, verbose),
     )  # fmt: skip
-    _print(as_json, latency.model_dump(mode="json", by_alias=True), show.latency_text(latency))
+    emit(as_json, latency.model_dump(mode="json", by_alias=True), show.latency_text(latency))
 
 
-@bundle_app.command("make", hidden=True)
+@bundle_app.command("make")
 def bundle(
     target: Targets,
     recipe: RecipeArgument = None,
@@ -284,7 +236,7 @@ def bundle(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write the bundles of a recipe; what the store has is reused, what it lacks is made."""
+    """Write the bundles of a recipe; the word `make` may be left out."""
     build(
         target, recipe, sets, teacher, student, data, eval_data, document_separator, min_retention, out, "local",
         as_json, quiet, verbose,
@@ -297,8 +249,8 @@ def bundle_verify(directory: Annotated[Path, typer.Argument(help="bundle folder"
     from edgedistill.bundle.check import verify_bundle
     from edgedistill.show import check_text
 
-    check = verify_bundle(directory, store=_store())
-    _print(as_json, check.model_dump(mode="json"), check_text(check))
+    check = verify_bundle(directory, store=the_store())
+    emit(as_json, check.model_dump(mode="json"), check_text(check))
 
 
 @app.command()
@@ -311,7 +263,7 @@ def report(
     from edgedistill.report.html import report as write_report
 
     path = write_report(directory, out)
-    _print(as_json, {"report": str(path)}, str(path))
+    emit(as_json, {"report": str(path)}, str(path))
 
 
 @targets_app.command("list")
@@ -320,7 +272,7 @@ def targets_list(as_json: Json = False) -> None:
     from edgedistill import show, targets
 
     found = targets.targets_list()
-    _print(as_json, [t.model_dump(mode="json") for t in found], show.targets_text(found))
+    emit(as_json, [t.model_dump(mode="json") for t in found], show.targets_text(found))
 
 
 @targets_app.command("show")
@@ -329,7 +281,7 @@ def targets_show(name: str, as_json: Json = False) -> None:
     from edgedistill import targets
 
     found = targets.targets_show(name)
-    _print(as_json, found.model_dump(mode="json"), targets.target_yaml(found))
+    emit(as_json, found.model_dump(mode="json"), targets.target_yaml(found))
 
 
 @targets_app.command("check")
@@ -338,7 +290,7 @@ def targets_check(profile: str, as_json: Json = False) -> None:
     from edgedistill import targets
 
     found = targets.targets_check(profile)
-    _print(as_json, {"name": found.name, "valid": True}, f"{found.name}: every field is valid")
+    emit(as_json, {"name": found.name, "valid": True}, f"{found.name}: every field is valid")
 
 
 @targets_app.command("probe")
@@ -348,7 +300,7 @@ def targets_probe(as_json: Json = False) -> None:
     from edgedistill.targets_probe import targets_probe as probe
 
     found = probe()
-    _print(as_json, found.model_dump(mode="json"), targets.target_yaml(found))
+    emit(as_json, found.model_dump(mode="json"), targets.target_yaml(found))
 
 
 @recipes_app.command("list")
@@ -357,7 +309,7 @@ def recipes_list(as_json: Json = False) -> None:
     from edgedistill.recipe import builtin_recipes
 
     names = builtin_recipes()
-    _print(as_json, names, "\n".join(names))
+    emit(as_json, names, "\n".join(names))
 
 
 @recipes_app.command("show")
@@ -365,8 +317,8 @@ def recipes_show(recipe: RecipeArgument = "quickstart", sets: Sets = None, as_js
     """A recipe with every field."""
     import yaml
 
-    document = _asked(recipe, sets).model_dump(mode="json")
-    _print(as_json, document, yaml.safe_dump(document, sort_keys=False).rstrip())
+    document = asked_recipe(recipe, sets).model_dump(mode="json")
+    emit(as_json, document, yaml.safe_dump(document, sort_keys=False).rstrip())
 
 
 @store_app.command("list")
@@ -375,8 +327,8 @@ def store_list(as_json: Json = False) -> None:
     from edgedistill import show
     from edgedistill import store as module
 
-    rows = module.store_list(_store())
-    _print(as_json, rows, show.store_text(rows))
+    rows = module.store_list(the_store())
+    emit(as_json, rows, show.store_text(rows))
 
 
 @store_app.command("verify")
@@ -384,12 +336,22 @@ def store_verify(as_json: Json = False) -> None:
     """Hash every file of every record again."""
     from edgedistill import store as module
 
-    problems = module.store_verify(_store())
-    _print(as_json, {"problems": problems}, "\n".join(problems) or "every record is whole")
+    problems = module.store_verify(the_store())
+    emit(as_json, {"problems": problems}, "\n".join(problems) or "every record is whole")
     if problems:
         raise errors.UserError(
             f"{len(problems)} problem(s) in the store", "remove what is damaged: edgedistill store prune"
         )
+
+
+@store_app.command("adopt")
+def store_adopt(as_json: Json = False) -> None:
+    """Keep finished teachers and students across an upgrade of the libraries that made them."""
+    from edgedistill import store as module
+
+    adopted = module.store_adopt(the_store())
+    lines = [f"{row['stage']} {row['from'][:12]} is kept as {row['to'][:12]}" for row in adopted]
+    emit(as_json, {"adopted": adopted}, "\n".join(lines) or "nothing to adopt")
 
 
 @store_app.command("prune")
@@ -401,8 +363,8 @@ def store_prune(
     """Remove records and unfinished work that nobody is building."""
     from edgedistill import store as module
 
-    removed = module.store_prune(_store(), stage=stage, older_than_days=older_than_days)
-    _print(as_json, {"removed": removed}, "\n".join(removed) or "nothing to remove")
+    removed = module.store_prune(the_store(), stage=stage, older_than_days=older_than_days)
+    emit(as_json, {"removed": removed}, "\n".join(removed) or "nothing to remove")
 
 
 @app.command()
@@ -411,8 +373,8 @@ def doctor(target: Annotated[list[str] | None, typer.Option("--target", "-t")] =
     from edgedistill import doctor as module
     from edgedistill import show
 
-    found = module.doctor(_targets(target) if target else None, store=_store())
-    _print(as_json, found, show.doctor_text(found))
+    found = module.doctor(chosen_targets(target) if target else None, store=the_store())
+    emit(as_json, found, show.doctor_text(found))
 
 
 @app.command()
@@ -420,7 +382,7 @@ def version(as_json: Json = False) -> None:
     """The version of edgedistill."""
     from edgedistill import __version__
 
-    _print(as_json, {"version": __version__}, __version__)
+    emit(as_json, {"version": __version__}, __version__)
 
 
 def main(arguments: list[str] | None = None) -> None:

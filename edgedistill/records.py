@@ -119,6 +119,7 @@ class TeacherResult(Record):
     weights_sha256: str
     tokenizer_sha256: str
     training: TrainResult | None = None
+    adopted: bool = False
 
 
 class StudentResult(Record):

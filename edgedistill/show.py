@@ -52,7 +52,9 @@ def human_bytes(count: float) -> str:
 def plan_text(plan: Plan) -> str:
     from edgedistill.plan import plan_rows
 
-    lines = [table(f"plan of {plan.recipe}", ("what", "value", "basis", "from"), plan_rows(plan), fold=("value", "from"))]
+    lines = [
+        table(f"plan of {plan.recipe}", ("what", "value", "basis", "from"), plan_rows(plan), fold=("value", "from"))
+    ]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in plan.warnings)])
 
 

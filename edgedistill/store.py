@@ -32,6 +32,7 @@ from edgedistill.records import FileEntry
 R = TypeVar("R", bound=BaseModel)
 RECORD_SCHEMA = "edgedistill.record/1"
 CHUNK_BYTES = 1 << 20
+ADOPTABLE = ("teacher", "student")
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class Store:
             work.out.mkdir(parents=True)
             work.state.mkdir(exist_ok=True)
             result = build(work)
-            self._commit(stage, key, inputs, work, result)
+            self.put(stage, inputs, work.out, result.model_dump(mode="json", by_alias=True))
             shutil.rmtree(folder, ignore_errors=True)
         finally:
             lock.release()
@@ -219,23 +220,25 @@ class Store:
             raise RuntimeError(f"record {stage}/{key} vanished after it was written")
         return stored
 
-    def _commit(self, stage: str, key: str, inputs: Mapping[str, Any], work: Work, result: BaseModel) -> None:
+    def put(self, stage: str, inputs: Mapping[str, Any], out: Path, result: Mapping[str, Any]) -> None:
+        """Make the folder `out` of this store the record of these inputs: durable first, then renamed into place."""
+        key = key_of(stage, inputs)
         record = {
             "schema": RECORD_SCHEMA,
             "stage": stage,
             "key": key,
             "inputs": inputs,
-            "result": result.model_dump(mode="json", by_alias=True),
-            "files": [e.model_dump() for e in file_entries(work.out)],
+            "result": result,
+            "files": [e.model_dump() for e in file_entries(out)],
             "written_unix_s": int(time.time()),
         }
-        (work.out / "record.json").write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
-        fsync_tree(work.out)
+        (out / "record.json").write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
+        fsync_tree(out)
         final = self.record_folder(stage, key)
         final.parent.mkdir(parents=True, exist_ok=True)
         if final.exists():
             shutil.rmtree(final)
-        work.out.replace(final)
+        out.replace(final)
         fsync_folder(final.parent)
 
     def _load(self, stage: str, key: str, result_type: type[R], *, reused: bool) -> Stored[R] | None:
@@ -328,6 +331,35 @@ def store_verify(store: Store) -> list[str]:
             elif sha256_of(path) != entry["sha256"]:
                 problems.append(f"{path}: content changed")
     return problems
+
+
+def store_adopt(store: Store) -> list[dict[str, Any]]:
+    """Keep finished teachers and students across an upgrade of the libraries that computed them.
+
+    Each record of those stages whose library versions are not the installed ones is copied under the key that the
+    installed ones give, marked `adopted`; what is damaged is not. Returns stage, keys and both sets of versions.
+    """
+    adopted = []
+    for stage in ADOPTABLE:
+        for folder in sorted(store.root.glob(f"records/{stage}/*")):
+            record = _read_record(folder)
+            if record is None or any(
+                not (folder / e["path"]).is_file() or sha256_of(folder / e["path"]) != e["sha256"]
+                for e in record["files"]
+            ):
+                continue
+            before = record["inputs"]["versions"]
+            inputs = {**record["inputs"], "versions": versions(*before)}
+            key = key_of(stage, inputs)
+            if key == folder.name or _read_record(store.record_folder(stage, key)) is not None:
+                continue
+            with store.lock(f"{stage}-{key}"):
+                out = store.work_folder(stage, key) / "out"
+                shutil.rmtree(out, ignore_errors=True)
+                shutil.copytree(folder, out, ignore=shutil.ignore_patterns("record.json"))
+                store.put(stage, inputs, out, {**record["result"], "adopted": True})
+            adopted.append({"stage": stage, "from": folder.name, "to": key, "was": before, "is": inputs["versions"]})
+    return adopted
 
 
 def store_prune(store: Store, *, stage: str | None = None, older_than_days: float = 0.0) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 
 from edgedistill.errors import UserError
 from edgedistill.records import Record
-from edgedistill.store import Store, Work, key_of, store_list, store_prune, store_verify
+from edgedistill.store import Store, Work, key_of, store_adopt, store_list, store_prune, store_verify, versions
 
 
 class Number(Record):
@@ -167,3 +167,35 @@ def test_a_store_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be written"):
         Store(tmp_path / "file" / "store").run("s", {}, builder(), Number)
+
+
+class Weights(Record):
+    value: int
+    adopted: bool = False
+
+
+def test_adopting_keeps_a_student_across_an_upgrade(tmp_path):
+    store = Store(tmp_path)
+    old = {"seed": 1, "versions": {"numpy": "0.0.1", "nothing-like-it": "1"}}
+
+    def build(work: Work) -> Weights:
+        (work.out / "model").write_bytes(b"weights")
+        return Weights(value=7)
+
+    made = store.run("student", old, build, Weights)
+    new = {**old, "versions": versions("numpy", "nothing-like-it")}
+    assert store.find("student", new, Weights) is None
+    assert [row["from"] for row in store_adopt(store)] == [made.key]
+    kept = store.find("student", new, Weights)
+    assert kept is not None
+    assert kept.result == Weights(value=7, adopted=True)
+    assert (kept.directory / "model").read_bytes() == b"weights"
+    assert store_adopt(store) == []
+    assert store_verify(store) == []
+
+
+def test_a_damaged_student_is_not_adopted(tmp_path):
+    store = Store(tmp_path)
+    made = store.run("student", {"versions": {"numpy": "0.0.1"}}, builder(), Number)
+    (made.directory / "folder" / "data.bin").write_bytes(b"x")
+    assert store_adopt(store) == []

@@ -12,6 +12,11 @@ from edgedistill.tasks.causal_lm import Window
 EVALUATION_TOKENS = 4096  # of one evaluation batch
 
 
+def training_device() -> torch.device:
+    """The GPU where torch has one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def output_head(model: nn.Module) -> Tensor:
     """The output head's weight [V, H], tied or not."""
     weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
@@ -20,8 +25,9 @@ def output_head(model: nn.Module) -> Tensor:
 
 def final_hidden(model: nn.Module, inputs: Tensor, low_precision: bool) -> Tensor:
     """Hidden states after the final norm [S·T, H] of ids [S, T]."""
-    with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=low_precision):
-        hidden: Tensor = model.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
+    weight = output_head(model)
+    with torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=low_precision):
+        hidden: Tensor = model.get_decoder()(input_ids=inputs.to(weight.device), use_cache=False).last_hidden_state  # type: ignore[operator]
     return hidden.flatten(0, 1)
 
 
@@ -41,13 +47,13 @@ def perplexity(model: nn.Module, windows: list[Window], *, low_precision: bool) 
         size = max(1, EVALUATION_TOKENS // length)
         for start in range(0, len(group), size):
             part = group[start : start + size]
-            ids = torch.stack([torch.from_numpy(w.ids.astype("int64")) for w in part])
+            ids = torch.stack([torch.from_numpy(w.ids.astype("int64")) for w in part]).to(head.device)
             hidden = final_hidden(model, ids[:, :-1], low_precision)
             with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=low_precision):
                 logits = hidden @ head.T
             nll = nn.functional.cross_entropy(logits.float(), ids[:, 1:].reshape(-1), reduction="none")
-            firsts = torch.tensor([w.first for w in part]).unsqueeze(1)
-            keep = (torch.arange(length - 1).unsqueeze(0) >= firsts).reshape(-1)
+            firsts = torch.tensor([w.first for w in part], device=ids.device).unsqueeze(1)
+            keep = (torch.arange(length - 1, device=ids.device).unsqueeze(0) >= firsts).reshape(-1)
             total += float(nll[keep].sum(dtype=torch.float64))
             count += int(keep.sum())
     return math.exp(min(700.0, total / max(1, count)))

@@ -62,6 +62,7 @@ class CachedSignals:
     ) -> None:
         teacher = teacher.eval().requires_grad_(False)
         self.weight = output_head(teacher)
+        self.device = self.weight.device
         shape = (data.sequences, data.context, self.weight.shape[1])
         folder.mkdir(parents=True, exist_ok=True)
         path, mark = folder / "hidden.bf16", folder / "hidden.json"
@@ -72,7 +73,7 @@ class CachedSignals:
 
     def head(self, rows: NDArray[np.int64], inputs: Tensor) -> TeacherHead:
         hidden = torch.from_numpy(np.ascontiguousarray(self.hidden[rows])).view(torch.bfloat16)
-        return TeacherHead(hidden.flatten(0, 1), self.weight)
+        return TeacherHead(hidden.flatten(0, 1).to(self.device), self.weight)
 
 
 def cache_bytes(data: Packed, width: int) -> int:
@@ -89,7 +90,7 @@ def _fill(
     for start in range(0, data.sequences, size):
         rows = np.arange(start, min(start + size, data.sequences))
         inputs = torch.from_numpy(data.sequence_ids(rows)[:, :-1])
-        hidden = final_hidden(teacher, inputs, low_precision).to(torch.bfloat16)
+        hidden = final_hidden(teacher, inputs, low_precision).to(torch.bfloat16).cpu()
         table[rows] = hidden.view(torch.int16).view(len(rows), *shape[1:]).numpy()
         progress.step("teacher signals", int(rows[-1]) + 1, data.sequences)
     table.flush()

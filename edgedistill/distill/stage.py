@@ -92,6 +92,7 @@ def _train(
     from transformers import AutoModelForCausalLM
 
     from edgedistill.distill.losses import LossSpec
+    from edgedistill.distill.model_parts import training_device
     from edgedistill.distill.signals import CachedSignals, LiveSignals, Signals, cache_bytes
     from edgedistill.distill.trainer import total_steps, train
     from edgedistill.tasks.causal_lm import TextTokenizer, pack, scoring_windows
@@ -110,6 +111,8 @@ def _train(
         max_tokens=None,
     )
     model = start_student(recipe.student.start, shape, teacher=teacher_folder, pretrained=pretrained, seed=recipe.seed)
+    device = training_device()
+    model.to(device)
     signals: Signals | None = None
     low_precision = settings.precision == "bf16"
     if settings.forward_kl > 0:
@@ -118,7 +121,7 @@ def _train(
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=recipe.teacher.trust_remote_code,
-        )
+        ).to(device)
         steps = total_steps(settings, packed)
         epochs = steps * settings.batch_sequences / packed.sequences
         size = cache_bytes(packed, teacher.shape.hidden_size)
@@ -134,7 +137,7 @@ def _train(
             signals = LiveSignals(original, low_precision=low_precision)
     progress.say(
         f"distill: {shape.parameters:,} parameters, {len(packed.stream):,} tokens of text,"
-        f" teacher signals {signals.name if signals else 'none'}"
+        f" teacher signals {signals.name if signals else 'none'}, on {device.type}"
     )
     result = train(
         model,
@@ -153,6 +156,7 @@ def _train(
         label="distill",
     )
     folder = work.out / "model"
+    model.cpu()
     model.save_pretrained(folder)  # type: ignore[operator]
     copy_tokenizer(teacher_folder if pretrained is None else pretrained.path, folder)
     return StudentResult(

@@ -93,6 +93,7 @@ def _train(recipe: Recipe, data: Stored[DataResult], work: Work, progress: Progr
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from edgedistill.distill.losses import LossSpec
+    from edgedistill.distill.model_parts import training_device
     from edgedistill.distill.trainer import train
     from edgedistill.tasks.causal_lm import TextTokenizer, pack, scoring_windows
 
@@ -105,6 +106,7 @@ def _train(recipe: Recipe, data: Stored[DataResult], work: Work, progress: Progr
     config = config_from_shape(shape, bos_token_id=0, eos_token_id=1)
     torch.manual_seed(recipe.seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    model.to(training_device())
     tokenizer = TextTokenizer.load(folder)
     packed = pack(
         tokenizer.encode(texts), context=settings.context_tokens, seed=recipe.seed, eos=tokenizer.eos, bos=tokenizer.bos
@@ -127,7 +129,7 @@ def _train(recipe: Recipe, data: Stored[DataResult], work: Work, progress: Progr
         progress=progress,
         label="teacher",
     )
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.cpu().to(torch.bfloat16).save_pretrained(folder)
     return TeacherResult(
         origin="trained",
         name=f"trained on {data.result.source}",

@@ -81,7 +81,8 @@ def train(
 ) -> TrainResult:
     """Train `model` in place (left with its best weights by the evaluation windows' perplexity).
 
-    `signals` gives the frozen teacher's; None where the loss has no KL. `state` is the folder of checkpoints.
+    Runs where the model is. `signals` gives the frozen teacher's; None where the loss has no KL. `state` is the folder
+    of checkpoints.
     Raises EdgedistillError at a loss that is not finite; the last good checkpoint stays.
     """
     steps = total_steps(settings, data)
@@ -176,7 +177,7 @@ def _step(
     size = settings.micro_batch_sequences or settings.batch_sequences
     for start in range(0, len(rows), size):
         part = batch[start : start + size]
-        inputs, targets = part[:, :-1], part[:, 1:].reshape(-1)
+        inputs, targets = part[:, :-1], part[:, 1:].reshape(-1).to(output_head(model).device)
         teacher = None if signals is None else signals.head(rows[start : start + size], inputs)
         hidden = final_hidden(model, inputs, low_precision)
         value, terms = head_loss(

@@ -27,13 +27,16 @@ class TorchScorer:
     """A transformers model in fp32."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model.eval()
-        self.runtime = f"torch {torch.__version__} fp32"
+        from edgedistill.distill.model_parts import training_device
+
+        self.device = training_device()
+        self.model = model.eval().to(self.device)
+        self.runtime = f"torch {torch.__version__} fp32 on {self.device.type}"
 
     @torch.no_grad()
     def logits(self, ids: NDArray[np.int64]) -> Tensor:
-        output: Tensor = self.model(input_ids=torch.from_numpy(ids), use_cache=False).logits
-        return output
+        output: Tensor = self.model(input_ids=torch.from_numpy(ids).to(self.device), use_cache=False).logits
+        return output.float().cpu()
 
 
 class ArtifactScorer:

@@ -1,0 +1,85 @@
+"""What the commands share: option types, and the few lines between an option and a function's argument."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgedistill import errors
+from edgedistill.progress import Progress
+
+RecipeArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="RECIPE", help="built-in or YAML file; default: quickstart, or own with --teacher, --data"),
+]
+Targets = Annotated[list[str], typer.Option("--target", "-t", help="device profile; may be given several times")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, over any field of the recipe")]
+TeacherOption = Annotated[str | None, typer.Option("--teacher", help="folder or hub id of the large model")]
+StudentOption = Annotated[str | None, typer.Option("--student", help="folder or hub id of a pretrained student")]
+DataOption = Annotated[
+    str | None, typer.Option("--data", help="text file, folder, .jsonl, .csv, .parquet, or a hub id")
+]
+EvalData = Annotated[str | None, typer.Option("--eval-data", help="held-out text of its own")]
+Separator = Annotated[str | None, typer.Option("--document-separator", help="what ends a document in a text file")]
+MinRetention = Annotated[float | None, typer.Option("--min-retention", help="the gate, on the interval's lower end")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="folder for bundles")]
+Host = Annotated[str, typer.Option("--on", help="host to benchmark on; only 'local' so far")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="more detail")]
+
+
+def emit(as_json: bool, document: Any, text: str) -> None:
+    print(json.dumps(document, indent=2, default=str) if as_json else text)
+
+
+def progress_of(quiet: bool, verbose: bool) -> Progress:
+    return Progress(level=0 if quiet else 2 if verbose else 1)
+
+
+def asked_recipe(recipe: str | None, sets: list[str] | None, **named: Any) -> Any:
+    from edgedistill.recipe import load_recipe
+
+    paths = {
+        "teacher": "teacher.model",
+        "data": "data.source",
+        "eval_data": "data.eval_data",
+        "document_separator": "data.document_separator",
+        "min_retention": "verify.min_retention",
+    }
+    overrides = [
+        f"{paths[name]}={json.dumps(value)}" for name, value in named.items() if name in paths and value is not None
+    ]
+    if named.get("student") is not None:
+        overrides += [f"student.model={json.dumps(named['student'])}", "student.start=pretrained"]
+    if recipe is None:
+        recipe = "own" if any(named.get(name) is not None for name in ("teacher", "student", "data")) else "quickstart"
+        if recipe == "own":
+            print("no recipe named: using the built-in 'own' (see `edgedistill recipes show own`)", file=sys.stderr)
+    return load_recipe(recipe, [*overrides, *(sets or [])])
+
+
+def chosen_targets(names: list[str]) -> Any:
+    from edgedistill.targets import load_target
+
+    targets = [load_target(name) for name in names]
+    for name, target in zip(names, targets, strict=True):
+        if name in target.aliases:
+            print(f"target {name} is {target.name}", file=sys.stderr)
+    unique = {target.name: target for target in targets}
+    return list(unique.values())
+
+
+def the_store() -> Any:
+    from edgedistill.store import Store
+
+    return Store()
+
+
+def require_local(host: str) -> None:
+    if host != "local":
+        raise errors.HostUnreachable(f"host '{host}' cannot be reached: only 'local' is known", "leave --on away")
