@@ -26,7 +26,7 @@ from edgedistill.recipe import load_recipe
 from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.store import Store
 from edgedistill.targets import load_target
-from edgedistill.tasks.causal_lm import TextTokenizer, scoring_windows
+from edgedistill.tasks.causal_lm import TextTokenizer, encode_blocks, scoring_windows
 from edgedistill.verify.ladder import groups
 from edgedistill.verify.metrics import Summary, document_draws, interval, mean_over_tokens, perplexity_of
 from edgedistill.verify.runners import ArtifactScorer, Scorer, TorchScorer, load_torch
@@ -72,7 +72,7 @@ def main() -> None:
         recipe = load_recipe("quickstart", base)
         tokenizer = TextTokenizer.load(Path(distilled.teacher.path))
         windows = scoring_windows(
-            tokenizer.encode(read_part(distilled.data.directory, "held_out")),
+            encode_blocks(tokenizer, read_part(distilled.data.directory, "held_out")),
             context=recipe.verify.context_tokens, stride=None, max_tokens=recipe.verify.max_tokens,
         )  # fmt: skip
         scorers: dict[str, Scorer] = {"teacher": TorchScorer(load_torch(Path(distilled.teacher.path)))}

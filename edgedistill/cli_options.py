@@ -52,10 +52,12 @@ def asked_recipe(recipe: str | None, sets: list[str] | None, **named: Any) -> An
         "min_retention": "verify.min_retention",
     }
     overrides = [
-        f"{paths[name]}={json.dumps(value)}" for name, value in named.items() if name in paths and value is not None
+        f"{paths[name]}={json.dumps(value, ensure_ascii=False)}"
+        for name, value in named.items()
+        if name in paths and value is not None
     ]
     if named.get("student") is not None:
-        overrides += [f"student.model={json.dumps(named['student'])}", "student.start=pretrained"]
+        overrides += [f"student.model={json.dumps(named['student'], ensure_ascii=False)}", "student.start=pretrained"]
     if recipe is None:
         recipe = "own" if any(named.get(name) is not None for name in ("teacher", "student", "data")) else "quickstart"
         if recipe == "own":

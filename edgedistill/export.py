@@ -12,6 +12,11 @@ from edgedistill.records import Artifact
 from edgedistill.store import Store, Stored, Work, versions
 from edgedistill.targets import parse_artifact
 
+EXPORTERS = {
+    "gguf": ("gguf", "llama-cpp-python"),
+    "onnx": ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers", "tokenizers"),
+}
+
 
 def export_model(
     checkpoint: Path,
@@ -35,9 +40,7 @@ def export_model(
         "tokenizer": tokenizer_sha256,
         "context_tokens": context_tokens,
         "name": name,
-        "versions": versions(
-            "edgedistill", *(("gguf", "llama-cpp-python") if format_ == "gguf" else ("onnxruntime-genai", "onnx-ir"))
-        ),
+        "versions": versions("edgedistill", *EXPORTERS[format_]),
     }
 
     def write(work: Work) -> Artifact:

@@ -6,6 +6,7 @@ Only safetensors are read (weights.py). Nothing here imports torch or transforme
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from edgedistill.errors import UserError
 from edgedistill.records import Shape
 from edgedistill.shapes import shape_from_config
 from edgedistill.store import Store, canonical_json
-from edgedistill.weights import read_json, stored_tensors
+from edgedistill.weights import StoredTensor, check_tensors, read_json, stored_tensors
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -94,12 +95,14 @@ def check_folder(path: Path, *, name: str, origin: str, role: str) -> ModelFolde
             f" config.json says {[shape.vocab_size, shape.hidden_size]}",
             "weights and config.json are of two different models",
         )
-    layers = {key.split(".")[2] for key in tensors if key.startswith("model.layers.")}
-    if len(layers) != shape.num_hidden_layers:
-        raise UserError(
-            f"{role} folder {path}: the weights hold {len(layers)} layers, config.json says {shape.num_hidden_layers}",
-            "weights are missing, or config.json is of another model",
-        )
+    _require_all_tensors(stored, shape, config, path)
+    if (path / "tokenizer.json").is_file():
+        largest = max(vocabulary(path, role).values())
+        if largest >= shape.vocab_size:
+            raise UserError(
+                f"{role} folder {path}: the tokenizer has the id {largest:,}, the embedding {shape.vocab_size:,} rows",
+                "resize the embedding (resize_token_embeddings) and save the model again",
+            )
     return ModelFolder(
         path=path,
         name=name,
@@ -109,6 +112,19 @@ def check_folder(path: Path, *, name: str, origin: str, role: str) -> ModelFolde
         tensors=tensors,
         weight_files=tuple(sorted({tensor.path for tensor in stored.values()})),
     )
+
+
+def _require_all_tensors(
+    stored: Mapping[str, StoredTensor], shape: Shape, config: Mapping[str, Any], path: Path
+) -> None:
+    """transformers fills a tensor that is missing with random numbers; here the folder is refused."""
+    from edgedistill.gguf.architectures import architecture_of, tensor_map
+
+    wanted = {name: spec.shape for name, spec in tensor_map(shape, architecture_of(config, where=str(path))).items()}
+    derived = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
+    if shape.tie_word_embeddings:
+        derived.add("lm_head.weight")
+    check_tensors({k: v for k, v in stored.items() if k not in derived}, wanted, where=str(path))
 
 
 def weights_sha256(folder: ModelFolder, store: Store) -> str:

@@ -216,7 +216,7 @@ def bundle(
         teacher=trained.teacher,
         data=trained.data.result,
         student_dir=trained.student.directory / trained.student.result.path,
-        held_out_texts=read_part(trained.data.directory, "held_out"),
+        held_out_texts=["\n".join(block) for block in read_part(trained.data.directory, "held_out")],
         store=store,
     )
     progress.say(f"bundle: {path}")

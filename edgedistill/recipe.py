@@ -5,6 +5,7 @@ A recipe is YAML. Every field has a default, so a recipe says only what it chang
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -20,10 +21,19 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 MAX_RECIPE_BYTES = 1 << 20
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-3 is a number, as people and YAML 1.2 mean it; PyYAML's 1.1 reads a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 class Section(BaseModel):
     """Base of the recipe's sections: unknown keys refused, no silent conversions of kind."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, protected_namespaces=())
 
 
 class ShapeAsk(Section):
@@ -72,7 +82,6 @@ class Teacher(Section):
 
     model: str | None = Field(None, description="folder or hub id; none: train one (`teacher.train`)")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    trust_remote_code: bool = Field(False, description="run the Python code that comes with the model")
     train: TeacherTraining = TeacherTraining()
 
 
@@ -98,7 +107,9 @@ class Data(Section):
         None, min_length=1, description="what ends a document in a text file; default: a blank line, or a line each"
     )
     min_document_chars: int = Field(
-        2000, ge=0, description="shorter neighbours are joined to blocks of this size, so that intervals are honest"
+        2000,
+        ge=0,
+        description="lines and paragraphs of running text are joined to blocks of this size: honest intervals, no leak",
     )
     split: Literal["hash", "tail"] = Field(
         "hash", description="hash: by each document's own hash; tail: the end is held out, calibration stands before it"
@@ -202,7 +213,7 @@ def recipe_text(name_or_path: str) -> str:
 def parse_recipe(text: str, *, where: str, overrides: Iterable[str] = ()) -> Recipe:
     """Text of YAML → Recipe; `where` names it in errors."""
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise UserError(f"recipe {where} is not YAML: {str(error).splitlines()[0]}", "mend its syntax") from error
     except RecursionError as error:
@@ -228,11 +239,9 @@ def _set(tree: dict[str, Any], override: str) -> None:
     if not equals or not path.strip():
         raise UserError(f"--set {override!r} has no value", "write --set key.path=value")
     try:
-        value = yaml.safe_load(text) if text.strip() else None
+        value = yaml.load(text, Loader=_Loader) if text.strip() else None
     except yaml.YAMLError as error:
         raise UserError(f"--set {override!r}: the value is not YAML", "quote it") from error
-    if isinstance(value, str):
-        value = _number(value)
     node = tree
     *parents, leaf = path.strip().split(".")
     for part in parents:
@@ -243,14 +252,6 @@ def _set(tree: dict[str, Any], override: str) -> None:
             raise UserError(f"--set {override!r}: {part} is not a section", "see `edgedistill recipes show`")
         node = child
     node[leaf] = value
-
-
-def _number(text: str) -> Any:
-    """YAML 1.1 reads 1e-3 as a string; a person means the number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _refuse_unknown(tree: dict[str, Any], section: type[BaseModel], where: str, prefix: str) -> None:

@@ -84,7 +84,7 @@ class SplitPart(Record):
 
 
 class DataResult(Record):
-    """What the data stage leaves: `train.jsonl`, `calibration.jsonl`, `held_out.jsonl` of {"text"}."""
+    """What the data stage leaves: `train.jsonl`, `calibration.jsonl`, `held_out.jsonl`, a block of documents a line."""
 
     source: str
     split: str

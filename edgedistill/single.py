@@ -9,8 +9,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from edgedistill import machine
-from edgedistill.data.documents import read_documents
-from edgedistill.data.split import join_short
+from edgedistill.data.documents import in_pieces, read_documents
+from edgedistill.data.split import blocks_of
 from edgedistill.errors import GateFailed, UserError
 from edgedistill.models import open_model, require_same_tokenizer
 from edgedistill.progress import QUIET, Progress
@@ -113,12 +113,14 @@ def verify(
     student_folder = open_model(student, role="student")
     teacher_folder = open_model(teacher or student, role="teacher")
     require_same_tokenizer(teacher_folder.path, student_folder.path)
-    texts = join_short(read_documents(recipe.data.source, recipe.data), recipe.data.min_document_chars)
+    documents = read_documents(recipe.data.source, recipe.data)
+    running = in_pieces(recipe.data.source, recipe.data)
+    blocks = blocks_of(documents, recipe.data.min_document_chars) if running else [[text] for text in documents]
     return verify_artifact(
         exported,
         student=given_student(student_folder, store),
         teacher=describe(teacher_folder, store),
-        held_out=texts,
+        held_out=blocks,
         settings=recipe.verify,
         seed=recipe.seed,
         store=store,

@@ -33,9 +33,9 @@ GGUF_BYTES_A_TENSOR = 72
 GGUF_BYTES_A_TOKEN = 40
 GGUF_ALIGNMENT = 32
 # bytes a weight of a MatMulNBits of 32-weight blocks: the weights, and a float32 scale a block
-ONNX_MATMUL_BYTES = {"INT4": 0.5 + 4 / 32, "INT8": 1 + 4 / 32, "FP16": 2.0, "FP32": 4.0}
+ONNX_MATMUL_BYTES = {"INT4": 0.5 + 4 / 32, "INT8": 1 + 4 / 32, "FP32": 4.0}
 # The graph's float type: norms, rotary caches, the KV cache, and a token embedding that is a plain Gather.
-ONNX_FLOAT_BYTES = {"INT4": 4, "INT8": 4, "FP16": 2, "FP32": 4}
+ONNX_FLOAT_BYTES = {"INT4": 4, "INT8": 4, "FP32": 4}
 # Where embedding and head are tied, the builder's INT4 reads both from one quantized table.
 ONNX_SHARED_TABLE = ("INT4",)
 ONNX_BYTES_A_LAYER = 8_000

@@ -23,10 +23,11 @@ MAX_PROFILE_BYTES = 1 << 18
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 ARTIFACTS: dict[str, tuple[str, ...]] = {
     "gguf": ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_0"),
-    "onnx": ("FP32", "FP16", "INT8", "INT4"),
+    "onnx": ("FP32", "INT8", "INT4"),
 }
-# Which runtimes open a format; a profile must have one of them for every artifact it allows.
-RUNTIMES_OF = {"gguf": ("llama.cpp",), "onnx": ("onnxruntime", "onnxruntime-genai")}
+# Which runtime decodes with a format, and which runs an encoder of it; a profile must have it for what it names.
+RUNTIMES_OF = {"gguf": "llama.cpp", "onnx": "onnxruntime-genai"}
+ENCODER_RUNTIMES_OF = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
 _ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64", "armv8l": "aarch64"}
 
 
@@ -115,7 +116,10 @@ class Identify(Profile):
 
 
 class Target(Profile):
-    """A device profile. Figures carry unit, basis and source; what nobody published is left out."""
+    """A device profile. Figures carry unit, basis and source; what nobody published is left out.
+
+    `default_artifacts` and `allowed_artifacts` are of decoders, `encoder_artifacts` of encoders.
+    """
 
     name: str = Field(pattern=NAME_PATTERN)
     aliases: list[Annotated[str, Field(pattern=NAME_PATTERN)]] = []
@@ -151,14 +155,14 @@ class Target(Profile):
 
     @model_validator(mode="after")
     def _consistent(self) -> Target:
-        for field in ("default_artifacts", "encoder_artifacts"):
+        for artifact in self.default_artifacts:
+            if artifact not in self.allowed_artifacts:
+                raise ValueError(f"default_artifacts has {artifact}, which allowed_artifacts lacks")
+        for field, runtime_of in (("allowed_artifacts", RUNTIMES_OF), ("encoder_artifacts", ENCODER_RUNTIMES_OF)):
             for artifact in getattr(self, field):
-                if artifact not in self.allowed_artifacts:
-                    raise ValueError(f"{field} has {artifact}, which allowed_artifacts lacks")
-        for artifact in self.allowed_artifacts:
-            runtimes = RUNTIMES_OF[parse_artifact(artifact)[0]]
-            if not set(runtimes) & set(self.runtimes):
-                raise ValueError(f"allowed_artifacts has {artifact}, but runtimes lacks {' and '.join(runtimes)}")
+                runtime = runtime_of[parse_artifact(artifact)[0]]
+                if runtime not in self.runtimes:
+                    raise ValueError(f"{field} has {artifact}, but runtimes lacks {runtime}")
         if self.usable_memory_bytes.value >= self.memory_bytes.value:
             raise ValueError("usable_memory_bytes is not less than memory_bytes: take off what the system holds")
         if self.limits.max_memory_bytes > self.usable_memory_bytes.value:

@@ -140,7 +140,7 @@ def data_result() -> DataResult:
         split="hash",
         parts={"train": SplitPart(documents=900, bytes=2_000_000, sha256="d" * 64)},
         duplicates_dropped=3,
-        overlap={},
+        overlap={"documents_in_both": 1.0, "documents_sharing_13_words": 7.0, "share_of_13_word_runs": 0.0123},
         sha256="e" * 64,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -112,6 +113,52 @@ def test_the_basis_is_measured_on_the_target_itself(gguf_folder: Path, store: St
     found = bench(artifact, gguf_folder, target, settings=SMALL, store=store)
     assert found.basis == "measured"
     assert not any("is not cpu-x86" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("name", ["gguf", "onnx"])
+def test_the_memory_is_that_of_the_whole_context(name: str, request: pytest.FixtureRequest, store: Store) -> None:
+    folder = request.getfixturevalue(f"{name}_folder")
+    runtime, entry, short, long = {
+        "gguf": ("llama.cpp", "model.gguf", 256, 32768),
+        "onnx": ("onnxruntime-genai", ".", 64, 2048),
+    }[name]
+    target = load_target("cpu-x86")
+    artifact = artifact_of(folder, format_=name, runtime=runtime, entry=entry)
+    found = [
+        bench(artifact.model_copy(update={"context_tokens": tokens}), folder, target, settings=SMALL, store=store)
+        for tokens in (short, long)
+    ]
+    # Two layers, keys and values, two heads of 64; F16 in llama.cpp, float32 in this graph.
+    cache = 2 * 2 * 2 * 64 * (2 if name == "gguf" else 4) * (long - short)
+    assert found[1].peak_rss_bytes - found[0].peak_rss_bytes > 0.7 * cache
+    assert any(f"a KV cache of {long} tokens, the artifact's whole context" in note for note in found[1].notes)
+
+
+def test_without_the_targets_gpu_the_basis_is_a_proxy() -> None:
+    target = load_target("server-gpu")
+    here = {"arch": "x86_64", "gpu": ["NVIDIA H200"]}
+
+    def info(n_gpu_layers: int) -> dict[str, Any]:
+        return {"runtime_version": "llama.cpp 1", "options": {"n_gpu_layers": n_gpu_layers}}
+
+    assert measure._basis(target, here, info(-1)) == ("measured", [])  # -1: all layers
+    basis, notes = measure._basis(target, here, info(0))
+    assert basis == "proxy" and len(notes) == 1 and "the target's GPU was not used" in notes[0]
+    basis, notes = measure._basis(target, here | {"gpu": []}, info(0))
+    assert basis == "proxy" and "is not server-gpu" in notes[0]
+    assert measure._basis(load_target("cpu-x86"), here, info(0)) == ("measured", [])
+
+
+def test_a_target_with_a_gpu_is_a_proxy_where_it_is_not_used(gguf_folder: Path, store: Store) -> None:
+    target = load_target("cpu-x86")
+    if machine.arch() != target.identify.arch:
+        pytest.skip(f"this machine is {machine.arch()}")
+    artifact = artifact_of(gguf_folder, format_="gguf", runtime="llama.cpp", entry="model.gguf")
+    with_gpu = target.model_copy(update={"gpu": "a GPU"})
+    found = bench(artifact, gguf_folder, with_gpu, settings=SMALL, store=store)
+    offloaded = bool(found.measured_on["options"]["n_gpu_layers"])
+    assert found.basis == ("measured" if offloaded else "proxy")
+    assert any("GPU was not used" in note for note in found.notes) is not offloaded
 
 
 def test_more_threads_than_cpus_are_cut_and_told(gguf_folder: Path, target: Target, store: Store) -> None:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundle_fixtures import Ingredients, latency, retention, teacher_result
+from bundle_fixtures import Ingredients, data_result, latency, retention, teacher_result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgedistill.bundle import golden as golden_module
-from edgedistill.bundle.build import _exchange
+from edgedistill.bundle.build import _exchange, without_folders
 from edgedistill.bundle.check import verify_bundle
 from edgedistill.bundle.golden import load_array
 from edgedistill.bundle.manifest import (
@@ -32,6 +32,7 @@ from edgedistill.bundle.manifest import (
     unsafe_path,
 )
 from edgedistill.errors import RuntimeCrashed, UserError
+from edgedistill.recipe import Recipe
 from edgedistill.records import Scored
 from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.store import files_under, sha256_of
@@ -107,7 +108,6 @@ class TestWhole:
         assert check.golden_replayed == 5
         assert check.replays[0].largest_deviation <= check.replays[0].tolerance
         assert not check.signed
-        assert check.signature == "absent"
         assert any("integrity" in note and "does not prove who made it" in note for note in check.notes)
 
     def test_coreutils_agree(self, made: Path) -> None:
@@ -126,6 +126,51 @@ class TestWhole:
             data = path.read_bytes()
             assert str(ingredients.folder).encode() not in data, path
             assert b"/home/someone" not in data, path
+
+    def test_no_path_of_this_machine_from_the_recipe(self, ingredients: Ingredients, tmp_path: Path) -> None:
+        tree = {
+            "teacher": {"model": "/home/someone/secret/big-llama"},
+            "student": {"start": "pretrained", "model": "~/secret/small-llama"},
+            "data": {"source": "../secret/text.jsonl", "eval_data": "/srv/secret/held.txt"},
+        }
+        recipe = Recipe.model_validate(tree)
+        data = data_result().model_copy(update={"source": "../secret/text.jsonl (held out: /srv/secret/held.txt)"})
+        folder = ingredients.make(tmp_path / "b", recipe=recipe, data=data)
+        for path in files_under(folder):
+            assert b"secret" not in path.read_bytes(), path
+        manifest = read_manifest(folder)
+        assert manifest.recipe["teacher"]["model"] == "big-llama"
+        assert manifest.recipe["student"]["model"] == "small-llama"
+        assert (manifest.recipe["data"]["source"], manifest.recipe["data"]["eval_data"]) == ("text.jsonl", "held.txt")
+        assert manifest.data is not None
+        assert manifest.data.source == "text.jsonl (held out: held.txt)"
+        assert "text.jsonl" in (folder / "NOTICE").read_text(encoding="utf-8")
+
+    @pytest.mark.parametrize(
+        ("source", "shown"),
+        [
+            ("python-docs", "python-docs"),
+            ("org/data-set", "org/data-set"),
+            ("/srv/x/text.txt", "text.txt"),
+            ("~/x/text", "text"),
+            ("./x/text/", "text"),
+            ("x/../../y/text", "text"),
+            (".", "local files"),
+            ("/", "local files"),
+        ],
+    )
+    def test_only_local_paths_lose_their_folders(self, source: str, shown: str) -> None:
+        assert without_folders(source) == shown
+
+    def test_text_in_both_parts_is_told(self, made: Path) -> None:
+        note = read_manifest(made).data
+        assert note is not None
+        assert (note.overlap, note.duplicates_dropped) == (data_result().overlap, 3)
+        card = (made / "MODEL_CARD.md").read_text(encoding="utf-8")
+        (line,) = [line for line in card.splitlines() if line.startswith("Text in both parts: ")]
+        for words in ("1 held-out documents whole", "7 share a run of 13 words", "1.23%", "3 exact duplicates"):
+            assert words in line
+        assert "not counted" in note.model_copy(update={"overlap": {}}).in_both()
 
     def test_golden_vectors_are_what_the_runtime_says(self, made: Path, ingredients: Ingredients) -> None:
         manifest = read_manifest(made)
@@ -301,12 +346,11 @@ class TestChanged:
         os.mkfifo(copy / "reports/pipe")
         refused(copy, "reports/pipe", "special file")
 
-    def test_signature_is_never_called_checked(self, copy: Path) -> None:
+    def test_a_signature_that_cannot_be_checked_is_refused(self, copy: Path) -> None:
         (copy / "model.sig").write_bytes(b"{}")
-        check = verify_bundle(copy, replay=False)
-        assert not check.signed
-        assert check.signature == "present, not checked"
-        assert any("signature present, not checked: needs" in note for note in check.notes)
+        refused(copy, "model.sig", "signatures cannot be checked by this version")
+        (copy / "model.sig").unlink()
+        verify_bundle(copy, replay=False)
 
     def test_not_a_bundle(self, tmp_path: Path) -> None:
         refused(tmp_path, "not a bundle")

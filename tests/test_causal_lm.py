@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgedistill.errors import UserError
-from edgedistill.tasks.causal_lm import TextTokenizer, pack, scoring_windows
+from edgedistill.tasks.causal_lm import TextTokenizer, encode_blocks, pack, scoring_windows
 
 
 @settings(max_examples=200, deadline=None)
@@ -78,3 +78,12 @@ def test_real_tokenizer_puts_bos_in_front_and_reads_control_tokens_as_text(test_
     ids = tokenizer.encode(["once upon a time", "</s>"])
     assert ids[0][0] == 1
     assert 2 not in ids[1].tolist()
+
+
+def test_documents_of_a_block_each_have_their_bos(test_data):
+    tokenizer = TextTokenizer.load(test_data / "weights" / "stories260k-hf")
+    one, two, three = tokenizer.encode(["once", "upon a time", "there was"])
+    blocks = encode_blocks(tokenizer, [["once", "upon a time"], ["there was"]])
+    assert blocks[0].tolist() == [*one, *two]
+    assert blocks[1].tolist() == three.tolist()
+    assert blocks[0].tolist().count(1) == 2

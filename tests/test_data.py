@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgedistill.data.documents import decode_text, read_documents, split_text
+from edgedistill.data.documents import decode_text, in_pieces, read_documents, split_text
 from edgedistill.data.prepare import prepare_data, read_part
 from edgedistill.data.python_docs import python_docs
-from edgedistill.data.split import join_short, overlap, split_documents
+from edgedistill.data.split import blocks_of, overlap, split_documents
 from edgedistill.errors import UserError
 from edgedistill.recipe import Data
 from edgedistill.store import Store
@@ -20,7 +20,8 @@ from edgedistill.store import Store
 @pytest.mark.parametrize(
     ("text", "separator", "expected"),
     [
-        ("a\nb\n\nc\n", None, ["a\nb", "c"]),
+        ("a\nb\n\nc\nd\n\ne\n", None, ["a\nb", "c\nd", "e"]),
+        ("a\n\nb\nc\n\nd\n\ne\n", None, ["a", "b", "c", "d", "e"]),
         ("a\nb\nc", None, ["a", "b", "c"]),
         ("a\nb\nc\n", None, ["a", "b", "c"]),
         ("\n\na\n \nb\n\n\n", None, ["a", "b"]),
@@ -94,7 +95,7 @@ def documents(count: int = 200) -> list[str]:
 def test_parts_are_disjoint_and_whole(split):
     texts = documents()
     made = split_documents(texts, Data(split=split, min_document_chars=0, eval_share=0.1, calibration_share=0.1))
-    together = [t for part in made.parts.values() for t in part]
+    together = [t for part in made.parts.values() for block in part for t in block]
     assert sorted(together) == sorted(texts)
     assert made.overlap["documents_in_both"] == 0
     for name in ("held_out", "calibration"):
@@ -105,17 +106,17 @@ def test_hash_split_moves_no_document_when_others_are_added():
     ask = Data(min_document_chars=0, eval_share=0.2)
     small, large = split_documents(documents(150), ask), split_documents(documents(200), ask)
     for name in small.parts:
-        assert set(small.parts[name]) <= set(large.parts[name])
+        assert {b[0] for b in small.parts[name]} <= {b[0] for b in large.parts[name]}
 
 
 def test_tail_holds_out_the_end_and_never_more_lines_than_its_share():
     texts = ["one line"] * 0 + [f"line {i}\nsecond {i}" if i % 3 else f"line {i}" for i in range(100)]
     made = split_documents(texts, Data(split="tail", min_document_chars=0, eval_share=0.1))
-    held = made.parts["held_out"]
+    held = [t for block in made.parts["held_out"] for t in block]
     assert texts[-len(held) :] == held
     lines = sum(t.count("\n") + 1 for t in texts)
     assert sum(t.count("\n") + 1 for t in held) <= 0.1 * lines
-    assert texts.index(made.parts["calibration"][-1]) + 1 == texts.index(held[0])
+    assert texts.index(made.parts["calibration"][-1][-1]) + 1 == texts.index(held[0])
 
 
 def test_duplicates_are_dropped_and_shared_text_is_reported():
@@ -124,9 +125,10 @@ def test_duplicates_are_dropped_and_shared_text_is_reported():
     train = [*documents(), documents()[0], f"in training {shared}"]
     made = split_documents(train, Data(min_document_chars=0), held_out)
     assert made.duplicates_dropped == 1
-    assert made.parts["held_out"] == held_out
+    assert made.parts["held_out"] == [[text] for text in held_out]
     assert made.overlap["documents_sharing_13_words"] >= 1
-    assert overlap(made.parts["train"] + [held_out[0]], held_out)["documents_in_both"] == 1
+    assert made.overlap["documents_in_both"] == 1
+    assert overlap(["nothing alike"], held_out)["documents_in_both"] == 0
 
 
 @pytest.mark.parametrize("texts", [[], ["only one"], ["same"] * 50, ["a", "b"]])
@@ -137,9 +139,9 @@ def test_too_few_documents(texts):
 
 @given(st.lists(st.text(min_size=1, max_size=50), max_size=40), st.integers(0, 200))
 def test_joining_keeps_all_text_in_order(texts, size):
-    blocks = join_short(texts, size)
-    assert "\n".join(blocks) == "\n".join(texts)
-    assert all(len(b) + 1 >= size for b in blocks[:-1])
+    blocks = blocks_of(texts, size)
+    assert [text for block in blocks for text in block] == texts
+    assert all(sum(len(text) + 1 for text in block) >= size for block in blocks[:-1])
 
 
 def test_python_docs_are_english_deduplicated_and_stable():
@@ -167,8 +169,33 @@ def test_tinystories_tail_is_after_the_teachers_training_lines(test_data):
     path = test_data / "text_lm" / "tinystories" / "tinystories_lowercase_4MB.txt"
     lines = [line for line in path.read_text().split("\n") if line.strip()]
     seen = set(lines[: int(0.95 * len(lines))])
-    made = split_documents(read_documents(str(path), Data()), Data(split="tail"))
-    held = [line for block in made.parts["held_out"] for line in block.split("\n") if line.strip()]
+    assert in_pieces(str(path), Data())
+    made = split_documents(read_documents(str(path), Data()), Data(source=str(path), split="tail"), pieces=True)
+    held = [line for block in made.parts["held_out"] for line in block]
     assert len(held) > 1000
     assert sum(line in seen for line in held) / len(held) < 0.02  # only lines that stand twice in the file itself
-    assert min(len(b) for b in made.parts["held_out"]) >= 1000
+    assert min(sum(map(len, block)) for block in made.parts["held_out"]) >= 1000
+
+
+def test_hash_split_keeps_neighbouring_lines_together():
+    """A held-out line between two training lines would be half known."""
+    lines = [f"line {i} " + "word " * 10 for i in range(600)]
+    made = split_documents(lines, Data(source="lines.txt", min_document_chars=500, eval_share=0.2), pieces=True)
+    for blocks in made.parts.values():
+        for block in blocks:
+            first = lines.index(block[0])
+            assert block == lines[first : first + len(block)]
+            assert len(block) >= 5
+    rows = split_documents(lines, Data(source="lines.txt", min_document_chars=500, eval_share=0.2))
+    assert all(len(block) == 1 for blocks in rows.parts.values() for block in blocks)
+
+
+def test_the_same_text_elsewhere_is_named_by_where_it_lies_now(tmp_path):
+    store = Store(tmp_path / "store")
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("\n\n".join(documents()))
+    first = prepare_data(Data(source=str(tmp_path / "a.txt")), store=store)
+    second = prepare_data(Data(source=str(tmp_path / "b.txt")), store=store)
+    assert second.reused
+    assert first.result.source.endswith("a.txt")
+    assert second.result.source.endswith("b.txt")

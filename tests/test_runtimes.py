@@ -19,8 +19,8 @@ import pytest
 from tiny_models import tiny_checkpoint, tiny_genai, tiny_gguf, torch_logits
 
 from edgedistill.errors import RuntimeCrashed, UserError
-from edgedistill.runtimes import frames, probe
-from edgedistill.runtimes.child import RuntimeProcess, signal_name
+from edgedistill.runtimes import child, frames, probe
+from edgedistill.runtimes.child import RuntimeProcess, fastest_first, signal_name
 from edgedistill.runtimes.quantize import quantize_in_child
 from edgedistill.store import Store
 
@@ -366,8 +366,37 @@ def test_timed_gives_every_sample(runtime_name: str, q8_0: Path, onnx_int4: Path
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system cannot pin")
 def test_a_pinned_child_runs_on_its_cpus_only(q8_0: Path, store: Store) -> None:
     with opened("llama.cpp", q8_0, store, threads=1, pin=True) as runtime:
-        assert os.sched_getaffinity(runtime.info["pid"]) == {min(os.sched_getaffinity(0))}
-        assert runtime.info["options"]["cpus"] == [min(os.sched_getaffinity(0))]
+        fastest = fastest_first(sorted(os.sched_getaffinity(0)))[0]
+        assert os.sched_getaffinity(runtime.info["pid"]) == {fastest}
+        assert runtime.info["options"]["cpus"] == [fastest]
+
+
+def test_the_fastest_cpus_come_first(tmp_path: Path) -> None:
+    def tell(name: str, *speeds: str) -> None:
+        for cpu, speed in enumerate(speeds):
+            path = tmp_path / f"cpu{cpu}" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(speed)
+
+    cpus = [0, 1, 2, 3]
+    assert fastest_first(cpus, tmp_path) == cpus
+    tell("cpufreq/cpuinfo_max_freq", "1800000\n", "2300000\n", "2300000\n", "2800000\n")
+    assert fastest_first(cpus, tmp_path) == [3, 1, 2, 0]
+    tell("cpu_capacity", "250\n", "1024\n", "800\n")
+    assert fastest_first(cpus, tmp_path) == [3, 1, 2, 0], "one CPU without a capacity: by clock"
+    tell("cpu_capacity", "250\n", "1024\n", "800\n", "800\n")
+    assert fastest_first(cpus, tmp_path) == [1, 2, 3, 0]
+    assert fastest_first([0, 2], tmp_path) == [2, 0]
+    tell("cpu_capacity", "250\n", "garbage")
+    assert fastest_first(cpus, tmp_path) == [3, 1, 2, 0]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system cannot pin")
+def test_pinning_takes_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "usable_cpus", lambda: [0, 1, 2])
+    monkeypatch.setattr(child, "fastest_first", lambda cpus: list(reversed(cpus)))
+    assert child._cpus_for(2) == [2, 1]
+    assert child._cpus_for(4) is None
 
 
 # The quantizer

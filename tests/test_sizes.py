@@ -132,7 +132,6 @@ def test_fallbacks() -> None:
 def test_kv_cache_by_hand() -> None:
     # keys and values x 9 layers x 2 heads x 64 x 100 tokens x 2 bytes
     assert kv_cache_bytes(WIDE, 100, "gguf", "Q4_0") == 2 * 9 * 2 * 64 * 100 * 2
-    assert kv_cache_bytes(WIDE, 100, "onnx", "FP16") == 2 * 9 * 2 * 64 * 100 * 2
     assert kv_cache_bytes(WIDE, 100, "onnx", "INT4") == 2 * 9 * 2 * 64 * 100 * 4
 
 
@@ -152,7 +151,7 @@ def test_an_untied_embedding_is_not_read_whole() -> None:
 
 def test_fewer_bits_are_fewer_bytes() -> None:
     for format_, quantizations in {"gguf": ["F32", "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q4_0"],
-                                   "onnx": ["FP32", "FP16", "INT8", "INT4"]}.items():  # fmt: skip
+                                   "onnx": ["FP32", "INT8", "INT4"]}.items():  # fmt: skip
         sizes = [read_bytes_a_token(WIDE, format_, q) for q in quantizations]
         assert sizes == sorted(sizes, reverse=True)
 

@@ -13,6 +13,7 @@ import yaml
 from edgedistill import targets as module
 from edgedistill.errors import UserError
 from edgedistill.records import Figure
+from edgedistill.sizes import ONNX_FLOAT_BYTES, ONNX_MATMUL_BYTES
 from edgedistill.targets import (
     ARTIFACTS,
     Target,
@@ -98,6 +99,25 @@ def test_phones_may_ship_onnx_int4_beside_gguf_and_bench_without_little_cores() 
         assert target.bench.threads == big < sum(cluster.cores for cluster in target.cpu.clusters)
     assert "i8mm" in load_target("phone").cpu.isa
     assert "i8mm" not in load_target("phone-arm64-mid").cpu.isa
+
+
+def test_encoders_need_another_runtime_than_decoders_and_no_allowed_decoder(tmp_path: Path) -> None:
+    tree = _tree() | {"runtimes": ["llama.cpp", "onnxruntime"]}
+    with pytest.raises(UserError, match="allowed_artifacts has onnx:INT8, but runtimes lacks onnxruntime-genai"):
+        _check(tree, tmp_path)
+    ggufs = [artifact for artifact in tree["allowed_artifacts"] if artifact.startswith("gguf:")]
+    target = _check(tree | {"allowed_artifacts": ggufs}, tmp_path)
+    assert target.encoder_artifacts == ["onnx:INT8"]
+    with pytest.raises(UserError, match="encoder_artifacts has onnx:INT8, but runtimes lacks onnxruntime"):
+        _check(tree | {"allowed_artifacts": ggufs, "runtimes": ["llama.cpp", "onnxruntime-genai"]}, tmp_path)
+
+
+def test_what_no_runtime_decodes_is_not_offered() -> None:
+    """onnxruntime-genai 0.18 cannot decode an FP16 graph on a CPU, and export_onnx refuses it."""
+    with pytest.raises(UserError, match="onnx has no quantization 'FP16'"):
+        parse_artifact("onnx:FP16")
+    assert set(ARTIFACTS["onnx"]) == set(ONNX_MATMUL_BYTES) == set(ONNX_FLOAT_BYTES)
+    assert not [t.name for t in targets_list() if "onnx:FP16" in t.allowed_artifacts]
 
 
 def test_aliases() -> None:

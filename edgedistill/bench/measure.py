@@ -1,8 +1,11 @@
 """How fast an artifact's bytes run on this machine, with every sample kept.
 
-A fresh process, pinned to as many CPUs as it has threads; seeded random tokens; `warmup` runs that are
-thrown away, then `repeats` that count, each from an empty KV cache. All samples of one artifact come
-from one process: start-up differs from process to process, and `load_ms` tells of it separately.
+A fresh process, pinned to as many CPUs as it has threads, the fastest ones; seeded random tokens; `warmup`
+runs that are thrown away, then `repeats` that count, each from an empty KV cache. All samples of one artifact
+come from one process: start-up differs from process to process, and `load_ms` tells of it separately.
+
+The process is opened at the artifact's whole context, as it would be on the device, so the peak memory holds
+a KV cache of that size however short the workload is.
 """
 
 from __future__ import annotations
@@ -45,12 +48,12 @@ def bench(
 ) -> Latency:
     """Measure `folder / artifact.entry` in `artifact.runtime` on this machine.
 
-    `settings` override the target's. Basis `measured` where this machine is the target, else `proxy`.
+    `settings` override the target's. Basis `measured` where this machine is the target and, if the target
+    has a GPU, the runtime offloaded to it; else `proxy`.
     Raises UserError where the workload does not fit the artifact, RuntimeCrashed where the runtime dies.
     """
     workload, asked_threads = _workload(artifact, target, settings or Bench())
     here = machine.describe()
-    basis: Basis = "measured" if is_this_machine(target, here) else "proxy"
     found_notes = [*notes, *_thread_notes(asked_threads)]
     threads = min(asked_threads, len(machine.usable_cpus()))
     ttft_ms: list[float] = []
@@ -59,7 +62,7 @@ def bench(
         artifact.runtime,
         folder / artifact.entry,
         threads=threads,
-        context_tokens=workload.prompt_tokens + workload.new_tokens,
+        context_tokens=artifact.context_tokens,
         logits_all=False,
         pin=True,
         store=store,
@@ -74,7 +77,8 @@ def bench(
             progress.step("bench", run + 1, workload.warmup + workload.repeats)
         peak = runtime.peak_rss_bytes()
         info = runtime.info
-    found_notes += _runtime_notes(target, basis, here, info)
+    basis, basis_notes = _basis(target, here, info)
+    found_notes += [*basis_notes, _memory_note(workload, info), *_runtime_notes(here, info)]
     all_token_ms = [ms for run_ms in token_ms for ms in run_ms]
     prefill, prefill_ci95 = rate(np.full(len(ttft_ms), workload.prompt_tokens), np.array(ttft_ms), seed=seed)
     decode_ms = np.array([sum(run_ms) for run_ms in token_ms])
@@ -163,13 +167,28 @@ def _thread_notes(asked_threads: int) -> list[str]:
     return [f"{asked_threads} threads were asked for and this machine has {usable} CPUs: {usable} threads were used"]
 
 
-def _runtime_notes(target: Target, basis: Basis, here: dict[str, Any], info: dict[str, Any]) -> list[str]:
+def _basis(target: Target, here: dict[str, Any], info: dict[str, Any]) -> tuple[Basis, list[str]]:
+    """A target is its GPU too, where it has one: without it the figures are another machine's."""
+    notes = []
+    if not is_this_machine(target, here):
+        notes.append(f"this machine is not {target.name}: the figures tell nothing of its speed")
+    if target.gpu and not info["options"].get("n_gpu_layers"):
+        notes.append(
+            f"the target's GPU was not used: it ran on the CPU, {info['runtime_version']} has no GPU support here"
+        )
+    return ("proxy" if notes else "measured"), notes
+
+
+def _memory_note(workload: Workload, info: dict[str, Any]) -> str:
+    if info["runtime"] == "onnxruntime":
+        # Its cache is what the graph gave back: it is as long as the text so far.
+        return f"peak_rss_bytes holds a KV cache of {workload.prompt_tokens + workload.new_tokens} tokens"
+    return f"peak_rss_bytes holds a KV cache of {info['context_tokens']} tokens, the artifact's whole context"
+
+
+def _runtime_notes(here: dict[str, Any], info: dict[str, Any]) -> list[str]:
     options = info["options"]
     found = []
-    if basis == "proxy":
-        found.append(f"this machine is not {target.name}: the figures tell nothing of its speed")
-    if target.gpu and not options.get("n_gpu_layers"):
-        found.append(f"it ran on the CPU, not on a GPU: {info['runtime_version']} has no GPU support here")
     if info["runtime"] == "llama.cpp":
         found.append(MAPPED_WEIGHTS)
         if not options["use_extra_bufts"]:

@@ -8,6 +8,7 @@ from edgedistill import machine
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Bench
 from edgedistill.records import Artifact, Latency
+from edgedistill.runtimes.facts import runtime_facts
 from edgedistill.store import Store, Stored, Work, versions
 from edgedistill.targets import Target
 
@@ -22,13 +23,18 @@ def bench_artifact(
     progress: Progress = QUIET,
 ) -> Latency:
     """latency.json of an artifact on this machine: found in the store, or measured now."""
+    here = machine.describe()
     inputs: dict[str, Any] = {
         "artifact": exported.result.sha256,
+        # Not in the bytes of every format, and the memory depends on it.
+        "context_tokens": exported.result.context_tokens,
         "target": target.model_dump(mode="json"),
         "settings": settings.model_dump(mode="json"),
         "seed": seed,
-        "machine": machine.fingerprint(),
-        "versions": versions("edgedistill", "llama-cpp-python", "onnxruntime", "onnxruntime-genai"),
+        "machine": {"fingerprint": machine.fingerprint()}
+        | {name: here[name] for name in ("gpu", "usable_cores", "memory_bytes", "governor", "power_mode")},
+        "runtime": runtime_facts(exported.result.runtime, store),
+        "versions": versions("edgedistill", "onnxruntime", "onnxruntime-genai"),
     }
 
     def measure(work: Work) -> Latency:
@@ -43,7 +49,7 @@ def bench_artifact(
     latency = stored.result
     progress.say(
         f"bench: {latency.decode_tokens_per_s:,.0f} tokens/s decoding, first token after {latency.ttft_ms.p50:.1f} ms"
-        f" ({latency.basis}{'' if latency.basis == 'measured' else ': this machine is not the target'})"
+        f" ({latency.basis}{'' if latency.basis == 'measured' else ': not on the target, or without its GPU'})"
         f"{' (from the store)' if stored.reused else ''}"
     )
     return latency

@@ -6,11 +6,13 @@ import ctypes
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Any
 
 from edgedistill import __version__, machine
 from edgedistill.bundle.card import find_license, license_text, model_card, notice_text
@@ -18,7 +20,6 @@ from edgedistill.bundle.check import verify_bundle
 from edgedistill.bundle.golden import make_golden
 from edgedistill.bundle.manifest import (
     MANIFEST,
-    SIGNATURE,
     SUMS,
     BundleArtifact,
     DataNote,
@@ -61,6 +62,8 @@ PREPROCESS_FILES = (
     "merges.txt",
 )
 TOOLS = ("edgedistill", "torch", "transformers", "gguf", "llama-cpp-python", "onnx", "onnxruntime", "onnxruntime-genai")
+# Recipe fields that may hold a path of the machine that the bundle was made on.
+RECIPE_PATHS = (("teacher", "model"), ("student", "model"), ("data", "source"), ("data", "eval_data"))
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -292,7 +295,7 @@ def _manifest(
         files=[],
         target=target.model_dump(mode="json"),
         limits={**target.limits.model_dump(mode="json"), "context_tokens": bundled[0].context_tokens},
-        recipe=recipe.model_dump(mode="json"),
+        recipe=_recipe_note(recipe),
         seeds={"recipe": recipe.seed},
         teacher=_teacher_note(teacher),
         student=ModelNote(
@@ -303,10 +306,44 @@ def _manifest(
             weights_sha256=student.weights_sha256,
             tokenizer_sha256=student.tokenizer_sha256,
         ),
-        data=DataNote(source=data.source, split=data.split, sha256=data.sha256, parts=data.parts) if data else None,
+        data=_data_note(data),
         tool_versions=dict(sorted(tools.items())),
         machine=machine.describe(),
         basis_notes=[note for one in artifacts for note in _basis_notes(one)],
+    )
+
+
+def without_folders(source: str) -> str:
+    """A local path's last part, anything else (a hub id, a path inside the working folder) as it is.
+
+    A file's own name is enough; where it lay is nobody's business.
+    """
+    path = PurePath(source)
+    local = path.is_absolute() or source.startswith(("~", ".")) or ".." in path.parts
+    return (path.name or "local files") if local else source
+
+
+def _recipe_note(recipe: Recipe) -> dict[str, Any]:
+    note = recipe.model_dump(mode="json")
+    for section, field in RECIPE_PATHS:
+        if note[section][field] is not None:
+            note[section][field] = without_folders(note[section][field])
+    return note
+
+
+def _data_note(data: DataResult | None) -> DataNote | None:
+    if data is None:
+        return None
+    # Two sources where the held-out text has its own; see data/prepare.py.
+    both = re.fullmatch(r"(.+) \(held out: (.+)\)", data.source, re.DOTALL)
+    source = "{} (held out: {})".format(*map(without_folders, both.groups())) if both else without_folders(data.source)
+    return DataNote(
+        source=source,
+        split=data.split,
+        sha256=data.sha256,
+        parts=data.parts,
+        overlap=data.overlap,
+        duplicates_dropped=data.duplicates_dropped,
     )
 
 
@@ -314,8 +351,7 @@ def _teacher_note(teacher: TeacherResult | None) -> ModelNote | None:
     if teacher is None:
         return None
     return ModelNote(
-        # A folder's own name is enough; where it lay is nobody's business.
-        name=PurePath(teacher.name).name if teacher.origin == "folder" else teacher.name,
+        name=PurePath(teacher.name).name if teacher.origin == "folder" else without_folders(teacher.name),
         origin=teacher.origin,
         shape=teacher.shape,
         parameters=teacher.parameters,
@@ -353,7 +389,7 @@ def _documents(
 
 def _seal(root: Path, manifest: Manifest) -> None:
     """manifest.json over every other file, then SHA256SUMS over all."""
-    files = file_entries(root, skip=frozenset({MANIFEST, SUMS, SIGNATURE}))
+    files = file_entries(root, skip=frozenset({MANIFEST, SUMS}))
     (root / MANIFEST).write_bytes(manifest_bytes(manifest.model_copy(update={"files": files})))
     hashes = {entry.path: entry.sha256 for entry in files} | {MANIFEST: sha256_of(root / MANIFEST)}
     write_durably(root / SUMS, sums_text(hashes))

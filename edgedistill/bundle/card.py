@@ -105,6 +105,8 @@ def _body(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]
     data = manifest.data
     parts += ["## Training text", ""]
     parts.append(f"{_md(data.source)}, split `{_md(data.split)}`, sha256 `{data.sha256}`." if data else "Unknown.")
+    if data is not None:
+        parts += ["", f"Text in both parts: {data.in_both()}."]
     parts += ["", "## Licence", ""]
     parts.append(
         "See LICENSE: it was beside the weights that this model was made from. The text's licence may add to it."
@@ -149,7 +151,7 @@ def _speed(name: str, latency: Latency | None) -> list[str]:
     figures = f"decode {latency.decode_tokens_per_s:,.1f} tokens/s, first token {latency.ttft_ms.p50:,.1f} ms (p50)"
     lines = [f"{_md(name)}: {figures}; basis **{latency.basis}** on {where}.", ""]
     if latency.basis == "proxy":
-        lines[1:1] = ["That is another machine than the target: it tells nothing of the target's speed."]
+        lines[1:1] = ["That is not the target, or not with the target's GPU: it tells nothing of the target's speed."]
     return lines
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import Literal
 
 from edgedistill.bundle.golden import replay as replay_golden
 from edgedistill.bundle.manifest import (
@@ -34,10 +33,6 @@ INTEGRITY_ONLY = (
     "not signed: every byte is as the bundle's own SHA256SUMS says (integrity), "
     "which does not prove who made it (origin)"
 )
-SIGNATURE_NOT_CHECKED = (
-    f"{SIGNATURE}: signature present, not checked: needs the signer's key and `pip install model-signing`; "
-    "until then the hashes prove integrity, not origin"
-)
 
 
 class ArtifactReplay(Record):
@@ -52,7 +47,7 @@ class ArtifactReplay(Record):
 
 
 class BundleCheck(Record):
-    """A bundle that passed. `signed` is true only where a signature was checked."""
+    """A bundle that passed. `signed` is false: this version checks no signatures, and refuses a bundle with one."""
 
     name: str
     target: str
@@ -61,7 +56,6 @@ class BundleCheck(Record):
     golden_replayed: int
     replays: list[ArtifactReplay]
     signed: bool
-    signature: Literal["absent", "present, not checked"]
     notes: list[str]
 
 
@@ -76,6 +70,11 @@ def verify_bundle(folder: Path, *, replay: bool = True, store: Store | None = No
     if not (folder / MANIFEST).exists() and not (folder / SUMS).exists():
         raise UserError(f"{folder} is not a bundle: it has no {MANIFEST} and no {SUMS}", "give the folder of a bundle")
     sizes = _files_of(folder)
+    if SIGNATURE in sizes:
+        raise UserError(
+            f"{SIGNATURE} in {folder}: signatures cannot be checked by this version",
+            "remove it, or use a version that can",
+        )
     hashes = parse_sums(_read(folder, SUMS, sizes, MAX_SUMS_BYTES))
     manifest_data = _read(folder, MANIFEST, sizes, MAX_MANIFEST_BYTES)
     manifest = _manifest_or_none(manifest_data)
@@ -83,7 +82,7 @@ def verify_bundle(folder: Path, *, replay: bool = True, store: Store | None = No
     _check_hashes(folder, sizes, hashes, manifest, manifest_data)
     manifest = parse_manifest(manifest_data)
     _check_agreement(manifest, hashes)
-    notes = [SIGNATURE_NOT_CHECKED if SIGNATURE in sizes else INTEGRITY_ONLY]
+    notes = [INTEGRITY_ONLY]
     replays = []
     for artifact in manifest.artifacts if replay else ():
         done = replay_golden(folder, artifact, store=store)
@@ -95,11 +94,10 @@ def verify_bundle(folder: Path, *, replay: bool = True, store: Store | None = No
         name=manifest.name,
         target=str(manifest.target.get("name", "")),
         files=len(hashes) + 1,
-        bytes=sum(size for path, size in sizes.items() if path != SIGNATURE),
+        bytes=sum(sizes.values()),
         golden_replayed=sum(one.cases for one in replays),
         replays=replays,
         signed=False,
-        signature="present, not checked" if SIGNATURE in sizes else "absent",
         notes=notes,
     )
 
@@ -152,7 +150,7 @@ def _check_listed(folder: Path, sizes: dict[str, int], hashes: dict[str, str], m
         if manifest and path != MANIFEST and path not in in_manifest:
             why = f"{SUMS} lists {path}, which is neither in {folder} nor in {MANIFEST}: {SUMS} was altered"
         raise UserError(why, REMEDY)
-    for path in sorted(set(sizes) - set(hashes) - {SUMS, SIGNATURE}):
+    for path in sorted(set(sizes) - set(hashes) - {SUMS}):
         if path in in_manifest or path == MANIFEST:
             raise UserError(f"{SUMS} does not list {path}, which belongs to the bundle: {SUMS} was altered", REMEDY)
         raise UserError(

@@ -35,7 +35,7 @@ from edgedistill.store import Store
 MULTIPLE_OF_SEEN = 4.0
 FLOOR_QUANTIZED = 0.25
 FLOOR_FLOAT = 0.02
-FLOATS = ("F32", "F16", "BF16", "FP32", "FP16")
+FLOATS = ("F32", "F16", "BF16", "FP32")
 # Where a runtime disagrees with itself by more than this (in the floor's units), no tolerance tells right from wrong.
 MAX_SEEN = 0.5
 NEW_TOKENS = 16

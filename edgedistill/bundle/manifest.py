@@ -1,8 +1,8 @@
 """manifest.json and SHA256SUMS: what a bundle says of itself, and how both are read with distrust.
 
-Every file but `manifest.json`, `SHA256SUMS` and `model.sig` is hashed twice, in the manifest and in
-SHA256SUMS, and the manifest holds a hash of itself: so a check can tell which of two disagreeing
-files was altered.
+Every file but `manifest.json` and `SHA256SUMS` is hashed twice, in the manifest and in SHA256SUMS,
+and the manifest holds a hash of itself: so a check can tell which of two disagreeing files was
+altered. The name `model.sig` is kept for a signature, which no version makes yet.
 """
 
 from __future__ import annotations
@@ -193,16 +193,32 @@ class ModelNote(Record):
 
 
 class DataNote(Record):
-    """The text that it was trained and judged on."""
+    """The text that it was trained and judged on, by name: no path of the machine that it lay on."""
 
     source: str
     split: str
     sha256: str
     parts: dict[str, SplitPart]
+    overlap: dict[str, float]
+    duplicates_dropped: int
+
+    def in_both(self) -> str:
+        """What of the held-out text stands in the training part too, in words."""
+        dropped = f"{self.duplicates_dropped:,} exact duplicates were dropped before the split"
+        if not self.overlap:
+            return f"not counted; {dropped}"
+        whole, sharing, share = (
+            self.overlap.get(key, 0.0)
+            for key in ("documents_in_both", "documents_sharing_13_words", "share_of_13_word_runs")
+        )
+        return (
+            f"{whole:,.0f} held-out documents whole; {sharing:,.0f} share a run of 13 words with the training part "
+            f"({share:.2%} of all such runs); {dropped}"
+        )
 
 
 class Manifest(Record):
-    """manifest.json. `files`: every file of the bundle but manifest.json, SHA256SUMS and model.sig."""
+    """manifest.json. `files`: every file of the bundle but manifest.json and SHA256SUMS."""
 
     schema_: Literal["edgedistill.bundle/1"] = Field(default="edgedistill.bundle/1", alias="schema")
     manifest_sha256: str = Field(

@@ -16,6 +16,13 @@ LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".pa
 MAX_CONTROL_SHARE = 0.001
 
 
+def in_pieces(source: str, data: Data) -> bool:
+    """Whether the documents are lines or paragraphs of running text, whose neighbours belong together."""
+    path = Path(source).expanduser()
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else []
+    return data.document_separator is None and any(p.suffix.lower() not in LOADERS for p in files)
+
+
 def read_documents(source: str, data: Data) -> list[str]:
     """All documents of `source`, in order, none of them empty.
 
@@ -89,21 +96,21 @@ def decode_text(path: Path) -> str:
 
 
 def split_text(text: str, separator: str | None) -> list[str]:
-    """Documents of a text: split at `separator`, else at blank lines, else a line each."""
+    """Documents of a text: split at `separator`; else at blank lines; else, and where most paragraphs are one
+    line anyway, a line each."""
     if separator is not None:
         pieces = text.split(separator.encode().decode("unicode_escape") if "\\" in separator else separator)
     else:
         lines = text.split("\n")
-        if any(not line.strip() for line in lines[:-1]):
-            pieces, block = [], []
-            for line in [*lines, ""]:
-                if line.strip():
-                    block.append(line)
-                elif block:
-                    pieces.append("\n".join(block))
-                    block = []
-        else:
-            pieces = lines
+        paragraphs: list[list[str]] = [[]]
+        for line in lines:
+            if line.strip():
+                paragraphs[-1].append(line)
+            elif paragraphs[-1]:
+                paragraphs.append([])
+        single = sum(len(paragraph) == 1 for paragraph in paragraphs)
+        one_by_one = not any(not line.strip() for line in lines[:-1]) or 2 * single > len(paragraphs)
+        pieces = lines if one_by_one else ["\n".join(paragraph) for paragraph in paragraphs]
     return [stripped for piece in pieces if (stripped := piece.strip("\n")).strip()]
 
 

@@ -2,6 +2,12 @@
 
 `hash` puts each document where the hash of its text says, so that adding documents moves no other.
 `tail` holds out the end of the source, calibrates on what stands before it, and trains on the rest.
+
+A part is a list of blocks, and a block a list of documents: the block is what intervals resample. Lines and
+paragraphs of running text belong together: neighbours make a block, and blocks are hashed, or a held-out line
+would stand between two lines of the training part. Each line stays a document of its own for the model. The
+quickstart's short documents (a topic, a docstring) are joined to one text after the split. Rows of a table
+are blocks of one.
 """
 
 from __future__ import annotations
@@ -10,11 +16,12 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from edgedistill.data.documents import source_hash
+from edgedistill.data.documents import PYTHON_DOCS, source_hash
 from edgedistill.errors import UserError
 from edgedistill.recipe import Data
 from edgedistill.records import SplitPart
 
+Block = list[str]
 PARTS = ("train", "calibration", "held_out")
 MIN_DOCUMENTS = 3
 MIN_HELD_OUT_DOCUMENTS = 2
@@ -23,21 +30,35 @@ OVERLAP_WORDS = 13  # as GPT-3's decontamination: shorter runs are common phrase
 
 @dataclass(frozen=True)
 class Split:
-    """The three parts, as blocks of text, and what was dropped or found on the way."""
+    """The three parts, as blocks of documents, and what was dropped or found on the way."""
 
-    parts: dict[str, list[str]]
+    parts: dict[str, list[Block]]
     duplicates_dropped: int
     overlap: dict[str, float]
 
     def summary(self) -> dict[str, SplitPart]:
+        flat = {name: [text for block in blocks for text in block] for name, blocks in self.parts.items()}
         return {
-            name: SplitPart(documents=len(texts), bytes=sum(len(t.encode()) for t in texts), sha256=source_hash(texts))
-            for name, texts in self.parts.items()
+            name: SplitPart(
+                documents=len(self.parts[name]),
+                bytes=sum(len(t.encode()) for t in texts),
+                sha256=source_hash("\n\n".join(block) for block in self.parts[name]),
+            )
+            for name, texts in flat.items()
         }
 
 
-def split_documents(documents: list[str], data: Data, held_out: list[str] | None = None) -> Split:
+def split_documents(
+    documents: list[str],
+    data: Data,
+    held_out: list[str] | None = None,
+    *,
+    pieces: bool = False,
+    held_out_pieces: bool = False,
+) -> Split:
     """Split by the recipe. `held_out`: a text of its own; then nothing is split off for it.
+
+    `pieces`: the documents are lines or paragraphs of running text (see above).
 
     Exact duplicates are dropped first (the first stays). Raises UserError where a part would be empty.
     """
@@ -51,28 +72,36 @@ def split_documents(documents: list[str], data: Data, held_out: list[str] | None
             "give more text, or say what ends a document with --document-separator",
         )
     eval_share = 0.0 if held_out is not None else data.eval_share
+    if pieces:
+        blocks = blocks_of(unique, data.min_document_chars)
+    else:
+        blocks = [[text] for text in unique]
     cut = _by_hash if data.split == "hash" else _by_tail
-    train, calibration, tail = cut(unique, eval_share, data.calibration_share)
-    parts = {
-        "train": join_short(train, data.min_document_chars),
-        "calibration": join_short(calibration, data.min_document_chars),
-        "held_out": join_short(held_out if held_out is not None else tail, data.min_document_chars),
-    }
+    train, calibration, tail = cut(blocks, eval_share, data.calibration_share)
+    if held_out is not None:
+        tail = blocks_of(held_out, data.min_document_chars) if held_out_pieces else [[text] for text in held_out]
+    parts = {"train": train, "calibration": calibration, "held_out": tail}
+    shared = overlap([t for block in train for t in block], [t for block in tail for t in block])
+    if data.source == PYTHON_DOCS:
+        parts = {
+            name: [["\n".join(block)] for block in blocks_of([t for b in part for t in b], data.min_document_chars)]
+            for name, part in parts.items()
+        }
     for name, texts in parts.items():
         if len(texts) < (MIN_HELD_OUT_DOCUMENTS if name == "held_out" else 1):
             raise UserError(
                 f"the {name.replace('_', '-')} part got {len(texts)} document(s) of {len(unique)}",
                 "give more text, a smaller data.min_document_chars, or --eval-data a file of its own",
             )
-    return Split(parts=parts, duplicates_dropped=dropped, overlap=overlap(parts["train"], parts["held_out"]))
+    return Split(parts=parts, duplicates_dropped=dropped, overlap=shared)
 
 
-def _by_hash(documents: list[str], eval_share: float, calibration_share: float) -> tuple[list[str], ...]:
-    train: list[str] = []
-    calibration: list[str] = []
-    held_out: list[str] = []
-    for text in documents:
-        draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+def _by_hash(blocks: list[Block], eval_share: float, calibration_share: float) -> tuple[list[Block], ...]:
+    train: list[Block] = []
+    calibration: list[Block] = []
+    held_out: list[Block] = []
+    for text in blocks:
+        draw = int.from_bytes(hashlib.sha256("\n".join(text).encode()).digest()[:8], "big") / 2**64
         if draw < eval_share:
             held_out.append(text)
         elif draw < eval_share + calibration_share:
@@ -82,10 +111,10 @@ def _by_hash(documents: list[str], eval_share: float, calibration_share: float) 
     return train, calibration, held_out
 
 
-def _by_tail(documents: list[str], eval_share: float, calibration_share: float) -> tuple[list[str], ...]:
+def _by_tail(documents: list[Block], eval_share: float, calibration_share: float) -> tuple[list[Block], ...]:
     """Cut by lines of text, not documents, and never hold out more than the share: a model that was
     trained on the first 95 % of a file's lines must not meet one of them again in its last 5 %."""
-    lines = [sum(1 for line in text.split("\n") if line.strip()) for text in documents]
+    lines = [sum(1 for text in block for line in text.split("\n") if line.strip()) for block in documents]
     total = sum(lines)
     first_held_out = _first_at(lines, total * (1 - eval_share))
     first_calibration = _first_at(lines, total * (1 - eval_share - calibration_share))
@@ -101,25 +130,25 @@ def _first_at(lines: list[int], start: float) -> int:
     return len(lines)
 
 
-def join_short(texts: list[str], min_chars: int) -> list[str]:
-    """Neighbours joined by a line break until each block has `min_chars` (the last may be shorter).
+def blocks_of(texts: list[str], min_chars: int) -> list[Block]:
+    """Neighbours together until each block has `min_chars`, line breaks counted (the last may be shorter).
 
     Lines and paragraphs of one story are not independent: an interval over them would be too narrow.
     """
-    blocks: list[str] = []
-    block: list[str] = []
+    blocks: list[Block] = []
+    block: Block = []
     size = 0
     for text in texts:
         block.append(text)
         size += len(text) + 1
         if size >= min_chars:
-            blocks.append("\n".join(block))
+            blocks.append(block)
             block, size = [], 0
     if block:
         if blocks and size < min_chars / 2:
-            blocks[-1] += "\n" + "\n".join(block)
+            blocks[-1] = blocks[-1] + block
         else:
-            blocks.append("\n".join(block))
+            blocks.append(block)
     return blocks
 
 

@@ -12,11 +12,6 @@ from edgedistill.tasks.causal_lm import Window
 EVALUATION_TOKENS = 4096  # of one evaluation batch
 
 
-def training_device() -> torch.device:
-    """The GPU where torch has one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def output_head(model: nn.Module) -> Tensor:
     """The output head's weight [V, H], tied or not."""
     weight: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
@@ -33,7 +28,7 @@ def final_hidden(model: nn.Module, inputs: Tensor, low_precision: bool) -> Tenso
 
 @torch.no_grad()
 def perplexity(model: nn.Module, windows: list[Window], *, low_precision: bool) -> float:
-    """exp of the mean negative log-likelihood over the windows' scored tokens, nats.
+    """exp of the mean negative log-likelihood (nats) over the windows' scored tokens; inf where it is not finite.
 
     Windows of equal length go together, so nothing is padded.
     """
@@ -56,4 +51,5 @@ def perplexity(model: nn.Module, windows: list[Window], *, low_precision: bool) 
             keep = (torch.arange(length - 1, device=ids.device).unsqueeze(0) >= firsts).reshape(-1)
             total += float(nll[keep].sum(dtype=torch.float64))
             count += int(keep.sum())
-    return math.exp(min(700.0, total / max(1, count)))
+    mean = total / max(1, count)
+    return math.exp(min(700.0, mean)) if math.isfinite(mean) else math.inf

@@ -2,12 +2,13 @@
 
 `LiveSignals` runs the teacher on every batch. `CachedSignals` runs it once over the training sequences
 and keeps the hidden states after its final norm (bf16, memory-mapped), from which the loss makes the
-full logits again: exact, and smaller than logits by vocabulary ÷ width.
+full logits again: what a live teacher under bf16 autocast gives, and smaller than logits by vocabulary ÷ width.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -85,7 +86,9 @@ def cache_bytes(data: Packed, width: int) -> int:
 def _fill(
     path: Path, teacher: nn.Module, data: Packed, shape: tuple[int, int, int], low_precision: bool, progress: Progress
 ) -> None:
-    table = np.memmap(path, dtype=np.int16, mode="w+", shape=shape)
+    with path.open("wb") as file:  # a sparse file that meets a full disk ends the process with SIGBUS
+        os.posix_fallocate(file.fileno(), 0, cache_bytes(data, shape[2]))
+    table = np.memmap(path, dtype=np.int16, mode="r+", shape=shape)
     size = max(1, CACHE_BATCH_TOKENS // data.context)
     for start in range(0, data.sequences, size):
         rows = np.arange(start, min(start + size, data.sequences))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from edgedistill.data.prepare import read_part
+from edgedistill.distill.device import device_kind
 from edgedistill.distill.student import start_student
 from edgedistill.distill.teacher import weights_digest
 from edgedistill.errors import UserError
@@ -19,11 +21,12 @@ from edgedistill.models import (
     weights_sha256,
 )
 from edgedistill.progress import QUIET, Progress
-from edgedistill.recipe import Recipe
+from edgedistill.recipe import Distill, Recipe
 from edgedistill.records import DataResult, Shape, StudentResult, TeacherResult
-from edgedistill.store import Store, Stored, Work, versions
+from edgedistill.store import Store, Stored, Work, versions, write_durably
 
 MAX_CACHE_BYTES = 16 << 30
+EPOCHS_FOR_CACHE = 1.5  # below, writing the cache costs more than it saves
 
 
 def student_inputs(
@@ -40,6 +43,7 @@ def student_inputs(
         "tokenizer": teacher.tokenizer_sha256,
         "data": data.sha256,
         "seed": recipe.seed,
+        "device": device_kind(),
         "versions": versions("torch", "transformers", "tokenizers", "edgedistill"),
     }
 
@@ -91,21 +95,22 @@ def _train(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from edgedistill.distill.device import training_device
     from edgedistill.distill.losses import LossSpec
-    from edgedistill.distill.model_parts import training_device
     from edgedistill.distill.signals import CachedSignals, LiveSignals, Signals, cache_bytes
     from edgedistill.distill.trainer import total_steps, train
-    from edgedistill.tasks.causal_lm import TextTokenizer, pack, scoring_windows
+    from edgedistill.tasks.causal_lm import TextTokenizer, encode_blocks, pack, scoring_windows
 
     settings = recipe.distill
     teacher_folder = Path(teacher.path)
     tokenizer = TextTokenizer.load(teacher_folder)
-    texts = transfer_part(read_part(data.directory, "train"), settings.documents_share)
+    blocks = transfer_part(read_part(data.directory, "train"), settings.documents_share)
+    texts = [text for block in blocks for text in block]
     packed = pack(
         tokenizer.encode(texts), context=settings.context_tokens, seed=recipe.seed, eos=tokenizer.eos, bos=tokenizer.bos
     )
     evaluation = scoring_windows(
-        tokenizer.encode(read_part(data.directory, "calibration")),
+        encode_blocks(tokenizer, read_part(data.directory, "calibration")),
         context=settings.context_tokens,
         stride=None,
         max_tokens=None,
@@ -120,15 +125,11 @@ def _train(
             teacher_folder,
             dtype=torch.float32,
             use_safetensors=True,
-            trust_remote_code=recipe.teacher.trust_remote_code,
         ).to(device)
         steps = total_steps(settings, packed)
         epochs = steps * settings.batch_sequences / packed.sequences
         size = cache_bytes(packed, teacher.shape.hidden_size)
-        room = shutil.disk_usage(work.state).free // 4
-        cached = settings.teacher_signals == "cached" or (
-            settings.teacher_signals == "auto" and epochs >= 1.5 and size <= min(MAX_CACHE_BYTES, room)
-        )
+        cached = _cache_signals(settings, epochs=epochs, size=size, state=work.state)
         if cached:
             signals = CachedSignals(
                 original, packed, folder=work.state / "signals", low_precision=low_precision, progress=progress
@@ -171,8 +172,37 @@ def _train(
     )
 
 
-def transfer_part(texts: list[str], share: float) -> list[str]:
-    """The training documents that the student learns from: evenly spread, `share` of them, at least one."""
+def _cache_signals(settings: Distill, *, epochs: float, size: int, state: Path) -> bool:
+    """Whether the teacher's signals are cached; decided once, so that a resumed run does as the one before.
+
+    Raises UserError where caching is asked for in fp32, or does not fit on the disk.
+    """
+    mark = state / "signals.json"
+    if mark.is_file():
+        return bool(json.loads(mark.read_text(encoding="utf-8"))["cached"])
+    low_precision = settings.precision == "bf16"
+    free = shutil.disk_usage(state).free
+    if settings.teacher_signals == "cached":
+        if not low_precision:
+            raise UserError(
+                "distill.teacher_signals is cached, which keeps bf16, and distill.precision is fp32",
+                "set distill.teacher_signals=live, or distill.precision=bf16",
+            )
+        if size > free:
+            raise UserError(
+                f"the teacher's signals take {size:,} bytes on disk, and {free:,} are free",
+                "free space, name another disk in EDGEDISTILL_STORE, or set distill.teacher_signals=live",
+            )
+        cached = True
+    else:
+        pays = low_precision and epochs >= EPOCHS_FOR_CACHE and size <= min(MAX_CACHE_BYTES, free // 4)
+        cached = settings.teacher_signals == "auto" and pays
+    write_durably(mark, json.dumps({"cached": cached}))
+    return cached
+
+
+def transfer_part(texts: list[list[str]], share: float) -> list[list[str]]:
+    """The training blocks that the student learns from: evenly spread, `share` of them, at least one."""
     if share >= 1.0:
         return texts
     count = max(1, round(share * len(texts)))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.data.prepare import read_part
+from edgedistill.distill.device import device_kind
 from edgedistill.errors import UserError
 from edgedistill.models import ModelFolder, open_model, tokenizer_sha256, weights_sha256
 from edgedistill.progress import QUIET, Progress
@@ -70,6 +71,7 @@ def teacher_inputs(recipe: Recipe, data: Stored[DataResult]) -> dict[str, Any]:
     return {
         "train": recipe.teacher.train.model_dump(mode="json", exclude={"checkpoint_every_s"}),
         "seed": recipe.seed,
+        "device": device_kind(),
         "data": data.result.sha256,
         "versions": versions("torch", "transformers", "tokenizers", "edgedistill"),
     }
@@ -92,14 +94,14 @@ def _train(recipe: Recipe, data: Stored[DataResult], work: Work, progress: Progr
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from edgedistill.distill.device import training_device
     from edgedistill.distill.losses import LossSpec
-    from edgedistill.distill.model_parts import training_device
     from edgedistill.distill.trainer import train
-    from edgedistill.tasks.causal_lm import TextTokenizer, pack, scoring_windows
+    from edgedistill.tasks.causal_lm import TextTokenizer, encode_blocks, pack, scoring_windows
 
     settings = recipe.teacher.train
     shape = teacher_shape(settings)
-    texts = read_part(data.directory, "train")
+    texts = [text for block in read_part(data.directory, "train") for text in block]
     folder = work.out / "model"
     folder.mkdir()
     train_tokenizer(texts, settings.vocab_size, folder)
@@ -112,7 +114,7 @@ def _train(recipe: Recipe, data: Stored[DataResult], work: Work, progress: Progr
         tokenizer.encode(texts), context=settings.context_tokens, seed=recipe.seed, eos=tokenizer.eos, bos=tokenizer.bos
     )
     evaluation = scoring_windows(
-        tokenizer.encode(read_part(data.directory, "calibration")),
+        encode_blocks(tokenizer, read_part(data.directory, "calibration")),
         context=settings.context_tokens,
         stride=None,
         max_tokens=None,

@@ -36,6 +36,8 @@ LOG_LINES_SHOWN = 6
 LOG_LINE_CHARS = 200
 POLL_MS = 200
 CLOSE_S = 2.0
+SYS_CPUS = Path("/sys/devices/system/cpu")
+SPEED_FILES = ("cpu_capacity", "cpufreq/cpuinfo_max_freq")
 
 
 class Child:
@@ -203,7 +205,7 @@ def _environment() -> dict[str, str]:
 class RuntimeProcess:
     """An artifact open in its runtime, in a child process of its own. A context manager.
 
-    threads         CPU threads; with `pin`, the child may only run on so many CPUs (Linux)
+    threads         CPU threads; with `pin`, the child may only run on so many CPUs, the fastest ones (Linux)
     context_tokens  the longest sequence, prompt and answer together
     use_extra_bufts llama.cpp's repacked and AMX weights; None: as the probe of this machine says
     logits_all      False where only `greedy` and `timed` are wanted: llama.cpp then keeps one row of logits
@@ -332,6 +334,24 @@ def _extra_bufts_remedy() -> str:
 
 
 def _cpus_for(threads: int) -> list[int] | None:
-    """The first `threads` CPUs; None where there are fewer, or where the system cannot pin."""
+    """The `threads` fastest CPUs; None where there are fewer, or where the system cannot pin."""
     cpus = usable_cpus()
-    return cpus[:threads] if hasattr(os, "sched_setaffinity") and threads <= len(cpus) else None
+    return fastest_first(cpus)[:threads] if hasattr(os, "sched_setaffinity") and threads <= len(cpus) else None
+
+
+def fastest_first(cpus: Sequence[int], root: Path = SYS_CPUS) -> list[int]:
+    """CPUs by what Linux says of their speed, equal ones by number: phones often number the little ones first."""
+    for name in SPEED_FILES:
+        speeds = {cpu: _whole_number(root / f"cpu{cpu}" / name) for cpu in cpus}
+        # One that is not told of cannot be compared with the others.
+        if all(speeds.values()):
+            return sorted(cpus, key=lambda cpu: (-speeds[cpu], cpu))
+    return sorted(cpus)
+
+
+def _whole_number(path: Path) -> int:
+    """What a file of the system says; 0 where it is not there or says something else."""
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return 0

@@ -95,7 +95,8 @@ class GenaiBackend:
             raise UserError(f"tokenizer.json of {self._folder} cannot be read: {error}", "export it again") from error
 
     def timed(self, tokens_T: NDArray[np.int32], new_tokens: int) -> dict[str, Any]:
-        generator = self._generator(len(tokens_T) + new_tokens)
+        # The whole context, as an app would ask for: the KV cache is allocated at once.
+        generator = self._generator(self.context_tokens)
 
         def step(tokens: Sequence[int]) -> NDArray[np.float32]:
             generator.append_tokens(np.asarray(tokens, dtype=np.int32))

@@ -71,6 +71,16 @@ class TextTokenizer:
         return [np.array(front + item.ids, dtype=np.int32) for item in encoded]
 
 
+def encode_blocks(tokenizer: TextTokenizer, blocks: Sequence[Sequence[str]]) -> list[Ids]:
+    """Ids of each block: its documents one after another, BOS before each, or EOS after each where there is no BOS."""
+    encoded = iter(tokenizer.encode([text for block in blocks for text in block]))
+    end = np.array([tokenizer.eos] if tokenizer.bos is None and tokenizer.eos is not None else [], dtype=np.int32)
+    return [
+        np.concatenate([part for _ in block for part in (next(encoded), end)]) if len(block) > 1 else next(encoded)
+        for block in blocks
+    ]
+
+
 @dataclass(frozen=True)
 class Packed:
     """All documents in one stream, cut into sequences; the order is a function of seed and epoch.

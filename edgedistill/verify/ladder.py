@@ -40,7 +40,7 @@ from edgedistill.records import (
 )
 from edgedistill.runtimes.child import RuntimeName, RuntimeProcess
 from edgedistill.store import Store
-from edgedistill.tasks.causal_lm import TextTokenizer, Window, scoring_windows
+from edgedistill.tasks.causal_lm import TextTokenizer, Window, encode_blocks, scoring_windows
 from edgedistill.verify.metrics import (
     Summary,
     TokenScores,
@@ -71,7 +71,7 @@ class Subject:
 def climb(
     subject: Subject,
     *,
-    held_out: list[str],
+    held_out: list[list[str]],
     settings: Verify,
     seed: int,
     threads: int,
@@ -81,11 +81,12 @@ def climb(
 ) -> Retention:
     """Score every rung on `held_out` and compare the interval's lower end with the gate.
 
+    `held_out` is blocks of documents; a block is what the intervals resample.
     Raises UserError where the tokenizers differ or the text is too short; RuntimeCrashed where the
     artifact's runtime dies.
     """
     tokenizer = TextTokenizer.load(Path(subject.teacher.path))
-    documents = tokenizer.encode(held_out)
+    documents = encode_blocks(tokenizer, held_out)
     windows = scoring_windows(
         documents, context=settings.context_tokens, stride=settings.stride_tokens, max_tokens=settings.max_tokens
     )

@@ -27,7 +27,7 @@ class TorchScorer:
     """A transformers model in fp32."""
 
     def __init__(self, model: nn.Module) -> None:
-        from edgedistill.distill.model_parts import training_device
+        from edgedistill.distill.device import training_device
 
         self.device = training_device()
         self.model = model.eval().to(self.device)
@@ -50,13 +50,11 @@ class ArtifactScorer:
         return torch.stack([torch.from_numpy(self.process.logits(row)) for row in ids])
 
 
-def load_torch(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
+def load_torch(folder: Path) -> nn.Module:
     """A model folder as a fp32 transformers model in eval."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
-    )
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     return model.eval()  # type: ignore[no-any-return]
 
 
