@@ -95,9 +95,14 @@ def build(
         recipe, sets, teacher=teacher, student=student, data=data, eval_data=eval_data,
         document_separator=document_separator, min_retention=min_retention,
     )  # fmt: skip
-    trained, built = pipeline.build(
-        asked, chosen_targets(target), store=the_store(), out=out, progress=progress_of(quiet, verbose)
-    )
+    try:
+        trained, built = pipeline.build(
+            asked, chosen_targets(target), store=the_store(), out=out, progress=progress_of(quiet, verbose)
+        )
+    except (errors.GateFailed, errors.LimitBroken) as error:
+        if error.results is not None:
+            emit(as_json, show.built_json(*error.results), show.built_text(*error.results))
+        raise
     emit(as_json, show.built_json(trained, built), show.built_text(trained, built))
 
 
@@ -357,13 +362,14 @@ def store_adopt(as_json: Json = False) -> None:
 @store_app.command("prune")
 def store_prune(
     stage: Annotated[str | None, typer.Option(help="only this stage's records")] = None,
-    older_than_days: Annotated[float, typer.Option(help="only records older than this")] = 0.0,
+    older_than_days: Annotated[float | None, typer.Option(help="only records older than this")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="every record and all unfinished work")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove records and unfinished work that nobody is building."""
+    """Remove damaged records, and what the options choose, unless it is being built."""
     from edgedistill import store as module
 
-    removed = module.store_prune(the_store(), stage=stage, older_than_days=older_than_days)
+    removed = module.store_prune(the_store(), stage=stage, older_than_days=older_than_days, everything=everything)
     emit(as_json, {"removed": removed}, "\n".join(removed) or "nothing to remove")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 EXIT_DONE = 0
 EXIT_BUG = 1
@@ -27,6 +28,7 @@ class EdgedistillError(Exception):
         super().__init__(f"{cause}\n{remedy}" if remedy else cause)
         self.cause = cause
         self.remedy = remedy
+        self.results: Any = None  # what was finished when it was raised, for a caller that shows it
 
     def __reduce__(self) -> tuple[type[EdgedistillError], tuple[str, str]]:
         return type(self), (self.cause, self.remedy)

@@ -146,7 +146,7 @@ def artifact_plan(shape: Shape, recipe: Recipe, target: Target, format_: str, qu
     context = context_of(recipe, target, shape)
     size = sizes.artifact_bytes(shape, format_, quantization)
     cache = sizes.kv_cache_bytes(shape, context, format_, quantization)
-    floats = "F16" if format_ == "gguf" or quantization == "FP16" else "FP32"
+    floats = "F16" if format_ == "gguf" else "FP32"
     scratch = sizes.compute_buffer_bytes(shape, context)
     runtime = int(target.runtime_bytes.value) + scratch
     # The ceiling is at the least that decoding reads: the cache as the bench's prompt leaves it.

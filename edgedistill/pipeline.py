@@ -24,7 +24,7 @@ from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
 from edgedistill.records import Artifact, DataResult, Latency, Retention, Shape, StudentResult, TeacherResult
 from edgedistill.store import Store, Stored
-from edgedistill.targets import Target
+from edgedistill.targets import Target, parse_artifact
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,12 @@ def build(
         passed = all(item.retention.gate.passed for item in finished)
         path = bundle(recipe, target, trained, finished, store=store, out=out, progress=progress) if passed else None
         built.append(Built(target, path, finished))
-    _raise_failed_gates(built)
-    _raise_broken_limits(built)
+    try:
+        _raise_failed_gates(built)
+        _raise_broken_limits(built)
+    except (GateFailed, LimitBroken) as error:
+        error.results = (trained, built)
+        raise
     return trained, built
 
 
@@ -92,6 +96,7 @@ def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store) -> Pla
     while not room.exists():
         room = room.parent
     student = _given_student_shape(recipe)
+    _require_exportable(recipe, targets)
     sizes_only = plan(recipe, targets, teacher=teacher, teacher_parameters=parameters, student=student)
     return plan(
         recipe,
@@ -236,6 +241,24 @@ def _teacher_sizes(recipe: Recipe) -> tuple[Shape, int]:
         return shape, shape.parameters
     folder = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
     return folder.shape, folder.shape.parameters
+
+
+def _require_exportable(recipe: Recipe, targets: Sequence[Target]) -> None:
+    """What the exporters would refuse after hours of training is refused now. UserError."""
+    if recipe.teacher.model is None:
+        return
+    folder = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
+    formats = {parse_artifact(artifact)[0] for target in targets for artifact in artifacts_of(recipe, target)}
+    if "gguf" in formats:
+        from edgedistill.gguf.architectures import rope_of
+        from edgedistill.gguf.tokenizer import read_tokenizer
+
+        read_tokenizer(folder.path, vocab_size=folder.shape.vocab_size)
+        rope_of(folder.config, folder.shape, where=str(folder.path / "config.json"))
+    if "onnx" in formats:
+        from edgedistill.onnx.decoder import require_runnable_heads
+
+        require_runnable_heads(folder.shape, where=str(folder.path))
 
 
 def _given_student_shape(recipe: Recipe) -> Shape | None:

@@ -343,10 +343,7 @@ def store_adopt(store: Store) -> list[dict[str, Any]]:
     for stage in ADOPTABLE:
         for folder in sorted(store.root.glob(f"records/{stage}/*")):
             record = _read_record(folder)
-            if record is None or any(
-                not (folder / e["path"]).is_file() or sha256_of(folder / e["path"]) != e["sha256"]
-                for e in record["files"]
-            ):
+            if record is None or not _whole(folder):
                 continue
             before = record["inputs"]["versions"]
             inputs = {**record["inputs"], "versions": versions(*before)}
@@ -362,15 +359,32 @@ def store_adopt(store: Store) -> list[dict[str, Any]]:
     return adopted
 
 
-def store_prune(store: Store, *, stage: str | None = None, older_than_days: float = 0.0) -> list[str]:
-    """Remove records and unfinished work (of one stage, or older than so many days); what was removed.
+def store_prune(
+    store: Store, *, stage: str | None = None, older_than_days: float | None = None, everything: bool = False
+) -> list[str]:
+    """Remove what is damaged, and with a filter, or `everything`, records and unfinished work; what was removed.
 
-    A folder that another process holds locked is left alone.
+    Without a filter only records go that cannot be read or whose files are not what they were. A folder that another
+    process is building is left alone. Raises UserError where `everything` and a filter are both given.
     """
-    removed = []
-    limit = time.time() - older_than_days * 86400
-    for row in store_list(store):
-        if (stage is not None and row["stage"] != stage) or row["written_unix_s"] > limit:
+    if everything and (stage is not None or older_than_days is not None):
+        raise UserError("--all with --stage or --older-than-days", "give --all alone, or the filters alone")
+    chosen = []
+    if everything or stage is not None or older_than_days is not None:
+        limit = time.time() - (older_than_days or 0.0) * 86400
+        chosen = [
+            row
+            for row in store_list(store)
+            if (stage is None or row["stage"] == stage) and row["written_unix_s"] <= limit
+        ]
+    damaged = [
+        {"stage": folder.parent.name, "key": folder.name, "path": str(folder)}
+        for folder in sorted(store.root.glob("records/*/*"))
+        if not _whole(folder)
+    ]
+    removed: list[str] = []
+    for row in [*damaged, *chosen]:
+        if row["path"] in removed:
             continue
         lock = store.lock(f"{row['stage']}-{row['key']}")
         try:
@@ -380,3 +394,14 @@ def store_prune(store: Store, *, stage: str | None = None, older_than_days: floa
             continue
         removed.append(row["path"])
     return removed
+
+
+def _whole(folder: Path) -> bool:
+    """A record that reads, and whose files have their sizes and hashes."""
+    record = _read_record(folder)
+    return record is not None and all(
+        (folder / e["path"]).is_file()
+        and (folder / e["path"]).stat().st_size == e["bytes"]
+        and sha256_of(folder / e["path"]) == e["sha256"]
+        for e in record["files"]
+    )

@@ -158,6 +158,32 @@ def test_config_of_another_model(command, broken):
     refused(command("export", "--student", str(broken)), "embedding")
 
 
+def test_a_teacher_with_a_hole_is_refused(command, broken):
+    """transformers would fill the missing tensor with random numbers."""
+    from safetensors.torch import load_file, save_file
+
+    file = safetensors(broken)
+    tensors = load_file(file)
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    save_file(tensors, file)
+    refused(command("build", "-t", "phone", "--teacher", str(broken)), "q_proj.weight", "missing")
+
+
+def test_a_tokenizer_larger_than_the_embedding(command, broken):
+    tokenizer = json.loads((broken / "tokenizer.json").read_text())
+    added = {"id": 5000, "content": "<far>", "single_word": False, "lstrip": False, "rstrip": False}
+    tokenizer["added_tokens"].append({**added, "normalized": False, "special": True})
+    (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused(command("build", "-t", "phone", "--teacher", str(broken)), "5,000", "resize")
+
+
+def test_a_tokenizer_that_cannot_be_exported_is_refused_before_training(command, broken):
+    tokenizer = json.loads((broken / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
+    (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused(command("plan", "-t", "phone", "--teacher", str(broken)), "tokenizer.json")
+
+
 def test_a_file_is_no_model(command, teacher):
     refused(command("export", "--student", str(safetensors(teacher))), "is a file")
 

@@ -87,6 +87,10 @@ def test_a_gate_out_of_reach_exits_3_and_leaves_the_reports(built):
     retention = json.loads((folder / "retention.json").read_text())
     assert retention["gate"] == {"min_retention": 5.0, "on": "ci95_low", "passed": False}
     assert len(retention["rungs"]) == 4
+    assert "FAILED" in done.stderr
+    shown = built("build", built.recipe(), *TARGETS, "--min-retention", "5", "--out", "gated", "--json")
+    assert shown.returncode == 3
+    assert json.loads(shown.stdout)["bundles"][0]["bundle"] is None
     assert not (built.folder / "gated").exists() or not any((built.folder / "gated").iterdir())
 
 

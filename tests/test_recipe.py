@@ -58,6 +58,8 @@ def test_every_shipped_recipe_loads(name):
         ("student: {compression: 0.5}", "student.compression = 0.5", ""),
         ("data: {split: both}", "data.split = 'both'", ""),
         ("verify: {min_retention: -1}", "verify.min_retention = -1", ""),
+        ("seed: '3'", "seed = '3'", ""),
+        ("distill: {batch_sequences: true}", "distill.batch_sequences = True", ""),
     ],
 )
 def test_wrong_recipes(text, cause, remedy):

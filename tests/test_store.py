@@ -157,7 +157,7 @@ def test_prune_leaves_what_is_being_built(tmp_path):
     store.run("old", {}, builder(), Number)
     busy = store.run("busy", {}, builder(), Number)
     with store.lock(f"busy-{busy.key}"):
-        removed = store_prune(Store(tmp_path))
+        removed = store_prune(Store(tmp_path), everything=True)
     assert len(removed) == 1
     assert store.find("busy", {}, Number) is not None
     assert store_prune(store, stage="nothing") == []
@@ -199,3 +199,19 @@ def test_a_damaged_student_is_not_adopted(tmp_path):
     made = store.run("student", {"versions": {"numpy": "0.0.1"}}, builder(), Number)
     (made.directory / "folder" / "data.bin").write_bytes(b"x")
     assert store_adopt(store) == []
+
+
+def test_a_bare_prune_removes_only_what_is_damaged(tmp_path):
+    store = Store(tmp_path)
+    good = store.run("good", {}, builder(), Number)
+    bad = store.run("bad", {}, builder(), Number)
+    worse = store.run("worse", {}, builder(), Number)
+    (bad.directory / "record.json").write_text("{")
+    data = bytearray((worse.directory / "folder" / "data.bin").read_bytes())
+    data[5] ^= 1
+    (worse.directory / "folder" / "data.bin").write_bytes(data)
+    assert sorted(store_prune(store)) == sorted([str(bad.directory), str(worse.directory)])
+    assert good.directory.is_dir()
+    assert store_verify(store) == []
+    with pytest.raises(UserError):
+        store_prune(store, everything=True, stage="good")

@@ -41,6 +41,15 @@ LOG_LINES_SHOWN = 6
 TOKENIZER_FILE = "tokenizer.json"
 
 
+def require_runnable_heads(shape: Shape, *, where: str) -> None:
+    """UserError for a head size that onnxruntime cannot run."""
+    if shape.head_dim % HEAD_MULTIPLE:
+        raise UserError(
+            f"{where}: heads of {shape.head_dim}; onnxruntime's GroupQueryAttention takes multiples of {HEAD_MULTIPLE}",
+            "export as GGUF, or train a student with another head_dim",
+        )
+
+
 def export_onnx(
     checkpoint: Path,
     out: Path,
@@ -103,11 +112,7 @@ def _checked(checkpoint: Path) -> tuple[dict[str, Any], Shape]:
     architecture = architecture_of(config, where=where)
     shape = shape_from_config(config, where=where)
     rope_of(config, shape, where=where)
-    if shape.head_dim % HEAD_MULTIPLE:
-        raise UserError(
-            f"{where}: heads of {shape.head_dim}; onnxruntime's GroupQueryAttention takes multiples of {HEAD_MULTIPLE}",
-            "export as GGUF, or train a student with another head_dim",
-        )
+    require_runnable_heads(shape, where=where)
     expected = {k: s.shape for k, s in tensor_map(shape, architecture).items()}
     kept = {k: v for k, v in stored.items() if not k.endswith("inv_freq")}
     if shape.tie_word_embeddings:
