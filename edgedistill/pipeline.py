@@ -132,7 +132,7 @@ def distill(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress
             f" part ({data.result.overlap['share_of_13_word_runs']:.2%} of such runs)"
         )
     teacher = obtain_teacher(recipe, data=data, store=store, progress=progress)
-    progress.say(f"teacher: {teacher.parameters:,} parameters, {teacher.name}")
+    progress.say(f"teacher: {teacher.name}, {teacher.parameters:,} parameters")
     student = train_student(recipe, shape=planned.student, teacher=teacher, data=data, store=store, progress=progress)
     _say(progress, student, f"{student.result.parameters:,} parameters")
     return Trained(planned, data, teacher, student)

@@ -134,7 +134,7 @@ def _train(recipe: Recipe, data: Stored[DataResult], work: Work, progress: Progr
     model.cpu().to(torch.bfloat16).save_pretrained(folder)
     return TeacherResult(
         origin="trained",
-        name=f"trained on {data.result.source}",
+        name=f"a teacher trained on {data.result.source}",
         path="model",
         shape=shape,
         parameters=shape.parameters,
