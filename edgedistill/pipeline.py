@@ -18,7 +18,7 @@ from edgedistill import machine
 from edgedistill.data.prepare import prepare_data
 from edgedistill.errors import GateFailed, LimitBroken, UserError
 from edgedistill.fit import artifacts_of
-from edgedistill.models import open_model
+from edgedistill.models import open_model, require_same_tokenizer
 from edgedistill.plan import Plan, plan
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
@@ -266,7 +266,11 @@ def _given_student_shape(recipe: Recipe) -> Shape | None:
     if recipe.student.start == "pretrained":
         if recipe.student.model is None:
             raise UserError("student.start is pretrained but no student.model is named", "give --student FOLDER")
-        return open_model(recipe.student.model, revision=recipe.student.revision, role="student").shape
+        student = open_model(recipe.student.model, revision=recipe.student.revision, role="student")
+        if recipe.teacher.model is not None:
+            named = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
+            require_same_tokenizer(named.path, student.path)
+        return student.shape
     if recipe.student.start == "layers":
         teacher, _ = _teacher_sizes(recipe)
         asked = recipe.student.shape.num_hidden_layers
