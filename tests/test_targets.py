@@ -236,6 +236,8 @@ def test_boundaries_are_allowed(tmp_path: Path) -> None:
         ("a: &x [1, 2]\nb: *x\n", "uses no aliases"),
         ("a: &a [x]\nb: &b [*a, *a, *a, *a]\nc: [*b, *b, *b, *b]\n", "uses no aliases"),
         ("name: a\nname: b\n", "stands twice"),
+        ("a: " + "[" * 60000 + "]" * 60000, "nested more than"),
+        ("[" * 200000, "nested more than"),
         ("? [a, b]\n: 1\n", "not plain text"),
         ("[" * 3000, "target profile"),
         ("name: 2020-99-99\n", "target profile"),
