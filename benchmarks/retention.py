@@ -5,7 +5,7 @@ Per seed, with its own teacher:
   plain             the same student, start, data, steps and optimizer, cross-entropy instead of the teacher
   plain, all text   the plain student with all of the teacher's training text instead of the student's quarter
 
-Claims, per seed: retention (perplexity, F16 weights in torch) at least 0.85 at a quarter or less of the parameters;
+Claims, per seed: retention (perplexity, trained weights in torch, fp32) at least 0.85 at a quarter or less of the parameters;
 plain at least 1.3 x the teacher's perplexity (else the teacher proves nothing); gap recovered at least 0.8;
 Q4_K_M costs at most 2 % of perplexity against F16, both in llama.cpp. Intervals: 95 %, paired bootstrap over documents.
 """
