@@ -235,7 +235,7 @@ def _training_memory(
         if needs(sequences) > most:
             most = needs(sequences)
             source = (
-                f"{what}: weights, gradients, AdamW, teacher, activations and logits of "
+                f"{what}: weights, gradients, two optimizer moments, teacher, activations and logits of "
                 f"{sequences} x {training.context_tokens} tokens"
             )
     return Figure(value=most, unit="B", basis="derived", source=source)

@@ -185,7 +185,7 @@ def _check_hashes(
             raise UserError(f"{folder / path} cannot be read: {error.strerror}", "make it readable") from error
         if found == hashes[path]:
             continue
-        shown = f"{path} and {SUMS} disagree (sha256 {found[:12]}…, listed {hashes[path][:12]}…): "
+        shown = f"{path} and {SUMS} disagree (sha256 {found}, listed {hashes[path]}): "
         if path == MANIFEST:
             file_is_whole = self_hash_holds(manifest_data)
             by = f"by the hash that {MANIFEST} holds of itself"
