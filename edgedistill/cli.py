@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -39,6 +39,7 @@ from edgedistill.cli_options import (
     require_local,
     the_store,
 )
+from edgedistill.launch import asked_world
 
 # Typer carries its own copy of click from 0.29 on; this is its ClickException either way.
 ClickException: Any = typer.BadParameter.__mro__[2]
@@ -60,10 +61,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Distil a large model into a small one that a device can run, and prove what it kept and how fast it is.",
 )
+teacher_app = typer.Typer(no_args_is_help=True, help="The teacher's signals.")
 bundle_app = typer.Typer(cls=FallThrough, help="Write a bundle ([RECIPE] --target NAME), or verify one.")
 targets_app = typer.Typer(no_args_is_help=True, help="Device profiles.")
 recipes_app = typer.Typer(no_args_is_help=True, help="Recipes that ship with edgedistill.")
 store_app = typer.Typer(no_args_is_help=True, help="What finished work is kept.")
+app.add_typer(teacher_app, name="teacher")
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(targets_app, name="targets")
 app.add_typer(recipes_app, name="recipes")
@@ -152,6 +155,25 @@ def distill(
     )  # fmt: skip
     trained = pipeline.distill(asked, chosen_targets(target), store=the_store(), progress=progress_of(quiet, verbose))
     emit(as_json, show.trained_json(trained), show.trained_text(trained))
+
+
+@teacher_app.command("cache")
+def teacher_cache(
+    recipe: RecipeArgument = None,
+    sets: Sets = None,
+    teacher: TeacherOption = None,
+    data: DataOption = None,
+    document_separator: Separator = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run the teacher over the text once and keep its signals; `distill` reads them where teacher_signals is cached."""
+    from edgedistill import pipeline, show
+
+    asked = asked_recipe(recipe, sets, teacher=teacher, data=data, document_separator=document_separator)
+    place, made = pipeline.cache_teacher(asked, store=the_store(), progress=progress_of(quiet, verbose))
+    emit(as_json, made.model_dump(mode="json"), show.signals_text(place, made))
 
 
 @app.command()
@@ -392,6 +414,22 @@ def version(as_json: Json = False) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Run a command. Of several ranks each one ends at once: a process group that is not taken down aborts Python."""
+    if asked_world() == 1:
+        run(arguments)
+    try:
+        run(arguments)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else errors.EXIT_BUG
+    except BaseException:
+        traceback.print_exc()
+        code = errors.EXIT_BUG
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run(arguments: list[str] | None = None) -> NoReturn:
     """Run a command; every expected error ends here, with its exit code and no traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -433,6 +471,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _complain(cause: str, remedy: str) -> None:
-    print(f"error: {cause}", file=sys.stderr)
+    who = f" (rank {os.environ.get('RANK', '?')})" if asked_world() > 1 else ""
+    print(f"error{who}: {cause}", file=sys.stderr)
     if remedy:
         print(f"  try: {remedy}", file=sys.stderr)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from edgedistill import errors
+from edgedistill.launch import is_follower
 from edgedistill.progress import Progress
 
 RecipeArgument = Annotated[
@@ -34,11 +35,14 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="more detail")]
 
 
 def emit(as_json: bool, document: Any, text: str) -> None:
+    """The result on standard output; of several ranks the first one prints."""
+    if is_follower():
+        return
     print(json.dumps(document, indent=2, default=str) if as_json else text)
 
 
 def progress_of(quiet: bool, verbose: bool) -> Progress:
-    return Progress(level=0 if quiet else 2 if verbose else 1)
+    return Progress(level=0 if quiet or is_follower() else 2 if verbose else 1)
 
 
 def asked_recipe(recipe: str | None, sets: list[str] | None, **named: Any) -> Any:
@@ -60,7 +64,7 @@ def asked_recipe(recipe: str | None, sets: list[str] | None, **named: Any) -> An
         overrides += [f"student.model={json.dumps(named['student'], ensure_ascii=False)}", "student.start=pretrained"]
     if recipe is None:
         recipe = "own" if any(named.get(name) is not None for name in ("teacher", "student", "data")) else "quickstart"
-        if recipe == "own":
+        if recipe == "own" and not is_follower():
             print("no recipe named: using the built-in 'own' (see `edgedistill recipes show own`)", file=sys.stderr)
     return load_recipe(recipe, [*overrides, *(sets or [])])
 
@@ -70,7 +74,7 @@ def chosen_targets(names: list[str]) -> Any:
 
     targets = [load_target(name) for name in names]
     for name, target in zip(names, targets, strict=True):
-        if name in target.aliases:
+        if name in target.aliases and not is_follower():
             print(f"target {name} is {target.name}", file=sys.stderr)
     unique = {target.name: target for target in targets}
     return list(unique.values())

@@ -18,11 +18,21 @@ from edgedistill import machine
 from edgedistill.data.prepare import prepare_data
 from edgedistill.errors import GateFailed, LimitBroken, UserError
 from edgedistill.fit import artifacts_of
+from edgedistill.launch import is_follower
 from edgedistill.models import open_model, require_same_tokenizer
-from edgedistill.plan import Plan, plan
+from edgedistill.plan import Plan, plan, refuse_signals
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
-from edgedistill.records import Artifact, DataResult, Latency, Retention, Shape, StudentResult, TeacherResult
+from edgedistill.records import (
+    Artifact,
+    DataResult,
+    Latency,
+    Retention,
+    Shape,
+    SignalsResult,
+    StudentResult,
+    TeacherResult,
+)
 from edgedistill.store import Store, Stored
 from edgedistill.targets import Target, parse_artifact
 
@@ -64,10 +74,13 @@ def build(
 
     Raises UserError before any work where the plan refuses; GateFailed after all targets are done where an
     artifact kept too little (its reports stay in the store, named in the error); LimitBroken likewise where a
-    finished artifact breaks a limit of its target.
+    finished artifact breaks a limit of its target. Of several processes (torchrun, `accelerate launch`) all train;
+    what follows is the first one's work, the others return with nothing built.
     """
     trained = distill(recipe, targets, store=store, progress=progress)
-    built = []
+    built: list[Built] = []
+    if is_follower():
+        return trained, built
     for target in targets:
         finished = []
         for artifact in artifacts_of(recipe, target):
@@ -113,6 +126,7 @@ def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store) -> Pla
 
 def distill(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress: Progress = QUIET) -> Trained:
     """Plan, data, teacher and a student that fits all targets; whatever the store has is reused."""
+    from edgedistill.distill.ranks import leave
     from edgedistill.distill.stage import distill as train_student
     from edgedistill.distill.teacher import obtain_teacher
 
@@ -135,7 +149,24 @@ def distill(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress
     progress.say(f"teacher: {teacher.name}, {teacher.parameters:,} parameters")
     student = train_student(recipe, shape=planned.student, teacher=teacher, data=data, store=store, progress=progress)
     _say(progress, student, f"{student.result.parameters:,} parameters")
+    leave()
     return Trained(planned, data, teacher, student)
+
+
+def cache_teacher(recipe: Recipe, *, store: Store, progress: Progress = QUIET) -> tuple[str, SignalsResult]:
+    """The teacher's signals on disk, as the recipe's `distill.cache` asks: where they lie, and how large they are."""
+    from edgedistill.distill.ranks import leave
+    from edgedistill.distill.stage import cache_signals
+    from edgedistill.distill.teacher import obtain_teacher
+
+    refuse_signals(recipe)
+    data = prepare_data(recipe.data, store=store, progress=progress)
+    _say(progress, data, f"{data.result.parts['train'].documents:,} documents")
+    teacher = obtain_teacher(recipe, data=data, store=store, progress=progress)
+    progress.say(f"teacher: {teacher.name}, {teacher.parameters:,} parameters")
+    made = cache_signals(recipe, teacher=teacher, data=data, store=store, progress=progress)
+    leave()
+    return made
 
 
 def export(

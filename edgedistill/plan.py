@@ -37,6 +37,7 @@ F16_BYTES_A_PARAMETER = 2
 # Text, split parts, tokenized data, reports, golden vectors.
 DISK_FOR_DATA_BYTES = 200_000_000
 # Python, torch and the data beside the tensors.
+NEEDS_ALL_LOGITS = ("reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "taid", "total_variation")
 TRAINING_PROCESS_BYTES = 1_000_000_000
 
 
@@ -85,6 +86,7 @@ def plan(
     """
     if not targets:
         raise UserError("no target", "name one: --target jetson (see `edgedistill targets list`)")
+    refuse_signals(recipe)
     parameters = teacher.parameters if teacher_parameters is None else teacher_parameters
     hits = dict(store_hits or {})
     wanted = [(target, *parse_artifact(a)) for target in targets for a in artifacts_of(recipe, target)]
@@ -128,6 +130,24 @@ def plan(
             machine_cores,
         ),
     )  # fmt: skip
+
+
+def refuse_signals(recipe: Recipe) -> None:
+    """Refuse caches that cannot teach what the losses ask. UserError.
+
+    A sample of the teacher's distribution is unbiased for forward KL (and gives nothing to cross-entropy, which needs
+    none) at the temperature it was drawn at; top-k entries likewise hold no other loss.
+    """
+    settings = recipe.distill
+    if settings.teacher_signals != "cached" or settings.cache.kind not in ("sampled", "topk"):
+        return
+    others = [name for name in NEEDS_ALL_LOGITS if getattr(settings, name) > 0]
+    if others:
+        raise UserError(
+            f"distill.cache.kind is {settings.cache.kind}, which serves forward_kl and cross_entropy alone, and"
+            f" distill.{others[0]} is {getattr(settings, others[0]):g}",
+            "set distill.cache.kind to hidden or dense, or distill.teacher_signals=live",
+        )
 
 
 def plan_rows(plan: Plan) -> list[tuple[str, str, str, str]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from edgedistill.errors import UserError, did_you_mean
 
@@ -55,7 +55,9 @@ class Training(Section):
     context_tokens: int = Field(512, ge=8, le=1 << 20, description="length of a packed sequence")
     batch_sequences: int = Field(16, ge=1, description="packed sequences an optimizer step")
     micro_batch_sequences: int | None = Field(None, ge=1, description="sequences a forward pass; default: the batch")
-    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: for the layers' matrices, AdamW elsewhere")
+    optimizer: Literal["adamw", "muon", "adamw8bit"] = Field(
+        "adamw", description="muon: for the layers' matrices, AdamW elsewhere; adamw8bit: bitsandbytes"
+    )
     learning_rate: float = Field(1e-3, gt=0, le=10, description="AdamW's peak")
     muon_learning_rate: float = Field(0.02, gt=0, le=10, description="Muon's peak, where it is used")
     warmup_share: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising rate")
@@ -68,6 +70,20 @@ class Training(Section):
     evaluate_every_share: float = Field(0.1, gt=0, le=1, description="evaluations, as a share of the steps")
     patience: int = Field(0, ge=0, description="evaluations without a better one before stopping; 0: never stop early")
     checkpoint_every_s: float = Field(30.0, gt=0, description="seconds between checkpoints")
+    attention: Literal["packed", "documents"] = Field(
+        "packed", description="packed: over the whole packed sequence; documents: each document sees itself alone"
+    )
+    activation_checkpointing: bool = Field(False, description="recompute layers in the backward pass: less memory")
+    compile: bool = Field(False, description="torch.compile the model's body")
+    on_bad_step: Literal["stop", "skip"] = Field(
+        "stop", description="at a loss or gradient that is not finite, or a spike: stop, or skip that batch"
+    )
+    spike_factor: float = Field(
+        20.0, gt=1, description="a loss above so many times the median of the last 64 steps is a spike"
+    )
+    tracker: str | None = Field(
+        "tensorboard", description="where every step's figures go: tensorboard, or another that accelerate knows"
+    )
 
 
 class TeacherTraining(Training):
@@ -82,15 +98,29 @@ class Teacher(Section):
 
     model: str | None = Field(None, description="folder or hub id; none: train one (`teacher.train`)")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    precision: Literal["auto", "fp32", "bf16", "int8", "nf4"] = Field(
+        "auto",
+        description="of its weights while it teaches; auto: bf16 on a GPU, fp32 on a CPU; int8, nf4: bitsandbytes",
+    )
+    placement: Literal["auto", "offload", "shard"] = Field(
+        "auto",
+        description="auto: beside the student; offload: on the CPU, layer by layer; shard: over the ranks (FSDP)",
+    )
     train: TeacherTraining = TeacherTraining()
 
 
 class Student(Section):
     """The small model."""
 
-    start: Literal["fresh", "pretrained", "layers"] = Field(
-        "fresh", description="fresh: designed; pretrained: `student.model`; layers: cut from the teacher's"
+    start: Literal["fresh", "pretrained", "layers", "width", "both"] = Field(
+        "fresh",
+        description="fresh: designed; pretrained: `student.model`; layers: some of the teacher's; width: its widths"
+        " pruned by activation importance; both: layers and widths",
     )
+    layer_choice: Literal["uniform", "first", "last", "importance"] = Field(
+        "uniform", description="which of the teacher's layers are kept"
+    )
+    trim_vocabulary: bool = Field(False, description="keep only the tokens that the data uses (cut starts)")
     model: str | None = Field(None, description="folder or hub id of a pretrained student")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     compression: float = Field(4.0, ge=1, le=10000, description="teacher's parameters ÷ student's, at least")
@@ -103,6 +133,8 @@ class Data(Section):
     source: str = Field("python-docs", description="python-docs, a file, a folder, or a hub id")
     subset: str | None = Field(None, description="configuration of a hub dataset")
     text_column: str = Field("text", description="column of .jsonl, .csv, .parquet and hub data that holds the text")
+    streaming: bool = Field(False, description="read a dataset row by row up to max_documents, without downloading it")
+    max_documents: int | None = Field(None, ge=1, description="the first so many documents; required with streaming")
     document_separator: str | None = Field(
         None, min_length=1, description="what ends a document in a text file; default: a blank line, or a line each"
     )
@@ -118,17 +150,60 @@ class Data(Section):
     eval_share: float = Field(0.05, gt=0, lt=0.9, description="held out: of the documents (hash), of the lines (tail)")
     calibration_share: float = Field(0.05, gt=0, lt=0.9, description="for evaluation while training; counted likewise")
 
+    @model_validator(mode="after")
+    def _streams_end(self) -> Data:
+        if self.streaming and self.max_documents is None:
+            raise ValueError("streaming needs max_documents: how many documents to read")
+        return self
+
+
+class Cache(Section):
+    """The teacher's signals on disk."""
+
+    kind: Literal["sampled", "topk", "dense", "hidden"] = Field(
+        "sampled",
+        description="sampled: draws from the teacher's distribution (unbiased for forward KL); topk: its largest"
+        " probabilities and their tail; dense: all logits; hidden: the states after its final norm (exact)",
+    )
+    draws: int = Field(50, ge=1, le=64, description="samples a token (sampled)")
+    top_k: int = Field(50, ge=1, le=4096, description="kept entries a token (topk)")
+    url: str | None = Field(None, description="folder or fsspec URL; default: in the store")
+    hidden_layers: list[int] = Field([], description="layers whose hidden states are kept too")
+    attention_layers: list[int] = Field([], description="layers whose attention maps are kept too")
+
+
+class Lora(Section):
+    """Low-rank adapters on a frozen student, merged before export (Hu et al. 2021)."""
+
+    rank: int = Field(0, ge=0, le=1024, description="0: none, all weights are trained")
+    alpha: float = Field(16.0, gt=0, description="adapters count alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' input")
+    targets: list[str] = Field([], description="names of linear layers; empty: all but the output head")
+    base: Literal["fp32", "nf4", "int8"] = Field("fp32", description="the frozen weights; nf4: QLoRA")
+
 
 class Distill(Training):
     """The student's training: Training's fields, and the losses."""
 
     forward_kl: float = Field(1.0, ge=0, description="weight of KL(teacher ‖ student)")
+    reverse_kl: float = Field(0.0, ge=0, description="weight of KL(student ‖ teacher)")
+    jsd: float = Field(0.0, ge=0, description="weight of the generalised Jensen-Shannon divergence")
+    skewed_kl: float = Field(0.0, ge=0, description="weight of KL(teacher ‖ skew·teacher + (1−skew)·student)")
+    skewed_reverse_kl: float = Field(0.0, ge=0, description="weight of KL(student ‖ (1−skew)·teacher + skew·student)")
+    taid: float = Field(0.0, ge=0, description="weight of TAID: KL to a teacher that moves from student to teacher")
+    total_variation: float = Field(0.0, ge=0, description="weight of half the L1 distance of the probabilities")
     cross_entropy: float = Field(0.0, ge=0, description="weight of the next token's cross-entropy")
-    temperature: float = Field(1.0, gt=0, le=100, description="of the forward KL, scaled by its square")
+    temperature: float = Field(1.0, gt=0, le=100, description="of teacher and student in all but cross_entropy, × T²")
+    jsd_beta: float = Field(0.5, gt=0, lt=1, description="the teacher's share in jsd's mixture")
+    skew: float = Field(0.1, gt=0, lt=1, description="of the skewed divergences")
+    taid_start: float = Field(0.4, ge=0, le=1, description="the teacher's share in TAID at the first step")
+    taid_end: float = Field(1.0, ge=0, le=1, description="and at the last")
     documents_share: float = Field(1.0, gt=0, le=1, description="share of the training documents the student sees")
     teacher_signals: Literal["auto", "live", "cached"] = Field(
         "auto", description="cached: the teacher runs once over the text; auto: where that pays and fits"
     )
+    cache: Cache = Cache()
+    lora: Lora = Lora()
 
 
 class Export(Section):

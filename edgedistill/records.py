@@ -106,6 +106,19 @@ class TrainResult(Record):
     history: list[dict[str, float]]
     loss: str
     precision: str
+    skipped_steps: list[int] = []
+    micro_batch_sequences: int = 0
+    ranks: int = 1
+
+
+class SignalsResult(Record):
+    """A cache of the teacher's signals. `path` is relative to the record; `tokens` are the packed sequences'."""
+
+    path: str
+    kind: str
+    tokens: int
+    bytes: int
+    bytes_per_token: float
 
 
 class TeacherResult(Record):
@@ -126,12 +139,14 @@ class StudentResult(Record):
     """A trained (or given) student: `model/` in its record's folder, as transformers saves it."""
 
     path: str
-    start: Literal["fresh", "pretrained", "layers", "given"]
+    start: Literal["fresh", "pretrained", "layers", "width", "both", "given"]
+    start_details: dict[str, Any] = {}
     shape: Shape
     parameters: int
     weights_sha256: str
     tokenizer_sha256: str
     teacher_weights_sha256: str | None = None
+    signals: str = "none"
     training: TrainResult | None = None
     adopted: bool = False
 

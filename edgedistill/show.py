@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgedistill.records import Artifact, Latency, Retention
+from edgedistill.records import Artifact, Latency, Retention, SignalsResult
 
 if TYPE_CHECKING:
     from edgedistill.bundle.check import BundleCheck
@@ -66,6 +66,14 @@ def trained_json(trained: Trained) -> dict[str, Any]:
         "student": trained.student.result.model_dump(mode="json")
         | {"path": str(trained.student.directory / trained.student.result.path), "reused": trained.student.reused},
     }
+
+
+def signals_text(place: str, made: SignalsResult) -> str:
+    """Where a cache of the teacher's signals lies, and what it costs."""
+    return (
+        f"{made.kind} signals of {made.tokens:,} tokens: {human_bytes(made.bytes)},"
+        f" {made.bytes_per_token:.1f} bytes a token\n{place}"
+    )
 
 
 def trained_text(trained: Trained) -> str:

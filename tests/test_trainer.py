@@ -2,72 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
+import itertools
+import json
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from training_models import KL, VOCAB, documents, model, packed, run, same, settings
 
+from edgedistill.distill import trainer
 from edgedistill.distill.losses import LossSpec
-from edgedistill.distill.signals import CachedSignals, LiveSignals
-from edgedistill.distill.trainer import rate_share, total_steps, train
-from edgedistill.errors import EdgedistillError
+from edgedistill.distill.model_parts import final_hidden
+from edgedistill.distill.ranks import ranks_here
+from edgedistill.distill.signals import LiveSignals, MixedSignals, cache_hidden
+from edgedistill.distill.trainer import rate_share, total_steps
+from edgedistill.errors import EdgedistillError, UserError
 from edgedistill.recipe import Training
-from edgedistill.tasks.causal_lm import Packed, pack, scoring_windows
-
-VOCAB = 64
-
-
-def model(seed: int = 0, hidden: int = 32) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True,
-        )
-    )  # fmt: skip
-
-
-def documents(count: int = 40) -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
-    return [np.cumsum(rng.integers(0, 3, size=60)).astype(np.int32) % VOCAB for _ in range(count)]
-
-
-def packed() -> Packed:
-    return pack(documents(), context=16, seed=1, eos=None, bos=None)
-
-
-def settings(**changes) -> Training:
-    base = {"tokens": 16 * 4 * 12, "context_tokens": 16, "batch_sequences": 4, "optimizer": "muon", "precision": "fp32"}
-    return Training(**{**base, **changes})
-
-
-CE = LossSpec(forward_kl=0.0, cross_entropy=1.0, temperature=1.0, vocab=VOCAB)
-KL = LossSpec(forward_kl=1.0, cross_entropy=0.0, temperature=1.0, vocab=VOCAB)
-
-
-def run(student, state: Path, loss=CE, signals=None, **changes):
-    windows = scoring_windows(documents(4), context=16, stride=None, max_tokens=None)
-    return train(
-        student,
-        data=packed(),
-        evaluation=windows,
-        settings=settings(**changes),
-        loss=loss,
-        signals=signals,
-        state=state,
-    )
-
-
-def same(a, b) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+from edgedistill.tasks.causal_lm import pack
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -75,77 +26,29 @@ def same(a, b) -> bool:
 def test_resume_from_any_step_gives_the_same_bytes(tmp_path, monkeypatch, optimizer, precision):
     straight = model()
     expected = run(straight, tmp_path / "straight", optimizer=optimizer, precision=precision)
-    from edgedistill.distill import trainer
 
     class Killed(Exception):
         pass
 
-    original = trainer._step
+    original = trainer._Step.run
     for stop_at in (1, 5, 11):
         state = tmp_path / f"stop{stop_at}"
         calls = []
 
-        def dying(*args, calls=calls, stop_at=stop_at):
+        def dying(*args, calls=calls, stop_at=stop_at, **named):
             if len(calls) == stop_at:
                 raise Killed
             calls.append(1)
-            return original(*args)
+            return original(*args, **named)
 
-        monkeypatch.setattr(trainer, "_step", dying)
+        monkeypatch.setattr(trainer._Step, "run", dying)
         with pytest.raises(Killed):
             run(model(), state, optimizer=optimizer, precision=precision, checkpoint_every_s=1e-9)
-        monkeypatch.setattr(trainer, "_step", original)
+        monkeypatch.setattr(trainer._Step, "run", original)
         resumed = model(seed=99)
         result = run(resumed, state, optimizer=optimizer, precision=precision, checkpoint_every_s=1e-9)
         assert same(straight, resumed), f"resumed at step {stop_at}"
         assert [r["perplexity"] for r in result.history] == [r["perplexity"] for r in expected.history]
-
-
-SCRIPT = """
-import sys, os
-from pathlib import Path
-sys.path[:0] = {path!r}
-import torch
-torch.set_num_threads(1)
-from test_trainer import model, run
-student = model()
-run(student, Path({state!r}), checkpoint_every_s=1e-9, tokens=16 * 4 * 60)
-from safetensors.torch import save_file
-save_file({{k: v.contiguous() for k, v in dict(student.named_parameters()).items()}}, {out!r})
-"""
-
-
-def test_sigkill_during_training_and_its_checkpoint_writes_loses_nothing(tmp_path, repository):
-    """Killed again and again at growing delays until it ends by itself; the weights equal an undisturbed run's."""
-    here = str(Path(__file__).parent)
-
-    def script(name: str) -> list[str]:
-        text = SCRIPT.format(path=[here, str(repository)], state=str(tmp_path / name), out=str(tmp_path / f"{name}.st"))
-        return [sys.executable, "-c", textwrap.dedent(text)]
-
-    subprocess.run(script("straight"), check=True)
-    kills = 0
-    for _ in range(40):
-        process = subprocess.Popen(script("killed"))
-        checkpoints = tmp_path / "killed"
-        before = {p.name for p in checkpoints.glob("step-*")} if checkpoints.exists() else set()
-        try:
-            while process.poll() is None:
-                now = {p.name for p in checkpoints.glob("step-*")} if checkpoints.exists() else set()
-                if (
-                    len({int(n[5:]) for n in now} - {int(n[5:]) for n in before})
-                    and max(int(n[5:]) for n in now) >= max([int(n[5:]) for n in before], default=0) + 11
-                ):
-                    os.kill(process.pid, signal.SIGKILL)
-                    kills += 1
-                    break
-        finally:
-            process.wait()
-        if process.returncode == 0:
-            break
-    assert kills >= 3
-    first, second = load_file(tmp_path / "straight.st"), load_file(tmp_path / "killed.st")
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_micro_batches_give_the_whole_batchs_step(tmp_path):
@@ -170,15 +73,12 @@ def test_cached_signals_are_the_live_ones(tmp_path):
     teacher = model(seed=5, hidden=48)
     data = packed()
     live = LiveSignals(teacher, low_precision=False)
-    cached = CachedSignals(teacher, data, folder=tmp_path, low_precision=False)
+    cached = cache_hidden(teacher, data, folder=tmp_path / "cache", low_precision=False)
     rows = np.array([3, 0, data.sequences - 1])
     inputs = torch.from_numpy(data.sequence_ids(rows)[:, :-1])
-    a, b = live.head(rows, inputs), cached.head(rows, inputs)
+    a, b = live.batch(rows, inputs), cached.batch(rows, inputs)
     torch.testing.assert_close(a.hidden, b.hidden.float(), rtol=1e-2, atol=1e-2)
-    assert torch.equal(a.weight, b.weight)
-    stamp = (tmp_path / "hidden.bf16").stat().st_mtime_ns
-    CachedSignals(teacher, data, folder=tmp_path, low_precision=False)
-    assert (tmp_path / "hidden.bf16").stat().st_mtime_ns == stamp
+    assert torch.equal(a.head.weight, b.head.weight)
 
 
 def test_early_stopping_keeps_the_best_weights(tmp_path):
@@ -215,3 +115,149 @@ def _kl(teacher, student) -> float:
     p = torch.log_softmax(teacher(ids).logits, -1)
     q = torch.log_softmax(student(ids).logits, -1)
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_a_spike_is_skipped_where_told_to_and_its_batch_is_kept(tmp_path, monkeypatch):
+    original = trainer._Step._gradients
+
+    def leaping(self, rows, *rest):
+        sums, valid = original(self, rows, *rest)
+        if len(calls) == 20:
+            sums = {**sums, "loss": 1e6}
+        calls.append(rows.tolist())
+        return sums, valid
+
+    monkeypatch.setattr(trainer._Step, "_gradients", leaping)
+    calls: list[list[int]] = []
+    with pytest.raises(EdgedistillError, match="more than 20 times the median"):
+        run(model(), tmp_path / "stop", tokens=16 * 4 * 30)
+    calls.clear()
+    result = run(model(), tmp_path / "skip", tokens=16 * 4 * 30, on_bad_step="skip")
+    assert result.skipped_steps == [20]
+    assert result.steps == 30
+    kept = json.loads((tmp_path / "skip" / "bad-step-000000020.json").read_text())
+    assert kept["sequences"] == calls[20]
+    assert kept["token_ids"] == packed().sequence_ids(np.array(calls[20])).tolist()
+
+
+def test_a_skipped_step_changes_no_weight(tmp_path, monkeypatch):
+    """Every step but the last is a spike of NaN: after as many in a row as are borne, it stops."""
+    original = trainer._Step._gradients
+    monkeypatch.setattr(
+        trainer._Step, "_gradients", lambda self, *rest: ({**original(self, *rest)[0], "loss": float("nan")}, 64)
+    )
+    student, untouched = model(), model()
+    with pytest.raises(EdgedistillError, match="10 steps in a row were skipped already"):
+        run(student, tmp_path, on_bad_step="skip")
+    assert same(student, untouched)
+
+
+def shorten_memory(student, most: int) -> None:
+    """In training, more than `most` sequences make torch's CPU allocator fail: it is asked for too much."""
+
+    def hook(module, arguments):
+        if module.training and len(arguments[0]) > most:
+            torch.empty(1 << 60)
+
+    student.model.layers[0].register_forward_pre_hook(hook)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(tmp_path):
+    whole, short = model(), model()
+    expected = run(whole, tmp_path / "whole", tokens=16 * 4 * 3, optimizer="adamw", micro_batch_sequences=1)
+    shorten_memory(short, most=1)
+    result = run(short, tmp_path / "short", tokens=16 * 4 * 3, optimizer="adamw")
+    assert result.micro_batch_sequences == 1
+    assert result.history[-1]["loss"] == pytest.approx(expected.history[-1]["loss"], rel=1e-6)
+    assert same(whole, short)
+
+
+def test_out_of_memory_with_one_sequence_says_what_to_do(tmp_path):
+    student = model()
+    shorten_memory(student, most=0)
+    with pytest.raises(UserError, match="activation_checkpointing"):
+        run(student, tmp_path)
+
+
+def test_documents_see_themselves_alone(tmp_path):
+    """The packed hidden states of each document equal those of the document by itself; its first token is no target."""
+    texts = documents(6)
+    data = pack(texts, context=40, seed=1, eos=None, bos=None)
+    rows = np.arange(data.sequences)
+    student = model().eval()
+    inputs, positions = torch.from_numpy(data.sequence_ids(rows)[:, :-1]), torch.from_numpy(data.positions(rows))
+    with torch.no_grad():
+        together = final_hidden(student, inputs, False, positions).view(len(rows), 40, -1)
+        crossed = final_hidden(student, inputs, False).view(len(rows), 40, -1)
+        for row in range(len(rows)):
+            begins = [0, *[i for i in range(1, 40) if positions[row, i] == 0], 40]
+            for first, last in itertools.pairwise(begins):
+                single = final_hidden(student, inputs[row : row + 1, first:last], False)
+                torch.testing.assert_close(together[row, first:last], single, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together, crossed, atol=1e-3)
+    masked = np.argwhere(data.targets(rows, documents=True) == -100)
+    assert [(r * 40 + c + 1) for r, c in masked] == [s for s in data.starts.tolist() if 0 < s <= data.sequences * 40]
+    run(model(), tmp_path, data=pack(texts, context=16, seed=1, eos=None, bos=None), attention="documents")
+
+
+def test_several_teachers_average_their_probabilities(tmp_path):
+    first, second = model(seed=5, hidden=48), model(seed=6, hidden=40)
+    one, other = (LiveSignals(m, low_precision=False) for m in (first, second))
+    student = model(seed=7)
+    result = run(student, tmp_path / "both", loss=KL, signals=MixedSignals([(one, 0.5), (other, 0.5)]), tokens=16 * 4)
+    ids = torch.from_numpy(packed().sequence_ids(packed().order(0)[:4])[:, :-1])
+    with torch.no_grad():
+        p = 0.5 * first(ids).logits.softmax(-1) + 0.5 * second(ids).logits.softmax(-1)
+        q = model(seed=7)(ids).logits.log_softmax(-1)
+    assert result.history[0]["loss"] == pytest.approx(float((p * (p.log() - q)).sum(-1).mean()), rel=1e-4)
+
+
+def test_taid_moves_from_the_student_to_the_teacher(tmp_path, monkeypatch):
+    shares = []
+    original = trainer._Step.run
+    monkeypatch.setattr(
+        trainer._Step,
+        "run",
+        lambda self, rows, **named: (shares.append(named["taid_t"]), original(self, rows, **named))[1],
+    )
+    spec = LossSpec({"taid": 1.0}, temperature=1.0, vocab=VOCAB)
+    run(model(), tmp_path, loss=spec, signals=LiveSignals(model(seed=5), low_precision=False), taid=(0.3, 1.0))
+    assert shares[0] == 0.3
+    assert shares == sorted(shares)
+    linear = [0.3 + 0.7 * step / 12 for step in range(12)]
+    assert all(ours >= theirs for ours, theirs in zip(shares, linear, strict=True))
+
+
+def test_activation_checkpointing_and_8_bit_optimizer_train(tmp_path):
+    plain, recomputed = model(), model()
+    run(plain, tmp_path / "a", optimizer="adamw")
+    run(recomputed, tmp_path / "b", optimizer="adamw", activation_checkpointing=True)
+    for a, b in zip(plain.parameters(), recomputed.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    result = run(model(), tmp_path / "c", optimizer="adamw8bit", tokens=16 * 4 * 40, learning_rate=0.01)
+    assert result.history[-1]["loss"] < 0.9 * result.history[0]["loss"]
+
+
+def test_the_tracker_logs_every_step(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    teacher = LiveSignals(model(seed=5, hidden=48), low_precision=False)
+    spec = LossSpec({"reverse_kl": 1.0, "cross_entropy": 0.5}, temperature=2.0, vocab=VOCAB)
+    run(model(), tmp_path / "state", loss=spec, signals=teacher, logs=tmp_path / "logs")
+    events = EventAccumulator(str(tmp_path / "logs" / "train"))
+    events.Reload()
+    names = events.Tags()["scalars"]
+    assert {"loss/total", "loss/reverse_kl", "loss/cross_entropy", "gradient_norm", "tokens_per_s", "memory_bytes"} <= {
+        *names
+    }
+    assert len(events.Scalars("loss/total")) == 12
+    assert events.Scalars("loss/kl")[0].step == 1
+    with pytest.raises(UserError, match="did you mean 'tensorboard'"):
+        run(model(), tmp_path / "other", logs=tmp_path / "logs", tracker="tensorbord")
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    with pytest.raises(UserError, match="3 ranks cannot share evenly"):
+        run(model(), tmp_path, ranks=replace(ranks_here(), world=3))

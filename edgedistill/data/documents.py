@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgedistill.errors import UserError
@@ -43,10 +44,16 @@ def read_documents(source: str, data: Data) -> list[str]:
         documents = [text for file in files for text in _read_file(file, data)]
     elif path.is_file():
         documents = _read_file(path, data)
+    elif "://" in source:
+        suffix = PurePosixPath(source.partition("://")[2]).suffix.lower()
+        if suffix not in LOADERS:
+            raise UserError(f"data {source} ends in '{suffix}'", f"a URL names a file of {', '.join(sorted(LOADERS))}")
+        documents = _load(LOADERS[suffix], source, data)
     elif path.suffix or source.startswith((".", "/", "~")):
         raise UserError(f"no data file {source}", "check the path given with --data")
     else:
         documents = _load(source, None, data)
+    documents = documents[: data.max_documents]
     if not documents:
         raise UserError(f"data {source} holds no text", "give a file with at least a few thousand words")
     return documents
@@ -64,7 +71,7 @@ def source_hash(documents: Iterable[str]) -> str:
 
 def _read_file(path: Path, data: Data) -> list[str]:
     if path.suffix.lower() in LOADERS:
-        return _load(LOADERS[path.suffix.lower()], path, data)
+        return _load(LOADERS[path.suffix.lower()], str(path), data)
     return split_text(decode_text(path), data.document_separator)
 
 
@@ -114,32 +121,45 @@ def split_text(text: str, separator: str | None) -> list[str]:
     return [stripped for piece in pieces if (stripped := piece.strip("\n")).strip()]
 
 
-def _load(name: str, path: Path | None, data: Data) -> list[str]:
-    """Documents through `datasets`: a local file by its loader, or a hub id."""
+def _load(name: str, file: str | None, data: Data) -> list[str]:
+    """Documents through `datasets`: a local file or a URL by its loader, or a hub id.
+
+    With `data.streaming` rows are read one after another, no more of them than `data.max_documents`, and nothing
+    is downloaded whole.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    where = str(path or name)
-    options: dict[str, Any] = {"data_files": str(path)} if path else ({"name": data.subset} if data.subset else {})
-    if path and path.suffix.lower() == ".tsv":
+    where = file or name
+    options: dict[str, Any] = {"data_files": file} if file else ({"name": data.subset} if data.subset else {})
+    if file and file.lower().endswith(".tsv"):
         options["sep"] = "\t"
     try:
-        table = load_dataset(name, split="train", **options)
+        table = load_dataset(name, split="train", streaming=data.streaming, **options)
+        # a stream may not know its columns before its first row
+        columns = table.column_names or list(next(iter(table), {}))
+        if data.text_column not in columns:
+            raise UserError(
+                f"data {where} has no column '{data.text_column}': it has {', '.join(columns)}",
+                "name it with --set data.text_column=NAME",
+            )
+        texts = _texts(table, data)
     except (OSError, ValueError, DatasetGenerationError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[:1]
         raise UserError(
             f"data {where} cannot be loaded: {reason[0][:300] if reason else type(error).__name__}",
             "give a local file (.txt, .jsonl, .csv, .parquet), a folder, or a dataset id that can be reached from here",
         ) from error
-    if data.text_column not in table.column_names:
-        raise UserError(
-            f"data {where} has no column '{data.text_column}': it has {', '.join(table.column_names)}",
-            "name it with --set data.text_column=NAME",
-        )
-    texts = [row for row in table[data.text_column] if row is not None]
     wrong = next((row for row in texts if not isinstance(row, str)), None)
     if wrong is not None:
         raise UserError(
             f"data {where}: column '{data.text_column}' holds {type(wrong).__name__}", "name a column of text"
         )
-    return [text for text in texts if text.strip()]
+    return texts
+
+
+def _texts(table: Any, data: Data) -> list[Any]:
+    """The rows' texts that are not empty, at most `max_documents` of them."""
+    rows = (row[data.text_column] for row in table) if data.streaming else iter(table[data.text_column])
+    kept = (row for row in rows if row is not None and (not isinstance(row, str) or row.strip()))
+    return list(itertools.islice(kept, data.max_documents))

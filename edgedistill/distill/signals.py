@@ -1,99 +1,189 @@
 """Where the teacher's signals come from; the loss does not know.
 
-`LiveSignals` runs the teacher on every batch. `CachedSignals` runs it once over the training sequences
-and keeps the hidden states after its final norm (bf16, memory-mapped), from which the loss makes the
-full logits again: what a live teacher under bf16 autocast gives, and smaller than logits by vocabulary ÷ width.
+`LiveSignals` runs the teacher on every batch, `CachedSignals` reads what a pass over the data left on disk
+(`signal_cache`), `MixedSignals` averages several teachers' probabilities.
 """
 
 from __future__ import annotations
 
-import json
-import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch  # noqa: TID253  this module is imported by training alone
 from numpy.typing import NDArray
 from torch import Tensor, nn  # noqa: TID253
 
-from edgedistill.distill.losses import TeacherHead
-from edgedistill.distill.model_parts import final_hidden, output_head
+from edgedistill.distill.losses import Head, Teacher, TeacherHead
+from edgedistill.distill.model_parts import final_hidden, head_of
+from edgedistill.distill.signal_cache import CacheReader, Produced, build_cache, open_cache
+from edgedistill.errors import UserError
 from edgedistill.progress import QUIET, Progress
-from edgedistill.store import write_durably
-from edgedistill.tasks.causal_lm import Packed
+from edgedistill.tasks.causal_lm import IGNORED, Packed
 
 CACHE_BATCH_TOKENS = 4096
 
 
 class Signals(Protocol):
-    """The teacher's hidden states and head for a batch."""
+    """The teacher's signals for a batch."""
 
     name: str
 
-    def head(self, rows: NDArray[np.int64], inputs: Tensor) -> TeacherHead:
-        """`rows`: numbers of the packed sequences; `inputs` [S, T] their ids. Hidden is [S·T, H_t]."""
+    def batch(self, rows: NDArray[np.int64], inputs: Tensor, positions: Tensor | None = None) -> Teacher:
+        """`rows`: numbers of the packed sequences; `inputs` [S, T] their ids; `positions` [S, T] within documents."""
         ...
 
 
 class LiveSignals:
-    """The teacher itself, frozen and in eval."""
+    """The teacher itself, frozen and in eval, on its own device; its hidden states go to the student's."""
 
-    name = "live"
-
-    def __init__(self, teacher: nn.Module, *, low_precision: bool) -> None:
+    def __init__(
+        self,
+        teacher: nn.Module,
+        *,
+        low_precision: bool,
+        device: torch.device | None = None,
+        kept: Tensor | None = None,
+        name: str = "live",
+    ) -> None:
+        self.name = name
         self.teacher = teacher.eval().requires_grad_(False)
         self.low_precision = low_precision
+        self.device = device or _device_of(teacher)
+        self.kept = kept
+        self._head: Head | None = None
+        # a sharded teacher gathers its weights in its own forward pass, so the body is called as a module
+        self.body = teacher if getattr(teacher, "is_body", False) else None
 
     @torch.no_grad()
-    def head(self, rows: NDArray[np.int64], inputs: Tensor) -> TeacherHead:
-        return TeacherHead(final_hidden(self.teacher, inputs, self.low_precision), output_head(self.teacher))
+    def batch(self, rows: NDArray[np.int64], inputs: Tensor, positions: Tensor | None = None) -> TeacherHead:
+        hidden = (
+            self.body(inputs, positions, self.low_precision)
+            if self.body is not None
+            else final_hidden(self.teacher, inputs, self.low_precision, positions)
+        )
+        return TeacherHead(hidden.to(self.device), self.head())
+
+    @torch.no_grad()
+    def layers(
+        self, inputs: Tensor, positions: Tensor | None, hidden: Sequence[int], attention: Sequence[int]
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Hidden states [S, T, H_t] and attention maps [S, heads, T, T] of the chosen layers.
+
+        Raises UserError for a layer that the teacher does not have.
+        """
+        if not hidden and not attention:
+            return {}, {}
+        model: Any = self.teacher if self.body is None else self.teacher.student
+        count = int(model.config.num_hidden_layers)
+        for what, asked, last in (("hidden_layers", hidden, count), ("attention_layers", attention, count - 1)):
+            wrong = [layer for layer in asked if not 0 <= layer <= last]
+            if wrong:
+                raise UserError(
+                    f"distill.cache.{what} names layer {wrong[0]}, and the teacher has {count}", f"name 0 to {last}"
+                )
+        if attention:
+            model.set_attn_implementation("eager")  # the fused kernels do not give their maps
+        extra = {} if positions is None else {"position_ids": positions.to(model.device)}
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=self.low_precision):
+            out = model.get_decoder()(
+                input_ids=inputs.to(model.device), use_cache=False, output_hidden_states=bool(hidden),
+                output_attentions=bool(attention), **extra,
+            )  # fmt: skip
+        return (
+            {layer: out.hidden_states[layer] for layer in hidden},
+            {layer: out.attentions[layer] for layer in attention},
+        )
+
+    def head(self) -> Head:
+        """The teacher's output head on the student's device; rows that the student lacks left out."""
+        if self._head is None:
+            model: Any = self.teacher if self.body is None else self.teacher.student
+            head = head_of(model)
+            weight, bias = _plain(head.weight), None if head.bias is None else _plain(head.bias)
+            if self.kept is not None:
+                weight = weight[self.kept.to(weight.device)]
+                bias = None if bias is None else bias[self.kept.to(bias.device)]
+            self._head = Head(
+                weight.to(self.device),
+                bias=None if bias is None else bias.to(self.device),
+                scale=head.scale,
+                softcap=head.softcap,
+            )
+        return self._head
 
 
 class CachedSignals:
-    """Hidden states of all packed sequences [sequences, T, H_t], computed before training in a fixed order.
+    """Signals of all packed sequences, made before training and read from disk."""
 
-    The order and the batches are fixed, so that a run which was killed and resumed sees the same bits.
+    def __init__(self, reader: CacheReader, *, url: str = "", name: str | None = None) -> None:
+        self.reader = reader
+        self.url = url
+        self.name = name or f"cached, {reader.kind}"
+
+    def batch(self, rows: NDArray[np.int64], inputs: Tensor, positions: Tensor | None = None) -> Teacher:
+        return self.reader.batch(rows)
+
+
+class MixedSignals:
+    """Several teachers at once: the mean of their probabilities, by weight."""
+
+    def __init__(self, parts: Sequence[tuple[LiveSignals, float]]) -> None:
+        self.parts = list(parts)
+        self.name = " + ".join(f"{weight:g}·{part.name}" for part, weight in self.parts)
+
+    def batch(self, rows: NDArray[np.int64], inputs: Tensor, positions: Tensor | None = None) -> Teacher:
+        return tuple((part.batch(rows, inputs, positions), weight) for part, weight in self.parts)
+
+
+def produce_from(
+    teacher: LiveSignals,
+    data: Packed,
+    *,
+    documents: bool,
+    hidden_layers: Sequence[int] = (),
+    attention_layers: Sequence[int] = (),
+) -> Callable[[NDArray[np.int64]], Produced]:
+    """What a cache is built from: rows → the teacher's final hidden states, its head, chosen layers, what counts.
+
+    Layer 0 of `hidden_layers` is the embedding, layer i the output of the i-th; `attention_layers` count from 0.
     """
 
-    name = "cached hidden states"
-
-    def __init__(
-        self, teacher: nn.Module, data: Packed, *, folder: Path, low_precision: bool, progress: Progress = QUIET
-    ) -> None:
-        teacher = teacher.eval().requires_grad_(False)
-        self.weight = output_head(teacher)
-        self.device = self.weight.device
-        shape = (data.sequences, data.context, self.weight.shape[1])
-        folder.mkdir(parents=True, exist_ok=True)
-        path, mark = folder / "hidden.bf16", folder / "hidden.json"
-        if not mark.is_file():
-            _fill(path, teacher, data, shape, low_precision, progress)
-            write_durably(mark, json.dumps({"shape": shape}))
-        self.hidden = np.memmap(path, dtype=np.int16, mode="r", shape=shape)
-
-    def head(self, rows: NDArray[np.int64], inputs: Tensor) -> TeacherHead:
-        hidden = torch.from_numpy(np.ascontiguousarray(self.hidden[rows])).view(torch.bfloat16)
-        return TeacherHead(hidden.flatten(0, 1).to(self.device), self.weight)
-
-
-def cache_bytes(data: Packed, width: int) -> int:
-    """Disk that `CachedSignals` takes."""
-    return data.sequences * data.context * width * 2
-
-
-@torch.no_grad()
-def _fill(
-    path: Path, teacher: nn.Module, data: Packed, shape: tuple[int, int, int], low_precision: bool, progress: Progress
-) -> None:
-    with path.open("wb") as file:  # a sparse file that meets a full disk ends the process with SIGBUS
-        os.posix_fallocate(file.fileno(), 0, cache_bytes(data, shape[2]))
-    table = np.memmap(path, dtype=np.int16, mode="r+", shape=shape)
-    size = max(1, CACHE_BATCH_TOKENS // data.context)
-    for start in range(0, data.sequences, size):
-        rows = np.arange(start, min(start + size, data.sequences))
+    def produce(rows: NDArray[np.int64]) -> Produced:
         inputs = torch.from_numpy(data.sequence_ids(rows)[:, :-1])
-        hidden = final_hidden(teacher, inputs, low_precision).to(torch.bfloat16).cpu()
-        table[rows] = hidden.view(torch.int16).view(len(rows), *shape[1:]).numpy()
-        progress.step("teacher signals", int(rows[-1]) + 1, data.sequences)
-    table.flush()
+        targets = torch.from_numpy(data.targets(rows, documents=documents))
+        positions = torch.from_numpy(data.positions(rows)) if documents else None
+        layers, attentions = teacher.layers(inputs, positions, hidden_layers, attention_layers)
+        given = teacher.batch(rows, inputs, positions)
+        hidden = given.hidden.view(len(rows), data.context, -1)
+        return Produced(
+            hidden=hidden, head=given.head, layers=layers, attentions=attentions, counted=targets != IGNORED
+        )
+
+    return produce
+
+
+def cache_hidden(
+    teacher: nn.Module, data: Packed, *, folder: Path, low_precision: bool, progress: Progress = QUIET
+) -> CachedSignals:
+    """The teacher's final hidden states of all sequences (bf16), kept in `folder`: exact logits without its body."""
+    live = LiveSignals(teacher, low_precision=low_precision)
+    key = {"kind": "hidden", "sequences": data.sequences, "context": data.context}
+    head = live.head()
+    build_cache(
+        str(folder), key=key, kind="hidden", vocab=head.weight.shape[0], sequences=data.sequences,
+        context=data.context, temperature=1.0, draws=0, top_k=0, seed=0,
+        produce=produce_from(live, data, documents=False),
+        batch_sequences=max(1, CACHE_BATCH_TOKENS // data.context), progress=progress,
+    )  # fmt: skip
+    return CachedSignals(open_cache(str(folder), key=key, head=head, device=live.device))
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    full: Any = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach()  # type: ignore[no-any-return]

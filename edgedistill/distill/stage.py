@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgedistill.data.prepare import read_part
+import numpy as np
+
 from edgedistill.distill.device import device_kind
+from edgedistill.distill.save import save_model, weights_digest
 from edgedistill.distill.student import start_student
-from edgedistill.distill.teacher import weights_digest
+from edgedistill.distill.text import Text, training_text
 from edgedistill.errors import UserError
 from edgedistill.models import (
     ModelFolder,
@@ -21,12 +23,22 @@ from edgedistill.models import (
     weights_sha256,
 )
 from edgedistill.progress import QUIET, Progress
-from edgedistill.recipe import Distill, Recipe
-from edgedistill.records import DataResult, Shape, StudentResult, TeacherResult
+from edgedistill.recipe import Cache, Distill, Recipe
+from edgedistill.records import DataResult, Shape, SignalsResult, StudentResult, TeacherResult
 from edgedistill.store import Store, Stored, Work, versions, write_durably
+
+if TYPE_CHECKING:
+    from edgedistill.distill.losses import LossSpec
+    from edgedistill.distill.ranks import Ranks
+    from edgedistill.distill.signals import Signals
 
 MAX_CACHE_BYTES = 16 << 30
 EPOCHS_FOR_CACHE = 1.5  # below, writing the cache costs more than it saves
+SAMPLE_TOKENS = 8192  # of the training text, from which the importance of the teacher's parts is measured
+NOT_IN_KEY = {"checkpoint_every_s", "tracker"}
+LOSS_NAMES = (
+    "forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "taid", "total_variation", "cross_entropy",
+)  # fmt: skip
 
 
 def student_inputs(
@@ -34,12 +46,13 @@ def student_inputs(
 ) -> dict[str, Any]:
     """What a student's key is made of: everything that can change its weights."""
     return {
-        "distill": recipe.distill.model_dump(mode="json", exclude={"checkpoint_every_s", "micro_batch_sequences"})
+        "distill": recipe.distill.model_dump(mode="json", exclude={*NOT_IN_KEY, "micro_batch_sequences"})
         | {"micro_batch_sequences": recipe.distill.micro_batch_sequences or recipe.distill.batch_sequences},
-        "start": recipe.student.start,
+        "student": recipe.student.model_dump(mode="json", include={"start", "layer_choice", "trim_vocabulary"}),
         "pretrained": pretrained_sha256,
         "shape": shape.model_dump(mode="json"),
         "teacher": teacher.weights_sha256,
+        "teacher_precision": recipe.teacher.precision,
         "tokenizer": teacher.tokenizer_sha256,
         "data": data.sha256,
         "seed": recipe.seed,
@@ -57,10 +70,12 @@ def distill(
     store: Store,
     progress: Progress = QUIET,
 ) -> Stored[StudentResult]:
-    """The student of this recipe and shape: found in the store, or trained there.
+    """The student of this recipe and shape: found in the store, or trained there by all ranks.
 
     Raises UserError where tokenizers differ or the start does not fit, before anything is trained.
     """
+    from edgedistill.distill.ranks import ranks_here, run_together
+
     pretrained = None
     if recipe.student.start == "pretrained":
         if recipe.student.model is None:
@@ -74,12 +89,28 @@ def distill(
         data=data.result,
         pretrained_sha256=weights_sha256(pretrained, store) if pretrained else None,
     )
-    return store.run(
+    ranks = ranks_here()
+    return run_together(
+        ranks,
+        store,
         "student",
         inputs,
-        lambda work: _train(recipe, shape, teacher, data, pretrained, work, progress),
+        lambda work: _train(recipe, shape, teacher, data, pretrained, work, store, ranks, progress),
         StudentResult,
         progress.say,
+    )
+
+
+def loss_of(settings: Distill, vocab: int) -> LossSpec:
+    """The recipe's mix of losses."""
+    from edgedistill.distill.losses import LossSpec
+
+    return LossSpec(
+        {name: getattr(settings, name) for name in LOSS_NAMES},
+        temperature=settings.temperature,
+        vocab=vocab,
+        jsd_beta=settings.jsd_beta,
+        skew=settings.skew,
     )
 
 
@@ -90,123 +121,148 @@ def _train(
     data: Stored[DataResult],
     pretrained: ModelFolder | None,
     work: Work,
+    store: Store,
+    ranks: Ranks,
     progress: Progress,
 ) -> StudentResult:
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from edgedistill.distill.device import training_device
-    from edgedistill.distill.losses import LossSpec
-    from edgedistill.distill.signals import CachedSignals, LiveSignals, Signals, cache_bytes
-    from edgedistill.distill.trainer import total_steps, train
-    from edgedistill.tasks.causal_lm import TextTokenizer, encode_blocks, pack, scoring_windows
+    from edgedistill.distill.lora import add_adapters, merge_adapters
+    from edgedistill.distill.trainer import train
 
     settings = recipe.distill
     teacher_folder = Path(teacher.path)
-    tokenizer = TextTokenizer.load(teacher_folder)
-    blocks = transfer_part(read_part(data.directory, "train"), settings.documents_share)
-    texts = [text for block in blocks for text in block]
-    packed = pack(
-        tokenizer.encode(texts), context=settings.context_tokens, seed=recipe.seed, eos=tokenizer.eos, bos=tokenizer.bos
-    )
-    evaluation = scoring_windows(
-        encode_blocks(tokenizer, read_part(data.directory, "calibration")),
-        context=settings.context_tokens,
-        stride=None,
-        max_tokens=None,
-    )
-    model = start_student(recipe.student.start, shape, teacher=teacher_folder, pretrained=pretrained, seed=recipe.seed)
-    device = training_device()
-    model.to(device)
-    signals: Signals | None = None
-    low_precision = settings.precision == "bf16"
-    if settings.forward_kl > 0:
-        original = AutoModelForCausalLM.from_pretrained(
-            teacher_folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-        ).to(device)
-        steps = total_steps(settings, packed)
-        epochs = steps * settings.batch_sequences / packed.sequences
-        size = cache_bytes(packed, teacher.shape.hidden_size)
-        cached = _cache_signals(settings, epochs=epochs, size=size, state=work.state)
-        if cached:
-            signals = CachedSignals(
-                original, packed, folder=work.state / "signals", low_precision=low_precision, progress=progress
-            )
-        else:
-            signals = LiveSignals(original, low_precision=low_precision)
+    text = training_text(teacher_folder, data, settings, seed=recipe.seed, share=settings.documents_share)
+    sample = torch.from_numpy(
+        text.packed.sequence_ids(np.arange(min(text.packed.sequences, SAMPLE_TOKENS // settings.context_tokens + 1)))
+    )[:, :-1]
+
+    def start() -> tuple[Any, dict[str, Any]]:
+        return start_student(
+            recipe.student, shape, teacher=teacher_folder, pretrained=pretrained, seed=recipe.seed, sample=sample
+        )
+
+    model, kept = start()
+    if settings.lora.rank:
+        model = add_adapters(
+            model, settings.lora, folder=work.state / f"start-{ranks.rank}", device=ranks.device, seed=recipe.seed
+        )
+    if not settings.lora.rank or settings.lora.base == "fp32":
+        model.to(ranks.device)
+    loss = loss_of(settings, text.tokenizer.vocab)
+    signals = _signals(recipe, teacher, data.result, text, work, store, ranks, progress) if loss.needs_teacher else None
     progress.say(
-        f"distill: {shape.parameters:,} parameters, {len(packed.stream):,} tokens of text,"
-        f" teacher signals {signals.name if signals else 'none'}, on {device.type}"
+        f"distill: {shape.parameters:,} parameters, {len(text.packed.stream):,} tokens of text,"
+        f" teacher signals {signals.name if signals else 'none'}, on {ranks.device.type}"
+        + (f", {ranks.world} ranks" if ranks.world > 1 else "")
     )
     result = train(
         model,
-        data=packed,
-        evaluation=evaluation,
+        data=text.packed,
+        evaluation=text.evaluation,
         settings=settings,
-        loss=LossSpec(
-            forward_kl=settings.forward_kl,
-            cross_entropy=settings.cross_entropy,
-            temperature=settings.temperature,
-            vocab=tokenizer.vocab,
-        ),
+        loss=loss,
         signals=signals,
         state=work.state / "checkpoints",
         progress=progress,
         label="distill",
+        ranks=ranks,
+        taid=(settings.taid_start, settings.taid_end) if settings.taid > 0 else (1.0, 1.0),
+        logs=store.root / "logs" / f"student-{work.key}",
     )
+    if settings.lora.rank:
+        model = merge_adapters(model, start()[0])
     folder = work.out / "model"
-    model.cpu()
-    model.save_pretrained(folder)  # type: ignore[operator]
-    copy_tokenizer(teacher_folder if pretrained is None else pretrained.path, folder)
+    save_model(model, folder, ranks)
+    if ranks.main:
+        copy_tokenizer(teacher_folder if pretrained is None else pretrained.path, folder)
+    ranks.barrier()
     return StudentResult(
         path="model",
         start=recipe.student.start,
+        start_details=kept,
         shape=shape,
         parameters=shape.parameters,
         weights_sha256=weights_digest(folder),
         tokenizer_sha256=tokenizer_sha256(folder),
         teacher_weights_sha256=teacher.weights_sha256,
+        signals=signals.name if signals else "none",
         training=result,
     )
 
 
-def _cache_signals(settings: Distill, *, epochs: float, size: int, state: Path) -> bool:
-    """Whether the teacher's signals are cached; decided once, so that a resumed run does as the one before.
+def _signals(
+    recipe: Recipe,
+    teacher: TeacherResult,
+    data: DataResult,
+    text: Text,
+    work: Work,
+    store: Store,
+    ranks: Ranks,
+    progress: Progress,
+) -> Signals:
+    """The teacher live, or a cache: the recipe's choice, or the exact cache where it pays and fits."""
+    from edgedistill.distill.signals import LiveSignals
+    from edgedistill.distill.teacher_cache import cache_key, hidden_in, obtain_cache
+    from edgedistill.distill.teacher_model import live_teacher
+    from edgedistill.distill.trainer import total_steps
 
-    Raises UserError where caching is asked for in fp32, or does not fit on the disk.
-    """
+    settings = recipe.distill
+
+    def load() -> LiveSignals:
+        return live_teacher(Path(teacher.path), recipe.teacher, low_precision=settings.precision == "bf16", ranks=ranks)
+
+    if settings.teacher_signals == "cached":
+        return obtain_cache(
+            recipe, teacher=teacher, data=data, tokenizer=text.tokenizer, packed=text.packed, load=load, store=store,
+            ranks=ranks, progress=progress,
+        )  # fmt: skip
+    epochs = total_steps(settings, text.packed) * settings.batch_sequences / text.packed.sequences
+    size = 2 * text.packed.sequences * text.packed.context * teacher.shape.hidden_size
+    if not ranks.broadcast(_cache_pays(settings, epochs=epochs, size=size, state=work.state)):
+        return load()
+    hidden = recipe.model_copy(update={"distill": settings.model_copy(update={"cache": Cache(kind="hidden")})})
+    key = cache_key(hidden, teacher=teacher, data=data, tokenizer=text.tokenizer, packed=text.packed, ranks=ranks)
+    return hidden_in(work.state / "signals", live=load(), packed=text.packed, key=key, ranks=ranks, progress=progress)
+
+
+def cache_signals(
+    recipe: Recipe, *, teacher: TeacherResult, data: Stored[DataResult], store: Store, progress: Progress = QUIET
+) -> tuple[str, SignalsResult]:
+    """The cache that `distill` will read: found or made by all ranks. Where it lies, and its size."""
+    from edgedistill.distill.ranks import ranks_here
+    from edgedistill.distill.signals import LiveSignals
+    from edgedistill.distill.teacher_cache import obtain_cache
+    from edgedistill.distill.teacher_model import live_teacher
+
+    settings = recipe.distill
+    ranks = ranks_here()
+    text = training_text(Path(teacher.path), data, settings, seed=recipe.seed, share=settings.documents_share)
+
+    def load() -> LiveSignals:
+        return live_teacher(Path(teacher.path), recipe.teacher, low_precision=settings.precision == "bf16", ranks=ranks)
+
+    made = obtain_cache(
+        recipe, teacher=teacher, data=data.result, tokenizer=text.tokenizer, packed=text.packed, load=load,
+        store=store, ranks=ranks, progress=progress,
+    )  # fmt: skip
+    tokens = text.packed.sequences * text.packed.context
+    per_token = made.reader.bytes_per_token
+    return made.url, SignalsResult(
+        path=made.url, kind=made.reader.kind, tokens=tokens, bytes=round(per_token * tokens), bytes_per_token=per_token
+    )
+
+
+def _cache_pays(settings: Distill, *, epochs: float, size: int, state: Path) -> bool:
+    """Whether the exact cache pays and fits; decided once, so that a resumed run does as the one before."""
     mark = state / "signals.json"
     if mark.is_file():
         return bool(json.loads(mark.read_text(encoding="utf-8"))["cached"])
-    low_precision = settings.precision == "bf16"
     free = shutil.disk_usage(state).free
-    if settings.teacher_signals == "cached":
-        if not low_precision:
-            raise UserError(
-                "distill.teacher_signals is cached, which keeps bf16, and distill.precision is fp32",
-                "set distill.teacher_signals=live, or distill.precision=bf16",
-            )
-        if size > free:
-            raise UserError(
-                f"the teacher's signals take {size:,} bytes on disk, and {free:,} are free",
-                "free space, name another disk in EDGEDISTILL_STORE, or set distill.teacher_signals=live",
-            )
-        cached = True
-    else:
-        pays = low_precision and epochs >= EPOCHS_FOR_CACHE and size <= min(MAX_CACHE_BYTES, free // 4)
-        cached = settings.teacher_signals == "auto" and pays
+    pays = settings.precision == "bf16" and epochs >= EPOCHS_FOR_CACHE and size <= min(MAX_CACHE_BYTES, free // 4)
+    cached = settings.teacher_signals == "auto" and pays
     write_durably(mark, json.dumps({"cached": cached}))
     return cached
-
-
-def transfer_part(texts: list[list[str]], share: float) -> list[list[str]]:
-    """The training blocks that the student learns from: evenly spread, `share` of them, at least one."""
-    if share >= 1.0:
-        return texts
-    count = max(1, round(share * len(texts)))
-    return [texts[int(i * len(texts) / count)] for i in range(count)]
 
 
 def given_student(folder: ModelFolder, store: Store) -> StudentResult:

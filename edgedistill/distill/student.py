@@ -1,4 +1,4 @@
-"""The student's start: designed and fresh, from a pretrained folder, or cut from the teacher's layers."""
+"""The student's start: designed and fresh, from a pretrained folder, or cut out of the teacher."""
 
 from __future__ import annotations
 
@@ -7,73 +7,40 @@ from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import UserError
 from edgedistill.models import ModelFolder, check_folder
+from edgedistill.recipe import Student
 from edgedistill.records import Shape
 from edgedistill.shapes import config_from_shape
 
 if TYPE_CHECKING:
-    from torch import nn
-
-
-def uniform_layers(teacher_layers: int, student_layers: int) -> list[int]:
-    """Numbers of the teacher's layers that a student takes: evenly spread, first and last kept.
-
-    Jiao et al. 2020 (TinyBERT): the uniform map beats taking the top or the bottom layers.
-    """
-    if not 1 <= student_layers <= teacher_layers:
-        raise UserError(
-            f"a student of {student_layers} layers cannot be cut from a teacher of {teacher_layers}",
-            f"set student.shape.num_hidden_layers to 1…{teacher_layers}",
-        )
-    if student_layers == 1:
-        return [0]
-    return [round(i * (teacher_layers - 1) / (student_layers - 1)) for i in range(student_layers)]
-
-
-def require_cuttable(teacher: Shape, student: Shape) -> None:
-    """A student cut from layers has all the teacher's sizes but depth; UserError naming the first other one."""
-    for name in type(teacher).model_fields:
-        ours, theirs = getattr(teacher, name), getattr(student, name)
-        if ours != theirs and name not in ("num_hidden_layers", "max_position_embeddings"):
-            raise UserError(
-                f"student.start is layers, but its {name} is {theirs} and the teacher's {ours}",
-                "cutting layers keeps the teacher's widths: set only student.shape.num_hidden_layers, or start fresh",
-            )
+    from torch import Tensor, nn
 
 
 def start_student(
-    start: str,
+    ask: Student,
     shape: Shape,
     *,
     teacher: Path,
     pretrained: ModelFolder | None,
     seed: int,
-    rope_theta: float | None = None,
-) -> nn.Module:
-    """The student before training, fp32, as a transformers model.
+    sample: Tensor | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The student before training, fp32, as a transformers model, and what of the teacher it kept.
 
-    `teacher` is the teacher's folder (its rotary base, norms and special tokens are kept); `pretrained`
-    the student's own where start is "pretrained".
+    `teacher` is the teacher's folder (a fresh student keeps its rotary base, norms and special tokens); `pretrained`
+    the student's own where ask.start is "pretrained"; `sample` [S, T] ids on which importance is measured.
+    Raises UserError where the start does not fit the shape.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model: Any
-    if start == "pretrained":
+    if ask.start == "pretrained":
         if pretrained is None:
             raise UserError("student.start is pretrained but no student.model is named", "give --student FOLDER")
-        model = AutoModelForCausalLM.from_pretrained(pretrained.path, dtype=torch.float32, use_safetensors=True)
-        return model  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_pretrained(pretrained.path, dtype=torch.float32, use_safetensors=True), {}
     source = check_folder(teacher, name=str(teacher), origin="folder", role="teacher")
-    if start == "layers":
-        require_cuttable(source.shape, shape)
-        original = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32, use_safetensors=True)
-        config = AutoConfig.from_pretrained(teacher)
-        config.num_hidden_layers = shape.num_hidden_layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[: shape.num_hidden_layers]
-        model = AutoModelForCausalLM.from_config(config).float()
-        model.load_state_dict(_cut(original.state_dict(), source.shape.num_hidden_layers, shape.num_hidden_layers))
-        return model  # type: ignore[no-any-return]
+    if ask.start != "fresh":
+        return _cut(ask, shape, source, teacher, sample)
     rope = source.config.get("rope_parameters") or {}
     base = rope.get("rope_theta") or source.config.get("rope_theta") or 10000.0
     config_dict = config_from_shape(
@@ -86,18 +53,30 @@ def start_student(
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config_dict)).float()
-    return model  # type: ignore[no-any-return]
+    return model, {}
 
 
-def _cut(state: dict[str, Any], teacher_layers: int, student_layers: int) -> dict[str, Any]:
-    place = {old: new for new, old in enumerate(uniform_layers(teacher_layers, student_layers))}
-    cut = {}
-    for name, tensor in state.items():
-        parts = name.split(".")
-        if parts[:2] == ["model", "layers"]:
-            number = int(parts[2])
-            if number not in place:
-                continue
-            parts[2] = str(place[number])
-        cut[".".join(parts)] = tensor
-    return cut
+def _cut(
+    ask: Student, shape: Shape, source: ModelFolder, teacher: Path, sample: Tensor | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from edgedistill.distill.prune import Sizes, cut
+
+    if shape.tie_word_embeddings != source.shape.tie_word_embeddings:
+        raise UserError(
+            f"student.start is {ask.start}, and no student with the teacher's separate output head fits",
+            "lower student.compression, or use student.start=fresh, which may tie it to the embedding",
+        )
+    original = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32, use_safetensors=True).eval()
+    wanted = Sizes(
+        hidden=shape.hidden_size,
+        ffn=shape.intermediate_size,
+        layers=shape.num_hidden_layers,
+        heads=shape.num_attention_heads,
+        kv_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        vocab=shape.vocab_size,
+    )
+    return cut(original, wanted, layer_choice=ask.layer_choice, sample=sample)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgedistill.data.prepare import read_part
 from edgedistill.distill.device import device_kind
+from edgedistill.distill.save import save_model, weights_digest
+from edgedistill.distill.text import training_text
 from edgedistill.errors import UserError
 from edgedistill.models import ModelFolder, open_model, tokenizer_sha256, weights_sha256
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe, TeacherTraining
 from edgedistill.records import DataResult, Shape, TeacherResult
 from edgedistill.shapes import config_from_shape
-from edgedistill.store import Store, Stored, Work, sha256_of, versions
+from edgedistill.store import Store, Stored, Work, versions
+
+if TYPE_CHECKING:
+    from edgedistill.distill.ranks import Ranks
 
 BOS, EOS = "<s>", "</s>"
 DEFAULT_SHAPE = {
@@ -48,10 +52,15 @@ def obtain_teacher(
         return describe(folder, store)
     if data is None:
         raise UserError("no teacher is named and there is no data to train one on", "give --teacher or --data")
-    stored = store.run(
+    from edgedistill.distill.ranks import ranks_here, run_together
+
+    ranks = ranks_here()
+    stored = run_together(
+        ranks,
+        store,
         "teacher",
         teacher_inputs(recipe, data),
-        lambda work: _train(recipe, data, work, progress),
+        lambda work: _train(recipe, data, work, ranks, store.root / "logs", progress),
         TeacherResult,
         progress.say,
     )
@@ -69,7 +78,7 @@ def find_teacher(recipe: Recipe, *, data: Stored[DataResult] | None, store: Stor
 def teacher_inputs(recipe: Recipe, data: Stored[DataResult]) -> dict[str, Any]:
     """What a trained teacher's key is made of."""
     return {
-        "train": recipe.teacher.train.model_dump(mode="json", exclude={"checkpoint_every_s"}),
+        "train": recipe.teacher.train.model_dump(mode="json", exclude={"checkpoint_every_s", "tracker"}),
         "seed": recipe.seed,
         "device": device_kind(),
         "data": data.result.sha256,
@@ -90,48 +99,43 @@ def describe(folder: ModelFolder, store: Store) -> TeacherResult:
     )
 
 
-def _train(recipe: Recipe, data: Stored[DataResult], work: Work, progress: Progress) -> TeacherResult:
+def _train(
+    recipe: Recipe, data: Stored[DataResult], work: Work, ranks: Ranks, logs: Path, progress: Progress
+) -> TeacherResult:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from edgedistill.distill.device import training_device
     from edgedistill.distill.losses import LossSpec
     from edgedistill.distill.trainer import train
-    from edgedistill.tasks.causal_lm import TextTokenizer, encode_blocks, pack, scoring_windows
 
     settings = recipe.teacher.train
     shape = teacher_shape(settings)
-    texts = [text for block in read_part(data.directory, "train") for text in block]
     folder = work.out / "model"
-    folder.mkdir()
-    train_tokenizer(texts, settings.vocab_size, folder)
+    if ranks.main:
+        folder.mkdir()
+        texts = [text for block in read_part(data.directory, "train") for text in block]
+        train_tokenizer(texts, settings.vocab_size, folder)
+    ranks.barrier()
+    text = training_text(folder, data, settings, seed=recipe.seed)
     config = config_from_shape(shape, bos_token_id=0, eos_token_id=1)
     torch.manual_seed(recipe.seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    model.to(training_device())
-    tokenizer = TextTokenizer.load(folder)
-    packed = pack(
-        tokenizer.encode(texts), context=settings.context_tokens, seed=recipe.seed, eos=tokenizer.eos, bos=tokenizer.bos
-    )
-    evaluation = scoring_windows(
-        encode_blocks(tokenizer, read_part(data.directory, "calibration")),
-        context=settings.context_tokens,
-        stride=None,
-        max_tokens=None,
-    )
-    progress.say(f"teacher: training {shape.parameters:,} parameters on {len(packed.stream):,} tokens")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).to(ranks.device)
+    progress.say(f"teacher: training {shape.parameters:,} parameters on {len(text.packed.stream):,} tokens")
     result = train(
         model,
-        data=packed,
-        evaluation=evaluation,
+        data=text.packed,
+        evaluation=text.evaluation,
         settings=settings,
-        loss=LossSpec(forward_kl=0.0, cross_entropy=1.0, temperature=1.0, vocab=tokenizer.vocab),
+        loss=LossSpec({"cross_entropy": 1.0}, temperature=1.0, vocab=text.tokenizer.vocab),
         signals=None,
         state=work.state,
         progress=progress,
         label="teacher",
+        ranks=ranks,
+        logs=logs / f"teacher-{work.key}",
     )
-    model.cpu().to(torch.bfloat16).save_pretrained(folder)
+    save_model(model, folder, ranks, dtype=torch.bfloat16)
+    ranks.barrier()
     return TeacherResult(
         origin="trained",
         name=f"a teacher trained on {data.result.source}",
@@ -142,14 +146,6 @@ def _train(recipe: Recipe, data: Stored[DataResult], work: Work, progress: Progr
         tokenizer_sha256=tokenizer_sha256(folder),
         training=result,
     )
-
-
-def weights_digest(folder: Path) -> str:
-    """One hash over the safetensors that `save_pretrained` wrote."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{file.name} {sha256_of(file)}\n".encode())
-    return digest.hexdigest()
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> None:

@@ -1,14 +1,18 @@
-"""The training loop: one for teacher and student, deterministic, resumable at any step.
+"""The training loop: one for teacher and student, one process or many, resumable at any step.
 
 What step n does is a function of the settings, the seed and n alone, so that a run which was killed
-and goes on from its last checkpoint ends with the bytes of one that was not (same machine, same
-number of threads).
+and goes on from its last checkpoint ends with the bytes of one that was not (same machine, same number
+of threads and ranks; with another number of ranks it differs by rounding).
 """
 
 from __future__ import annotations
 
+import gc
+import json
 import math
+import statistics
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,55 +20,47 @@ import torch  # noqa: TID253  this module is imported by training alone
 from numpy.typing import NDArray
 from torch import nn  # noqa: TID253
 
-from edgedistill.distill.checkpoint import Position, load_checkpoint, parameters, save_checkpoint
-from edgedistill.distill.losses import IGNORED, LossSpec, head_loss
-from edgedistill.distill.model_parts import final_hidden, output_head, perplexity
+from edgedistill.distill.checkpoint import Position, load_best, load_checkpoint, save_best, save_checkpoint
+from edgedistill.distill.evaluate import perplexity
+from edgedistill.distill.loss_module import LossModule, bare, clip_gradients, local_gradients, wrap
+from edgedistill.distill.losses import IGNORED, LossSpec
+from edgedistill.distill.optimizers import make_optimizers, set_rates
+from edgedistill.distill.optimizers import rate_share as rate_share
+from edgedistill.distill.ranks import Ranks, clear_errors, ranks_here
 from edgedistill.distill.signals import Signals
-from edgedistill.errors import EdgedistillError
+from edgedistill.distill.trackers import Tracker, memory_bytes, open_tracker
+from edgedistill.errors import EdgedistillError, UserError
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Training
 from edgedistill.records import TrainResult
+from edgedistill.store import write_durably
 from edgedistill.tasks.causal_lm import Packed, Window
+
+RECENT_LOSSES = 64
+FEWEST_FOR_SPIKE = 16
+MOST_SKIPPED_IN_A_ROW = 10
+KL_EVERY = 10  # steps between measurements of the KL at T = 1 where the loss does not give it anyway
+TAID_RATE, TAID_DECAY = 5e-4, 0.99  # alpha and beta of Shing et al. 2025, algorithm 1
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One step, whole over all ranks: the loss, its terms, the gradient's norm; which tokens it saw."""
+
+    loss: float
+    terms: dict[str, float]
+    gradient_norm: float
+    valid: int
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
 
 def total_steps(settings: Training, data: Packed) -> int:
     """Optimizer steps that the recipe's tokens, else its epochs, make; at least one."""
     tokens = settings.tokens or settings.epochs * data.sequences * data.context
     return max(1, round(tokens / (settings.batch_sequences * data.context)))
-
-
-def rate_share(step: int, steps: int, settings: Training) -> float:
-    """Learning rate of step 0 … steps − 1 as a share of its peak: linear warm-up, then cosine."""
-    warmup = round(settings.warmup_share * steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, steps - warmup)
-    low = settings.final_rate_share
-    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def make_optimizers(model: nn.Module, settings: Training) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon (Jordan et al. 2024) for the layers' matrices with AdamW for the rest.
-
-    Weight decay stays off norms, biases and embeddings.
-    """
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
-    known = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in known]
-    betas = (settings.beta1, settings.beta2)
-    optimizers: list[torch.optim.Optimizer]
-    if settings.optimizer == "muon":
-        optimizers = [
-            torch.optim.Muon(matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay),
-            torch.optim.AdamW(rest, lr=settings.learning_rate, betas=betas, weight_decay=0.0, fused=True),
-        ]
-    else:
-        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        optimizers = [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return optimizers
 
 
 def train(
@@ -78,67 +74,71 @@ def train(
     state: Path,
     progress: Progress = QUIET,
     label: str = "train",
+    ranks: Ranks | None = None,
+    taid: tuple[float, float] = (1.0, 1.0),
+    logs: Path | None = None,
 ) -> TrainResult:
     """Train `model` in place (left with its best weights by the evaluation windows' perplexity).
 
-    Runs where the model is. `signals` gives the frozen teacher's; None where the loss has no KL. `state` is the folder
-    of checkpoints.
-    Raises EdgedistillError at a loss that is not finite; the last good checkpoint stays.
+    Runs where the model is. `signals` gives the frozen teacher's; None where the loss needs none. `state` is the
+    folder of checkpoints, `logs` that of the tracker (None: no tracker). `taid`: the teacher's share at the first
+    and the last step. Under several ranks every one of them calls it with the same arguments.
+    Raises EdgedistillError at a loss that is not finite or leaps, UserError where memory or the disk does not
+    suffice; the last good checkpoint stays.
     """
+    ranks = ranks or ranks_here()
+    _require_divisible(settings, ranks)
     steps = total_steps(settings, data)
     every = max(1, round(settings.evaluate_every_share * steps))
-    low_precision = settings.precision == "bf16"
-    optimizers = make_optimizers(model, settings)
-    position = Position(0, 0.0, 0, math.inf, 0, [])
-    best = {name: value.clone() for name, value in parameters(model).items()}
-    resumed = load_checkpoint(state, model=model, optimizers=optimizers)
+    if settings.activation_checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    module = wrap(LossModule(model, loss, low_precision=settings.precision == "bf16"), ranks)
+    if settings.compile:
+        _compile_body(model)
+    optimizers = make_optimizers(module, settings)
+    local = settings.batch_sequences // ranks.world
+    position = Position(micro_batch_sequences=min(local, settings.micro_batch_sequences or local), taid_share=taid[0])
+    resumed = load_checkpoint(state, model=bare(module).student, optimizers=optimizers, ranks=ranks)
     if resumed is not None:
-        position, best = resumed
+        position = replace(resumed, micro_batch_sequences=min(local, resumed.micro_batch_sequences))
         progress.say(f"{label}: goes on from step {position.step:,} of {steps:,}")
+    tracker = open_tracker(
+        settings.tracker if logs is not None else None, logs or state, run=label, ranks=ranks, progress=progress
+    )
+    step = _Step(module, signals, data, optimizers, settings, ranks, progress, label)
     started = time.monotonic() - position.seconds
     saved_at = time.monotonic()
     stopped = _impatient(position, settings)
     batches = data.batches(settings.batch_sequences, position.step)
-    last_terms: dict[str, float] = {}
     while position.step < steps and not stopped:
-        share = rate_share(position.step, steps, settings)
+        before = time.monotonic()
         rows = next(batches)
-        last_terms = _step(model, signals, data, rows, optimizers, settings, loss, share, low_precision)
-        if not math.isfinite(last_terms["loss"]) or not math.isfinite(last_terms["gradient_norm"]):
-            raise EdgedistillError(
-                f"{label}: step {position.step} has a loss of {last_terms['loss']} and a gradient norm of"
-                f" {last_terms['gradient_norm']}",
-                "lower distill.learning_rate; the last good checkpoint is kept and the next run goes on from it",
-            )
-        step = position.step + 1
-        position = Position(**{**position.__dict__, "step": step, "seconds": time.monotonic() - started})
-        if step % every == 0 or step == steps:
-            value = perplexity(model, evaluation, low_precision=low_precision)
-            better = value < position.best_value
-            if better:
-                best = {name: tensor.clone() for name, tensor in parameters(model).items()}
-            row = {"step": float(step), "perplexity": value, **{k: round(v, 6) for k, v in last_terms.items()}}
-            position = Position(
-                step=step,
-                seconds=time.monotonic() - started,
-                best_step=step if better else position.best_step,
-                best_value=min(value, position.best_value),
-                evaluations_without_better=0 if better else position.evaluations_without_better + 1,
-                history=[*position.history, row],
-            )
+        figures, micro = step.run(
+            rows,
+            rate_share=rate_share(position.step, steps, settings),
+            micro=position.micro_batch_sequences,
+            taid_t=position.taid_share,
+            spike=_spike_limit(position, settings),
+            report_kl=position.step % KL_EVERY == 0,
+        )
+        bad = _what_is_bad(figures, position, settings)
+        if bad:
+            _report_bad_step(bad, position, rows, data, figures, state, label, settings, ranks, progress)
+        position = _advance(position, figures, bad=bool(bad), micro=micro, steps=steps, taid=taid)
+        if position.step % every == 0 or position.step == steps:
+            position = _evaluate(module, evaluation, position, figures, state, ranks, data.context)
             stopped = _impatient(position, settings)
-        speed = step * settings.batch_sequences * data.context / max(1e-9, position.seconds)
-        shown = {name: f"{value:.3f}" for name, value in last_terms.items()}
-        if position.history:
-            shown["perplexity"] = f"{position.history[-1]['perplexity']:.2f}"
-        left = (steps - step) * position.seconds / step
-        progress.step(label, step, steps, **shown, speed=f"{speed:,.0f} tokens/s", left=f"{left:.0f} s")
-        if step < steps and time.monotonic() - saved_at >= settings.checkpoint_every_s:
-            save_checkpoint(state, model=model, optimizers=optimizers, best=best, position=position)
+        now = time.monotonic()
+        position = replace(position, seconds=now - started)
+        _tell(tracker, progress, label, figures, position, steps, settings, data, now - before, ranks)
+        due = now - saved_at >= settings.checkpoint_every_s
+        if position.step < steps and not stopped and ranks.broadcast(due):
+            save_checkpoint(state, model=bare(module).student, optimizers=optimizers, position=position, ranks=ranks)
             saved_at = time.monotonic()
-    with torch.no_grad():
-        for name, parameter in parameters(model).items():
-            parameter.copy_(best[name])
+    tracker.close()
+    ranks.barrier()
+    if position.best_step != position.step:
+        load_best(state, model=bare(module).student, step=position.best_step)
     model.eval()
     tokens = position.step * settings.batch_sequences * data.context
     return TrainResult(
@@ -151,50 +151,257 @@ def train(
         history=position.history,
         loss=loss.name,
         precision=settings.precision,
+        skipped_steps=position.skipped_steps,
+        micro_batch_sequences=position.micro_batch_sequences,
+        ranks=ranks.world,
     )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One optimizer step over the packed sequences `rows`, whatever the ranks and the memory."""
+
+    module: nn.Module
+    signals: Signals | None
+    data: Packed
+    optimizers: list[torch.optim.Optimizer]
+    settings: Training
+    ranks: Ranks
+    progress: Progress
+    label: str
+
+    def run(
+        self, rows: NDArray[np.int64], *, rate_share: float, micro: int, taid_t: float, spike: float, report_kl: bool
+    ) -> tuple[Figures, int]:
+        """Forward, backward, clip and, where the figures are good, update. Returns them and the micro-batch used."""
+        self.module.train()
+        while True:
+            try:
+                sums, valid = self._gradients(rows, micro, taid_t, report_kl)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                message = str(error).splitlines()[0][:200]
+            # outside of the handler, whose traceback holds on to the tensors of the failed pass
+            self._clear()
+            micro = self._smaller(micro, message)
+        norm = clip_gradients(self.module, self.settings.clip_norm)
+        figures = Figures(sums.pop("loss"), sums, norm, valid)
+        if figures.finite and figures.loss <= spike:
+            set_rates(self.optimizers, rate_share)
+            for optimizer in self.optimizers:
+                optimizer.step()
+        self._clear()
+        return figures, micro
+
+    def _gradients(
+        self, rows: NDArray[np.int64], micro: int, taid_t: float, report_kl: bool
+    ) -> tuple[dict[str, float], int]:
+        """Gradients of the whole batch, normalised by its valid tokens over all micro-batches and ranks."""
+        documents = self.settings.attention == "documents"
+        ranks, device = self.ranks, self.ranks.device
+        valid = int((self.data.targets(rows, documents=documents) != IGNORED).sum())
+        mine = rows[ranks.rank :: ranks.world]
+        sums: dict[str, torch.Tensor] = {}
+        for start in range(0, len(mine), micro):
+            part = mine[start : start + micro]
+            inputs = torch.from_numpy(self.data.sequence_ids(part)[:, :-1])
+            targets = torch.from_numpy(self.data.targets(part, documents=documents)).reshape(-1)
+            positions = torch.from_numpy(self.data.positions(part)) if documents else None
+            teacher = None if self.signals is None else self.signals.batch(part, inputs, positions)
+            with local_gradients(self.module, ranks, last=start + micro >= len(mine)):
+                value, terms = self.module(
+                    inputs.to(device), targets.to(device), positions, teacher,
+                    valid_total=max(1, valid), taid_t=taid_t, report_kl=report_kl,
+                )  # fmt: skip
+                with clear_errors(ranks):
+                    # data parallelism and sharding average over the ranks; the batch's own sum is wanted
+                    (value * ranks.world if ranks.world > 1 else value).backward()
+            for name, term in {"loss": value.detach(), **terms}.items():
+                sums[name] = sums[name] + term if name in sums else term
+            del value, terms, teacher
+        names = sorted(sums)
+        stacked = torch.stack([sums[name].double() for name in names])
+        if ranks.world > 1:
+            with clear_errors(ranks):
+                torch.distributed.all_reduce(stacked)
+        return dict(zip(names, stacked.tolist(), strict=True)), valid
+
+    def _clear(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def _smaller(self, micro: int, message: str) -> int:
+        if micro == 1 or self.ranks.world > 1:
+            remedy = (
+                f"set {self._section()}.micro_batch_sequences={max(1, micro // 2)}: the batch stays what it is"
+                if micro > 1
+                else f"shorten {self._section()}.context_tokens, set {self._section()}.activation_checkpointing=true,"
+                " or use a smaller model"
+            )
+            raise UserError(
+                f"{self.label}: out of memory with {micro} sequences of {self.data.context} tokens a forward pass"
+                f" ({message})",
+                f"{remedy}; the last checkpoint is kept",
+            )
+        gc.collect()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.progress.warn(
+            f"{self.label}: out of memory with {micro} sequences a forward pass; goes on with {micro // 2}, the batch"
+            " stays what it is"
+        )
+        return micro // 2
+
+    def _section(self) -> str:
+        return "teacher.train" if self.label == "teacher" else "distill"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator gave up: CUDA's, or the CPU's."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _require_divisible(settings: Training, ranks: Ranks) -> None:
+    if settings.batch_sequences % ranks.world:
+        raise UserError(
+            f"distill.batch_sequences is {settings.batch_sequences}, which {ranks.world} ranks cannot share evenly",
+            f"set it to a multiple of {ranks.world}, or start another number of processes",
+        )
+
+
+def _compile_body(model: nn.Module) -> None:
+    body = model.get_decoder()  # type: ignore[operator]
+    body.compile(dynamic=False)
+
+
+def _advance(
+    position: Position, figures: Figures, *, bad: bool, micro: int, steps: int, taid: tuple[float, float]
+) -> Position:
+    step = position.step + 1
+    recent = position.recent_losses if bad else [*position.recent_losses, figures.loss][-RECENT_LOSSES:]
+    share, momentum = _taid_share(position, figures.loss, step / steps, taid) if not bad else (
+        position.taid_share, position.taid_momentum
+    )  # fmt: skip
+    return replace(
+        position,
+        step=step,
+        recent_losses=recent,
+        skipped_steps=[*position.skipped_steps, position.step] if bad else position.skipped_steps,
+        micro_batch_sequences=micro,
+        taid_share=share,
+        taid_momentum=momentum,
+        tokens=position.tokens + figures.valid,
+    )
+
+
+def _taid_share(position: Position, loss: float, done: float, taid: tuple[float, float]) -> tuple[float, float]:
+    """The teacher's share for the next step and the momentum (Shing et al. 2025, algorithm 1).
+
+    It rises at least linearly from start to end, and faster while the loss falls.
+    """
+    start, end = taid
+    linear = start + (end - start) * done
+    if start == end or not position.recent_losses:
+        return max(position.taid_share, linear), position.taid_momentum
+    last = position.recent_losses[-1]
+    change = (last - loss) / (abs(last) + 1e-15)
+    momentum = TAID_DECAY * position.taid_momentum + (1 - TAID_DECAY) * change
+    leap = TAID_RATE / (1 + math.exp(-momentum)) * (1 - position.taid_share)
+    return min(end, max(linear, position.taid_share + leap)), momentum
+
+
+def _spike_limit(position: Position, settings: Training) -> float:
+    """The largest loss that is no spike; infinite until enough steps have been seen."""
+    if len(position.recent_losses) < FEWEST_FOR_SPIKE:
+        return math.inf
+    return settings.spike_factor * max(1e-3, statistics.median(position.recent_losses))
+
+
+def _what_is_bad(figures: Figures, position: Position, settings: Training) -> str:
+    if not figures.finite:
+        return f"a loss of {figures.loss} and a gradient norm of {figures.gradient_norm}"
+    limit = _spike_limit(position, settings)
+    if figures.loss > limit:
+        return f"a loss of {figures.loss:.4g}, more than {settings.spike_factor:g} times the median of the steps before"
+    return ""
+
+
+def _report_bad_step(
+    what: str, position: Position, rows: NDArray[np.int64], data: Packed, figures: Figures, state: Path, label: str,
+    settings: Training, ranks: Ranks, progress: Progress,
+) -> None:  # fmt: skip
+    """Write what the batch was; stop, or say that it is skipped."""
+    path = state / f"bad-step-{position.step:09d}.json"
+    if ranks.main:
+        state.mkdir(parents=True, exist_ok=True)
+        record = {
+            "step": position.step,
+            "sequences": rows.tolist(),
+            "loss": str(figures.loss),
+            "terms": {name: str(value) for name, value in figures.terms.items()},
+            "gradient_norm": str(figures.gradient_norm),
+            "token_ids": data.sequence_ids(rows).tolist(),
+        }
+        write_durably(path, json.dumps(record))
+    before = range(position.step - MOST_SKIPPED_IN_A_ROW, position.step)
+    too_many = set(before) <= set(position.skipped_steps)
+    if settings.on_bad_step == "stop" or too_many:
+        section = "teacher.train" if label == "teacher" else "distill"
+        raise EdgedistillError(
+            f"{label}: step {position.step} has {what}; its batch (sequences {', '.join(map(str, rows[:8]))}"
+            f"{', …' if len(rows) > 8 else ''}) is in {path}",
+            f"lower {section}.learning_rate, or set {section}.on_bad_step=skip to go on without such batches; the last"
+            " good checkpoint is kept and the next run goes on from it"
+            + (f" ({MOST_SKIPPED_IN_A_ROW} steps in a row were skipped already)" if too_many else ""),
+        )
+    progress.warn(f"{label}: step {position.step} has {what}; skipped, its batch is in {path}")
+
+
+def _evaluate(
+    module: nn.Module, evaluation: list[Window], position: Position, figures: Figures, state: Path, ranks: Ranks,
+    context: int,
+) -> Position:  # fmt: skip
+    # a batch that training had memory for is one that evaluation has memory for
+    value = perplexity(module, evaluation, ranks, batch_tokens=position.micro_batch_sequences * context)
+    better = value < position.best_value or position.best_step == 0
+    if better:
+        save_best(state, model=bare(module).student, step=position.step, ranks=ranks)
+    row = {"step": float(position.step), "perplexity": value, "loss": round(figures.loss, 9)}
+    row |= {name: round(term, 9) for name, term in figures.terms.items()}
+    row["gradient_norm"] = round(figures.gradient_norm, 6)
+    return replace(
+        position,
+        best_step=position.step if better else position.best_step,
+        best_value=min(value, position.best_value),
+        evaluations_without_better=0 if better else position.evaluations_without_better + 1,
+        history=[*position.history, row],
+    )
+
+
+def _tell(
+    tracker: Tracker, progress: Progress, label: str, figures: Figures, position: Position, steps: int,
+    settings: Training, data: Packed, seconds: float, ranks: Ranks,
+) -> None:  # fmt: skip
+    tokens = settings.batch_sequences * data.context
+    logged = {f"loss/{name}": value for name, value in figures.terms.items()}
+    logged |= {
+        "loss/total": figures.loss,
+        "gradient_norm": figures.gradient_norm,
+        "tokens_per_s": tokens / max(1e-9, seconds),
+        "memory_bytes": memory_bytes(ranks),
+    }
+    if position.history and position.history[-1]["step"] == position.step:
+        logged["perplexity"] = position.history[-1]["perplexity"]
+    tracker.log(logged, position.step)
+    shown = {name: f"{value:.3f}" for name, value in {"loss": figures.loss, **figures.terms}.items()}
+    if position.history:
+        shown["perplexity"] = f"{position.history[-1]['perplexity']:.2f}"
+    speed = position.step * tokens / max(1e-9, position.seconds)
+    left = (steps - position.step) * position.seconds / max(1, position.step)
+    progress.step(label, position.step, steps, **shown, speed=f"{speed:,.0f} tokens/s", left=f"{left:.0f} s")
 
 
 def _impatient(position: Position, settings: Training) -> bool:
     return settings.patience > 0 and position.evaluations_without_better >= settings.patience
-
-
-def _step(
-    model: nn.Module,
-    signals: Signals | None,
-    data: Packed,
-    rows: NDArray[np.int64],
-    optimizers: list[torch.optim.Optimizer],
-    settings: Training,
-    loss: LossSpec,
-    share: float,
-    low_precision: bool,
-) -> dict[str, float]:
-    """One optimizer step over the packed sequences `rows`, in micro-batches normalised by all valid tokens."""
-    model.train()
-    batch = torch.from_numpy(data.sequence_ids(rows))
-    valid = int((batch[:, 1:] != IGNORED).sum())
-    sums = {"loss": 0.0, "kl": 0.0, "ce": 0.0}
-    size = settings.micro_batch_sequences or settings.batch_sequences
-    for start in range(0, len(rows), size):
-        part = batch[start : start + size]
-        inputs, targets = part[:, :-1], part[:, 1:].reshape(-1).to(output_head(model).device)
-        teacher = None if signals is None else signals.head(rows[start : start + size], inputs)
-        hidden = final_hidden(model, inputs, low_precision)
-        value, terms = head_loss(
-            hidden, output_head(model), teacher, targets, loss, valid_total=valid, low_precision=low_precision
-        )
-        value.backward()  # type: ignore[no-untyped-call]
-        sums["loss"] += float(value.detach())
-        for name, term in terms.items():
-            sums[name] += term
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm))
-    if math.isfinite(norm) and math.isfinite(sums["loss"]):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * share
-            optimizer.step()
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    if loss.forward_kl <= 0:
-        del sums["kl"]
-    return {**sums, "gradient_norm": norm}

@@ -6,7 +6,7 @@ Legend: S sequences, T tokens of a sequence.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +86,13 @@ class Packed:
     """All documents in one stream, cut into sequences; the order is a function of seed and epoch.
 
     `stream`: token ids. A sequence is T + 1 consecutive ids: T inputs and, one later, T targets.
+    `starts`: where each document begins in the stream, ascending.
     """
 
     stream: Ids
     context: int
     seed: int
+    starts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
 
     @property
     def sequences(self) -> int:
@@ -119,6 +121,21 @@ class Packed:
         ids: NDArray[np.int64] = self.stream[starts].astype(np.int64)
         return ids
 
+    def targets(self, rows: NDArray[np.int64], *, documents: bool) -> NDArray[np.int64]:
+        """[S, T] next ids. With `documents`, a document's first token counts for nothing: none before it saw it."""
+        ids = self.sequence_ids(rows)[:, 1:]
+        if documents:
+            places = rows[:, None] * self.context + np.arange(1, self.context + 1)[None, :]
+            ids[np.isin(places, self.starts)] = IGNORED
+        return ids
+
+    def positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[S, T] position of each input within its document, or within the sequence where that starts later."""
+        first = rows[:, None] * self.context
+        places = first + np.arange(self.context)[None, :]
+        begins = self.starts[np.searchsorted(self.starts, places, side="right") - 1]
+        return places - np.maximum(begins, first)
+
 
 def pack(documents: Sequence[Ids], *, context: int, seed: int, eos: int | None, bos: int | None) -> Packed:
     """Documents in a shuffled order, each ended by EOS where that is another token than BOS.
@@ -128,12 +145,14 @@ def pack(documents: Sequence[Ids], *, context: int, seed: int, eos: int | None, 
     order = np.random.default_rng((seed, 2**31)).permutation(len(documents))
     end = np.array([eos] if eos is not None and eos != bos else [], dtype=np.int32)
     stream = np.concatenate([part for index in order for part in (documents[index], end)])
+    lengths = np.array([len(documents[index]) + len(end) for index in order], dtype=np.int64)
     if len(stream) <= context:
         raise UserError(
             f"the training part holds {len(stream):,} tokens, fewer than one sequence of {context:,}",
             "give more text, or a smaller context with --set distill.context_tokens=N",
         )
-    return Packed(stream=stream, context=context, seed=seed)
+    starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)[:-1]])
+    return Packed(stream=stream, context=context, seed=seed, starts=starts)
 
 
 @dataclass(frozen=True)

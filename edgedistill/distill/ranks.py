@@ -1,0 +1,153 @@
+"""The processes that train together: one, or those that torchrun or `accelerate launch` started.
+
+accelerate sets up the process group, the device and data parallelism; sharding (FSDP2) is torch's own
+`fully_shard`, asked for in accelerate's configuration (`--use_fsdp --fsdp_version 2`, or
+ACCELERATE_USE_FSDP=true), so that one code path runs on GPUs and, with gloo, on CPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch  # noqa: TID253  this module is imported by training alone
+import torch.distributed as dist  # noqa: TID253
+from pydantic import BaseModel
+
+from edgedistill.errors import EdgedistillError, UserError
+from edgedistill.launch import asked_world
+from edgedistill.store import Store, Stored, Work
+
+R = TypeVar("R", bound=BaseModel)
+TIMEOUT = timedelta(hours=6)  # of one collective: rank 0 may be hashing, waiting for a lock, or writing a cache
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among those that train together. `sharded`: FSDP2 is asked for."""
+
+    rank: int
+    world: int
+    device: torch.device
+    sharded: bool
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Each number summed over all ranks, in float64."""
+        if self.world == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        with clear_errors(self):
+            dist.all_reduce(total)
+        return [float(v) for v in total.tolist()]
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            with clear_errors(self):
+                dist.barrier()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value on every rank (plain data)."""
+        if self.world == 1:
+            return value
+        box = [value if self.main else None]
+        with clear_errors(self):
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def ranks_here() -> Ranks:
+    """Join the launch's processes (once), or stand alone.
+
+    Raises UserError for DeepSpeed, which is not supported, and for FSDP of version 1.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise UserError(
+            "accelerate's configuration asks for DeepSpeed, which edgedistill does not drive",
+            "shard with FSDP2 instead: accelerate launch --use_fsdp --fsdp_version 2 -m edgedistill ...",
+        )
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if sharded and os.environ.get("FSDP_VERSION", "2") != "2":
+        raise UserError(
+            f"accelerate's configuration asks for FSDP version {os.environ['FSDP_VERSION']}",
+            "edgedistill shards with FSDP2: accelerate launch --use_fsdp --fsdp_version 2 -m edgedistill ...",
+        )
+    if asked_world() == 1:
+        return Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), sharded=False)
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
+    return Ranks(state.process_index, state.num_processes, state.device, sharded=sharded)
+
+
+def leave() -> None:
+    """Take the process group down once all ranks are here; what follows is one process's work."""
+    if asked_world() > 1 and dist.is_initialized():
+        from accelerate.state import AcceleratorState, PartialState
+
+        ranks_here().barrier()
+        dist.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._reset_state()
+
+
+@contextmanager
+def clear_errors(ranks: Ranks) -> Iterator[None]:
+    """A collective that breaks means that another rank died: say so."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if ranks.world > 1 and any(sign in text for sign in ("Connection", "closed", "timed out", "NCCL", "gloo")):
+            raise EdgedistillError(
+                f"rank {ranks.rank} of {ranks.world} lost another rank: {text.splitlines()[0][:160]}",
+                "look for the first error among the ranks' output; the last checkpoint is kept, the same command"
+                " goes on from it, with any number of ranks",
+            ) from error
+        raise
+
+
+def run_together(
+    ranks: Ranks,
+    store: Store,
+    stage: str,
+    inputs: Mapping[str, Any],
+    build: Callable[[Work], R],
+    result_type: type[R],
+    on_wait: Callable[[str], None] | None = None,
+) -> Stored[R]:
+    """`Store.run` for all ranks: rank 0 holds the lock and writes the record, the others build beside it."""
+    if ranks.world == 1:
+        return store.run(stage, inputs, build, result_type, on_wait)
+    if ranks.main:
+        told: list[bool] = []
+
+        def lead(work: Work) -> R:
+            told.append(True)
+            ranks.broadcast({"out": str(work.out), "state": str(work.state), "key": work.key})
+            return build(work)
+
+        stored = store.run(stage, inputs, lead, result_type, on_wait)
+        if not told:
+            ranks.broadcast(None)
+        ranks.barrier()
+        return stored
+    place = ranks.broadcast(None)
+    if place is not None:
+        build(Work(out=Path(place["out"]), state=Path(place["state"]), key=place["key"]))
+    ranks.barrier()
+    found = store.find(stage, inputs, result_type)
+    if found is None:
+        raise EdgedistillError(
+            f"rank {ranks.rank} does not see the {stage} that rank 0 wrote to {store.root}",
+            "all ranks need the same store: name a shared folder in EDGEDISTILL_STORE",
+        )
+    return found

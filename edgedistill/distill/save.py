@@ -1,0 +1,33 @@
+"""A trained model on disk, as transformers writes it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgedistill.store import sha256_of
+
+if TYPE_CHECKING:
+    from edgedistill.distill.ranks import Ranks
+
+
+def save_model(model: Any, folder: Path, ranks: Ranks, *, dtype: Any = None) -> None:
+    """The model as transformers writes it, by rank 0; a sharded one is gathered."""
+    from edgedistill.distill.checkpoint import whole
+
+    state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    if not ranks.main:
+        return
+    if dtype is not None:
+        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+        model.config.dtype = dtype
+    model.save_pretrained(folder, state_dict=state)
+
+
+def weights_digest(folder: Path) -> str:
+    """One hash over the safetensors that `save_pretrained` wrote."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{file.name} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()

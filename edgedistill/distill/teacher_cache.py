@@ -1,0 +1,145 @@
+"""The teacher's signals on disk: found, or made by one pass of the teacher over the packed text."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edgedistill.distill.ranks import Ranks, run_together
+from edgedistill.distill.signal_cache import CacheReader, build_cache, open_cache
+from edgedistill.distill.signals import CACHE_BATCH_TOKENS, CachedSignals, LiveSignals, produce_from
+from edgedistill.distill.teacher_model import precision_of
+from edgedistill.progress import QUIET, Progress
+from edgedistill.recipe import Recipe
+from edgedistill.records import DataResult, SignalsResult, TeacherResult
+from edgedistill.store import Store, Work, versions
+from edgedistill.tasks.causal_lm import Packed, TextTokenizer
+
+
+def cache_key(
+    recipe: Recipe, *, teacher: TeacherResult, data: DataResult, tokenizer: TextTokenizer, packed: Packed, ranks: Ranks
+) -> dict[str, Any]:
+    """Everything that the signals depend on; a cache of another key is refused with what differs."""
+    ask = recipe.distill
+    kind = ask.cache.kind
+    return {
+        "kind": kind,
+        "teacher_weights_sha256": teacher.weights_sha256,
+        "teacher_precision": precision_of(recipe.teacher, ranks.device),
+        "autocast": ask.precision,
+        "tokenizer_sha256": teacher.tokenizer_sha256,
+        "data_sha256": data.sha256,
+        "documents_share": ask.documents_share,
+        "context_tokens": packed.context,
+        "sequences": packed.sequences,
+        "packing_seed": packed.seed,
+        "attention": ask.attention,
+        "bos": tokenizer.bos,
+        "eos": tokenizer.eos,
+        "vocab": tokenizer.vocab,
+        "temperature": ask.temperature if kind in ("sampled", "topk") else 1.0,
+        "draws": ask.cache.draws if kind == "sampled" else 0,
+        "top_k": ask.cache.top_k if kind == "topk" else 0,
+        "seed": recipe.seed,
+        "hidden_layers": list(ask.cache.hidden_layers),
+        "attention_layers": list(ask.cache.attention_layers),
+    }
+
+
+def obtain_cache(
+    recipe: Recipe,
+    *,
+    teacher: TeacherResult,
+    data: DataResult,
+    tokenizer: TextTokenizer,
+    packed: Packed,
+    load: Callable[[], LiveSignals],
+    store: Store,
+    ranks: Ranks,
+    progress: Progress = QUIET,
+) -> CachedSignals:
+    """The cache of this recipe, in the store or at `distill.cache.url`; built by all ranks where it is missing.
+
+    `load` brings the teacher into memory. Raises UserError where a cache at the URL has another key or is damaged,
+    and where the disk does not hold it.
+    """
+    key = cache_key(recipe, teacher=teacher, data=data, tokenizer=tokenizer, packed=packed, ranks=ranks)
+    url = recipe.distill.cache.url
+    # the hidden kind remakes logits with the teacher's head; the others need no teacher once they stand
+    live: list[LiveSignals] = []
+
+    def teacher_now() -> LiveSignals:
+        if not live:
+            live.append(load())
+        return live[0]
+
+    local = store.root / "downloads"
+
+    def reader(place: str) -> CacheReader:
+        head = teacher_now().head() if key["kind"] == "hidden" else None
+        return open_cache(place, key=key, head=head, device=ranks.device, local=local)
+
+    if url is not None:
+        fill(url, key, teacher_now, packed, ranks, progress)
+        return CachedSignals(reader(url), url=url)
+
+    def build(work: Work) -> SignalsResult:
+        folder = work.state / "cache"
+        fill(str(folder), key, teacher_now, packed, ranks, progress)
+        ranks.barrier()
+        if ranks.main:
+            shutil.move(str(folder), work.out / "cache")
+        size = sum(p.stat().st_size for p in (work.out / "cache").rglob("*")) if ranks.main else 0
+        return SignalsResult(
+            path="cache", kind=str(key["kind"]), tokens=packed.sequences * packed.context, bytes=size,
+            bytes_per_token=size / (packed.sequences * packed.context),
+        )  # fmt: skip
+
+    inputs = key | {"versions": versions("torch", "transformers", "edgedistill")}
+    stored = run_together(ranks, store, "signals", inputs, build, SignalsResult, progress.say)
+    place = str(stored.directory / stored.result.path)
+    return CachedSignals(reader(place), url=place)
+
+
+def fill(
+    url: str, key: dict[str, Any], teacher: Callable[[], LiveSignals], packed: Packed, ranks: Ranks, progress: Progress
+) -> None:
+    """Build the cache at a folder or URL, unless it stands there whole; an unfinished one is gone on with."""
+    from edgedistill.distill.signal_cache import cache_exists
+
+    if cache_exists(url):
+        return
+    live = teacher()
+    build_cache(
+        url,
+        key=key,
+        kind=key["kind"],
+        vocab=key["vocab"],
+        sequences=packed.sequences,
+        context=packed.context,
+        temperature=key["temperature"],
+        draws=key["draws"],
+        top_k=key["top_k"],
+        seed=key["seed"],
+        produce=produce_from(
+            live, packed, documents=key["attention"] == "documents", hidden_layers=key["hidden_layers"],
+            attention_layers=key["attention_layers"],
+        ),
+        hidden_layers=key["hidden_layers"],
+        attention_layers=key["attention_layers"],
+        rank=ranks.rank,
+        world=ranks.world,
+        barrier=ranks.barrier,
+        batch_sequences=max(1, CACHE_BATCH_TOKENS // packed.context),
+        progress=progress,
+    )  # fmt: skip
+
+
+def hidden_in(
+    folder: Path, *, live: LiveSignals, packed: Packed, key: dict[str, Any], ranks: Ranks, progress: Progress
+) -> CachedSignals:
+    """The exact cache (final hidden states) that one run makes for itself in its work folder."""
+    fill(str(folder), key, lambda: live, packed, ranks, progress)
+    return CachedSignals(open_cache(str(folder), key=key, head=live.head(), device=ranks.device))

@@ -1,0 +1,108 @@
+"""The teacher in memory while it teaches: its precision, and where its weights lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch  # noqa: TID253  this module is imported by training alone
+from torch import Tensor, nn  # noqa: TID253
+
+from edgedistill.distill.model_parts import final_hidden
+from edgedistill.distill.ranks import Ranks
+from edgedistill.distill.signals import LiveSignals
+from edgedistill.errors import UserError
+from edgedistill.recipe import Teacher
+
+
+class Body(nn.Module):
+    """A teacher whose hidden states come from its own forward pass, where FSDP2 gathers its weights."""
+
+    is_body = True
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, inputs: Tensor, positions: Tensor | None, low_precision: bool) -> Tensor:
+        return final_hidden(self.student, inputs, low_precision, positions)
+
+
+def precision_of(ask: Teacher, device: torch.device) -> str:
+    """The weights' precision while it teaches: "fp32", "bf16", "int8" or "nf4"."""
+    if ask.precision != "auto":
+        return ask.precision
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def live_teacher(
+    folder: Path, ask: Teacher, *, low_precision: bool, ranks: Ranks, kept: Tensor | None = None
+) -> LiveSignals:
+    """The teacher of a folder, ready to teach.
+
+    Precision: fp32 or bf16 weights, or bitsandbytes' INT8 (Dettmers et al. 2022) or NF4 (2023). Placement: beside
+    the student; "offload": weights on the CPU, each layer on the GPU while it runs; "shard": FSDP2 over the ranks.
+    Raises UserError where the two do not go together, or a library is missing.
+    """
+    precision = precision_of(ask, ranks.device)
+    if ask.placement == "shard" and ranks.world == 1:
+        raise UserError(
+            "teacher.placement is shard, and there is one process", "start several with torchrun, or set it to auto"
+        )
+    if ask.placement == "offload" and ranks.device.type != "cuda":
+        raise UserError(
+            "teacher.placement is offload, and there is no GPU to offload from", "set teacher.placement=auto"
+        )
+    if precision in ("int8", "nf4") and ask.placement != "auto":
+        raise UserError(
+            f"teacher.precision is {precision}, which cannot be combined with teacher.placement={ask.placement}",
+            "set teacher.placement=auto, or teacher.precision=bf16",
+        )
+    model = _load(folder, precision, ranks)
+    name = f"live, {precision}"
+    low = low_precision or precision != "fp32"
+    if ask.placement == "offload":
+        from accelerate import cpu_offload
+
+        cpu_offload(model, ranks.device)
+        return LiveSignals(model, low_precision=low, device=ranks.device, kept=kept, name=f"{name}, offloaded")
+    if ask.placement == "shard":
+        from edgedistill.distill.loss_module import shard
+
+        body = Body(model.to(ranks.device).eval().requires_grad_(False))
+        shard(body, model)
+        return LiveSignals(body, low_precision=low, device=ranks.device, kept=kept, name=f"{name}, sharded")
+    if precision in ("fp32", "bf16"):
+        model.to(ranks.device)
+    return LiveSignals(model, low_precision=low, device=ranks.device, kept=kept, name=name)
+
+
+def _load(folder: Path, precision: str, ranks: Ranks) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if precision in ("fp32", "bf16"):
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    return load_quantized(folder, precision, ranks.device)
+
+
+def load_quantized(folder: Path, precision: str, device: torch.device) -> Any:
+    """A model folder with bitsandbytes' INT8 or NF4 linear layers, on `device`; the output head stays as it is."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        import bitsandbytes  # noqa: F401
+        from transformers import BitsAndBytesConfig
+    except ImportError as error:
+        raise UserError(
+            f"{precision} weights need bitsandbytes, which is not installed", "pip install 'edgedistill[train]'"
+        ) from error
+    quantization = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if precision == "int8"
+        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=quantization, dtype=torch.bfloat16, use_safetensors=True,
+        device_map={"": str(device)},
+    )  # fmt: skip

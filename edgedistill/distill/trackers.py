@@ -1,0 +1,73 @@
+"""Where every step's figures go: TensorBoard, or another tracker that accelerate knows."""
+
+from __future__ import annotations
+
+import importlib.util
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch  # noqa: TID253  this module is imported by training alone
+
+from edgedistill.distill.ranks import Ranks
+from edgedistill.errors import UserError, did_you_mean
+from edgedistill.progress import Progress
+
+
+class Tracker:
+    """Logs one step's numbers; without a tracker it does nothing."""
+
+    def __init__(self, inner: Any | None) -> None:
+        self.inner = inner
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        if self.inner is not None:
+            self.inner.log(values, step=step)
+
+    def close(self) -> None:
+        if self.inner is not None:
+            self.inner.finish()
+
+
+def open_tracker(name: str | None, folder: Path, *, run: str, ranks: Ranks, progress: Progress) -> Tracker:
+    """The recipe's tracker, writing below `folder`; rank 0 alone writes.
+
+    Raises UserError for a name that accelerate does not know, or whose package is missing. TensorBoard, the default,
+    is done without where it is not installed, and that is said.
+    """
+    if name is None or name == "none" or not ranks.main:
+        return Tracker(None)
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    known = {str(key.value if hasattr(key, "value") else key): kind for key, kind in LOGGER_TYPE_TO_CLASS.items()}
+    if name not in known:
+        raise UserError(f"distill.tracker is {name!r}, which accelerate does not know", did_you_mean(name, known))
+    if name == "tensorboard" and not (
+        importlib.util.find_spec("tensorboard") or importlib.util.find_spec("tensorboardX")
+    ):
+        progress.say("tracker: tensorboard is not installed (pip install tensorboard), so steps are not logged")
+        return Tracker(None)
+    kind: Any = known[name]
+    try:
+        if getattr(kind, "requires_logging_directory", False):
+            folder.mkdir(parents=True, exist_ok=True)
+            inner = kind(run, logging_dir=folder)
+        else:
+            inner = kind(run)
+        start = getattr(inner, "start", None)
+        if start is not None:
+            start()
+    except ImportError as error:
+        raise UserError(
+            f"distill.tracker is {name}, and its package is not installed: {error}",
+            f"pip install {name}, or set distill.tracker=tensorboard or none",
+        ) from error
+    progress.say(f"tracker: {name} in {folder}" if getattr(kind, "requires_logging_directory", False) else "")
+    return Tracker(inner)
+
+
+def memory_bytes(ranks: Ranks) -> float:
+    """Peak memory so far: of the GPU's allocator, else the process's resident set (Linux counts it in KiB)."""
+    if ranks.device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(ranks.device))
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
