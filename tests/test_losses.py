@@ -83,7 +83,10 @@ def reference(hidden, head, teacher, targets, spec, valid_total, taid_t=1.0):
             value = (torch.xlogy(kept, kept) - kept * at).sum(-1)
             if teacher.tail is not None:
                 rest = 1 - (at.exp() * (kept > 0)).sum(-1)
-                value = value + torch.xlogy(teacher.tail, teacher.tail) - teacher.tail * rest.log()
+                missed = torch.where(
+                    teacher.tail > 0, teacher.tail * rest.clamp_min(TINY).log(), torch.zeros_like(rest)
+                )
+                value = value + torch.xlogy(teacher.tail, teacher.tail) - missed
             value = value * T**2
         else:
             value = divergence(name) * T**2
@@ -133,7 +136,8 @@ def build(
             teacher = SparseTargets(ids, weights.to(dtype))
         else:
             weights, ids = p.topk(min(5, vocab))
-            teacher = SparseTargets(ids, weights.to(dtype), (1 - weights.sum(-1)).clamp_min(0).to(dtype))
+            tail = (1 - weights.sum(-1)).clamp_min(0) if vocab > 5 else torch.zeros(tokens, dtype=torch.float64)
+            teacher = SparseTargets(ids, weights.to(dtype), tail.to(dtype))
     return hidden, student, teacher, targets
 
 
