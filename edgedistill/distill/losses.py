@@ -252,7 +252,7 @@ def _compute_dtype(hidden: Tensor, low_precision: bool) -> torch.dtype:
 def _chunk_rows(
     hidden: Tensor, vocab_rows: int, teachers: Sequence[_TeacherPart], compute: torch.dtype, chunk_bytes: int | None
 ) -> int:
-    """Tokens of a chunk: as the byte budget allows, and no more than an eighth of a CPU's batch, which suffices."""
+    """Tokens of a chunk: as the byte budget allows, and no more than a quarter of a CPU's batch, which suffices."""
     per_row = vocab_rows * compute.itemsize * (1 + len(teachers))
     tokens = hidden.shape[0]
     if chunk_bytes is not None:
@@ -263,7 +263,7 @@ def _chunk_rows(
         free, _ = torch.cuda.mem_get_info(hidden.device)
         fitting = min(CUDA_CHUNK_BYTES * 2, free // 2) // per_row
         return max(1, min(max(CUDA_CHUNK_TOKENS, tokens // 8), fitting))
-    return max(1, min(CPU_CHUNK_BYTES // per_row, max(FEWEST_CHUNK_TOKENS, -(-tokens // 8))))
+    return max(1, min(CPU_CHUNK_BYTES // per_row, max(FEWEST_CHUNK_TOKENS, -(-tokens // 4))))
 
 
 def _blocks(tokens: int, vocab_rows: int, device: torch.device) -> list[slice]:
