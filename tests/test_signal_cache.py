@@ -10,6 +10,7 @@ import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from training_models import VOCAB, model, packed
 
 from edgedistill.distill import signal_cache
+from edgedistill.distill.cache_files import cache_exists
 from edgedistill.distill.losses import SparseTargets, TeacherHead, TeacherLogits
 from edgedistill.distill.signal_cache import KINDS, build_cache, open_cache, sample_multisets
 from edgedistill.distill.signals import LiveSignals, produce_from
@@ -281,14 +283,25 @@ def test_a_url_is_built_and_read_through_fsspec(tmp_path, small_shards):
     reader = open_cache(url, key=KEY, local=tmp_path / "elsewhere")
     here = open_cache(str(tmp_path / "plain"), key=KEY)
     assert torch.equal(reader.batch(ROWS).ids, here.batch(ROWS).ids)
-    assert signal_cache.cache_exists(url)
-    assert not signal_cache.cache_exists(url + "-not")
+    assert cache_exists(url)
+    assert not cache_exists(url + "-not")
     with pytest.raises(UserError, match="no cache of teacher signals"):
         open_cache(url + "-not", key=KEY, local=tmp_path / "elsewhere")
     victim = next((tmp_path / "elsewhere").rglob("shard*"))
     victim.write_bytes(b"torn")
     again = open_cache(url, key=KEY, local=tmp_path / "elsewhere")
     assert torch.equal(again.batch(ROWS).weights, here.batch(ROWS).weights)
+
+
+def test_a_url_that_was_emptied_is_built_anew_whatever_lies_staged(tmp_path, small_shards):
+    url, other = f"memory://again-{os.getpid()}", {**KEY, "temperature": 1.0}
+    build(url, "sampled", local=tmp_path)
+    files, path = fsspec.core.url_to_fs(url)
+    files.rm(path, recursive=True)
+    build(url, "sampled", key=other, temperature=1.0, local=tmp_path)
+    build(tmp_path / "plain", "sampled", key=other, temperature=1.0)
+    for shard in (tmp_path / "plain").glob("shard*"):
+        assert files.cat_file(f"{path}/{shard.name}") == shard.read_bytes()
 
 
 def test_a_full_disk_says_so_and_keeps_what_was_written(tmp_path, small_shards, monkeypatch):
