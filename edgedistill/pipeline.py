@@ -160,7 +160,10 @@ def cache_teacher(recipe: Recipe, *, store: Store, progress: Progress = QUIET) -
     from edgedistill.distill.stage import cache_signals
     from edgedistill.distill.teacher import obtain_teacher
 
+    used = recipe.distill.model_copy(update={"teacher_signals": "cached"})  # as `distill` will, whatever it says here
+    recipe = recipe.model_copy(update={"distill": used})
     refuse_signals(recipe)
+    _require_usable_cache(recipe, store)
     data = prepare_data(recipe.data, store=store, progress=progress)
     _say(progress, data, f"{data.result.parts['train'].documents:,} documents")
     teacher = obtain_teacher(recipe, data=data, store=store, progress=progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -19,7 +20,7 @@ from training_models import VOCAB, model, packed
 
 from edgedistill.distill import signal_cache
 from edgedistill.distill.cache_files import cache_exists
-from edgedistill.distill.losses import SparseTargets, TeacherHead, TeacherLogits
+from edgedistill.distill.losses import Head, LossSpec, SparseTargets, TeacherHead, TeacherLogits, head_loss
 from edgedistill.distill.signal_cache import KINDS, build_cache, open_cache, sample_multisets
 from edgedistill.distill.signals import LiveSignals, produce_from
 from edgedistill.errors import UserError
@@ -100,6 +101,36 @@ def test_samples_follow_the_teacher_at_the_temperature(tmp_path, small_shards):
     entropy = -(p * p.log()).sum(-1)
     assert got.entropy.mean().item() == pytest.approx(entropy.mean().item(), rel=1e-3)
     assert reader.bytes_per_token < 60
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [("hidden", "forward_kl"), ("hidden", "jsd"), ("dense", "forward_kl"), ("dense", "jsd"), ("topk", "forward_kl")],
+)
+def test_a_temperature_in_the_loss_is_that_of_the_live_teacher(tmp_path, kind, loss):
+    """Kept logits and states are at T = 1, kept probabilities at the loss's; all give its gradient at T = 2."""
+    spec = LossSpec({loss: 1.0}, temperature=TEMPERATURE, vocab=VOCAB)
+    build(tmp_path / "c", kind, top_k=VOCAB)
+    kept = open_cache(str(tmp_path / "c"), key=KEY, head=head()).batch(ROWS)
+    ids = torch.from_numpy(packed().sequence_ids(ROWS))
+    live = LiveSignals(model(seed=5, hidden=48), low_precision=False).batch(ROWS, ids[:, :-1])
+    student = Head(model(seed=9).get_output_embeddings().weight.detach())
+
+    def of(teacher, temperature=TEMPERATURE):
+        hidden = torch.randn(len(ROWS) * 16, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        chosen = dataclasses.replace(spec, temperature=temperature)
+        value, _ = head_loss(
+            20 * hidden, student, teacher, ids[:, 1:].reshape(-1), chosen, valid_total=64, low_precision=False
+        )
+        value.backward()
+        return value.item(), hidden.grad
+
+    value, gradient = of(live)
+    got, found = of(kept)
+    assert got == pytest.approx(value, rel=5e-3)
+    assert ((found - gradient).norm() / gradient.norm()) < 0.01
+    _, other = of(kept if kind != "topk" else live, 1.0)
+    assert ((other - gradient).norm() / gradient.norm()) > 0.1
 
 
 def test_inverting_the_distribution_draws_what_it_says():
