@@ -171,6 +171,28 @@ def test_ranks_write_the_same_bytes_as_one_process(tmp_path, kind, small_shards)
         assert a.read_bytes() == b.read_bytes()
 
 
+def test_ranks_run_a_sharded_teacher_together_to_the_end(tmp_path, small_shards):
+    """A sharded teacher's pass gathers its weights from every rank: one that is called alone waits for ever."""
+    build(tmp_path / "one", "hidden")
+    (tmp_path / "three").mkdir()
+    for name in ("shard-00000.safetensors", "shard-00002.safetensors"):  # of an earlier try
+        shutil.copy(tmp_path / "one" / name, tmp_path / "three" / name)
+    (tmp_path / "three" / "building.json").write_text(json.dumps(KEY, sort_keys=True))
+    barrier, gather, given = threading.Barrier(3), threading.Barrier(3), produce()
+
+    def collective(rows):
+        gather.wait(timeout=60)
+        return given(rows)
+
+    def write(rank):
+        build(tmp_path / "three", "hidden", produce=collective, rank=rank, world=3, barrier=barrier.wait)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, range(3)))
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "three" / path.name).read_bytes()
+
+
 def test_a_build_that_was_killed_goes_on_with_its_whole_shards(tmp_path, small_shards):
     made = []
     original = produce()

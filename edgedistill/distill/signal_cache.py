@@ -104,12 +104,17 @@ def build_cache(
     barrier()
     _require_room(folder, int(per_token * context * sequences))
     writer = _Writer(kind, vocab, context, temperature, draws, top_k, seed, produce, batch_sequences)
-    for number in range(rank, len(names), world):
-        path = folder / names[number]
-        if not path.is_file():
-            rows = np.arange(number * size, min((number + 1) * size, sequences))
-            _write(path, writer.tensors(rows), rank)
-        progress.step("teacher signals", min((number + 1) * size, sequences), sequences)
+    missing = [number for number, name in enumerate(names) if not (folder / name).is_file()]
+    barrier()  # all ranks have looked before the first one writes
+    passes = [0] * world
+    for number in missing:
+        rows = np.arange(number * size, min((number + 1) * size, sequences))
+        passes[number % world] += -(-len(rows) // batch_sequences)
+        if number % world == rank:
+            _write(folder / names[number], writer.tensors(rows), rank)
+            progress.step("teacher signals", int(rows[-1]) + 1, sequences)
+    for _ in range(max(passes) - passes[rank]):
+        produce(np.arange(1))  # a sharded teacher's pass needs every rank, also those that have no shard left
     barrier()
     if rank == 0:
         record = {
