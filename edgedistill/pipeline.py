@@ -110,6 +110,7 @@ def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store) -> Pla
         room = room.parent
     student = _given_student_shape(recipe)
     _require_exportable(recipe, targets)
+    _require_usable_cache(recipe, store)
     sizes_only = plan(recipe, targets, teacher=teacher, teacher_parameters=parameters, student=student)
     return plan(
         recipe,
@@ -159,7 +160,10 @@ def cache_teacher(recipe: Recipe, *, store: Store, progress: Progress = QUIET) -
     from edgedistill.distill.stage import cache_signals
     from edgedistill.distill.teacher import obtain_teacher
 
+    used = recipe.distill.model_copy(update={"teacher_signals": "cached"})  # as `distill` will, whatever it says here
+    recipe = recipe.model_copy(update={"distill": used})
     refuse_signals(recipe)
+    _require_usable_cache(recipe, store)
     data = prepare_data(recipe.data, store=store, progress=progress)
     _say(progress, data, f"{data.result.parts['train'].documents:,} documents")
     teacher = obtain_teacher(recipe, data=data, store=store, progress=progress)
@@ -290,6 +294,26 @@ def _require_exportable(recipe: Recipe, targets: Sequence[Target]) -> None:
         from edgedistill.onnx.decoder import require_runnable_heads
 
         require_runnable_heads(folder.shape, where=str(folder.path))
+
+
+def _require_usable_cache(recipe: Recipe, store: Store) -> None:
+    """A finished cache at the recipe's URL is looked into now, not after the teacher was trained. UserError."""
+    from edgedistill.data.prepare import find_data
+    from edgedistill.distill.cache_files import refuse_other_cache
+    from edgedistill.distill.teacher import find_teacher
+
+    refuse_other_cache(recipe, {})
+    if recipe.distill.teacher_signals != "cached" or recipe.distill.cache.url is None:
+        return
+    data = find_data(recipe.data, store=store)
+    teacher = find_teacher(recipe, data=data, store=store)
+    known = {} if data is None else {"data_sha256": data.result.sha256}
+    if teacher is not None:
+        known |= {
+            "teacher_weights_sha256": teacher.weights_sha256,
+            "tokenizer_sha256": teacher.tokenizer_sha256,
+        }
+    refuse_other_cache(recipe, known)
 
 
 def _given_student_shape(recipe: Recipe) -> Shape | None:

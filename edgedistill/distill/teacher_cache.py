@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edgedistill.distill.cache_files import cache_exists, recipe_key
 from edgedistill.distill.ranks import Ranks, run_together
 from edgedistill.distill.signal_cache import CacheReader, build_cache, open_cache
 from edgedistill.distill.signals import CACHE_BATCH_TOKENS, CachedSignals, LiveSignals, produce_from
@@ -22,29 +23,17 @@ def cache_key(
     recipe: Recipe, *, teacher: TeacherResult, data: DataResult, tokenizer: TextTokenizer, packed: Packed, ranks: Ranks
 ) -> dict[str, Any]:
     """Everything that the signals depend on; a cache of another key is refused with what differs."""
-    ask = recipe.distill
-    kind = ask.cache.kind
-    return {
-        "kind": kind,
+    return recipe_key(recipe) | {
         "teacher_weights_sha256": teacher.weights_sha256,
         "teacher_precision": precision_of(recipe.teacher, ranks.device),
-        "autocast": ask.precision,
         "tokenizer_sha256": teacher.tokenizer_sha256,
         "data_sha256": data.sha256,
-        "documents_share": ask.documents_share,
         "context_tokens": packed.context,
         "sequences": packed.sequences,
         "packing_seed": packed.seed,
-        "attention": ask.attention,
         "bos": tokenizer.bos,
         "eos": tokenizer.eos,
         "vocab": tokenizer.vocab,
-        "temperature": ask.temperature if kind in ("sampled", "topk") else 1.0,
-        "draws": ask.cache.draws if kind == "sampled" else 0,
-        "top_k": ask.cache.top_k if kind == "topk" else 0,
-        "seed": recipe.seed,
-        "hidden_layers": list(ask.cache.hidden_layers),
-        "attention_layers": list(ask.cache.attention_layers),
     }
 
 
@@ -82,8 +71,13 @@ def obtain_cache(
         return open_cache(place, key=key, head=head, device=ranks.device, local=local)
 
     if url is not None:
-        fill(url, key, teacher_now, packed, ranks, progress)
-        return CachedSignals(reader(url), url=url)
+        fill(url, key, teacher_now, packed, ranks, progress, local=local)
+        if not ranks.main:
+            ranks.barrier()  # the first rank fetches a remote cache, the others find it here
+        found = reader(url)
+        if ranks.main:
+            ranks.barrier()
+        return CachedSignals(found, url=url)
 
     def build(work: Work) -> SignalsResult:
         folder = work.state / "cache"
@@ -104,12 +98,14 @@ def obtain_cache(
 
 
 def fill(
-    url: str, key: dict[str, Any], teacher: Callable[[], LiveSignals], packed: Packed, ranks: Ranks, progress: Progress
-) -> None:
-    """Build the cache at a folder or URL, unless it stands there whole; an unfinished one is gone on with."""
-    from edgedistill.distill.signal_cache import cache_exists
+    url: str, key: dict[str, Any], teacher: Callable[[], LiveSignals], packed: Packed, ranks: Ranks, progress: Progress,
+    local: Path | None = None,
+) -> None:  # fmt: skip
+    """Build the cache at a folder or URL, unless it stands there whole; an unfinished one is gone on with.
 
-    if cache_exists(url):
+    `local` is where a URL's shards are staged; all ranks see the same one.
+    """
+    if ranks.broadcast(cache_exists(url)):
         return
     live = teacher()
     build_cache(
@@ -132,6 +128,7 @@ def fill(
         rank=ranks.rank,
         world=ranks.world,
         barrier=ranks.barrier,
+        local=local,
         batch_sequences=max(1, CACHE_BATCH_TOKENS // packed.context),
         progress=progress,
     )  # fmt: skip
