@@ -187,7 +187,7 @@ class _Step:
             self._clear()
             micro = self._smaller(micro, message)
         norm = clip_gradients(self.module, self.settings.clip_norm)
-        figures = Figures(sums.pop("loss"), sums, norm, valid)
+        figures = _figures(sums, norm, valid)
         if figures.finite and figures.loss <= spike:
             set_rates(self.optimizers, rate_share)
             for optimizer in self.optimizers:
@@ -197,22 +197,27 @@ class _Step:
 
     def _gradients(
         self, rows: NDArray[np.int64], micro: int, taid_t: float, report_kl: bool
-    ) -> tuple[dict[str, float], int]:
-        """Gradients of the whole batch, normalised by its valid tokens over all micro-batches and ranks."""
+    ) -> tuple[dict[str, torch.Tensor], int]:
+        """Gradients of the whole batch, normalised by its valid tokens over all micro-batches and ranks.
+
+        Returns the loss and its terms, whole over the ranks and still on the device, and the valid tokens.
+        """
         documents = self.settings.attention == "documents"
-        ranks, device = self.ranks, self.ranks.device
-        valid = int((self.data.targets(rows, documents=documents) != IGNORED).sum())
+        ranks = self.ranks
+        labels = self.data.targets(rows, documents=documents)
+        valid = int((labels != IGNORED).sum())
         mine = rows[ranks.rank :: ranks.world]
+        inputs = _on(ranks.device, self.data.sequence_ids(mine)[:, :-1])
+        targets = _on(ranks.device, labels[ranks.rank :: ranks.world])
+        positions = _on(ranks.device, self.data.positions(mine)) if documents else None
         sums: dict[str, torch.Tensor] = {}
         for start in range(0, len(mine), micro):
-            part = mine[start : start + micro]
-            inputs = torch.from_numpy(self.data.sequence_ids(part)[:, :-1])
-            targets = torch.from_numpy(self.data.targets(part, documents=documents)).reshape(-1)
-            positions = torch.from_numpy(self.data.positions(part)) if documents else None
-            teacher = None if self.signals is None else self.signals.batch(part, inputs, positions)
+            part = slice(start, start + micro)
+            where = None if positions is None else positions[part]
+            teacher = None if self.signals is None else self.signals.batch(mine[part], inputs[part], where)
             with local_gradients(self.module, ranks, last=start + micro >= len(mine)):
                 value, terms = self.module(
-                    inputs.to(device), targets.to(device), positions, teacher,
+                    inputs[part], targets[part].reshape(-1), where, teacher,
                     valid_total=max(1, valid), taid_t=taid_t, report_kl=report_kl,
                 )  # fmt: skip
                 with clear_errors(ranks):
@@ -226,7 +231,7 @@ class _Step:
         if ranks.world > 1:
             with clear_errors(ranks):
                 torch.distributed.all_reduce(stacked)
-        return dict(zip(names, stacked.tolist(), strict=True)), valid
+        return dict(zip(names, stacked.unbind(), strict=True)), valid
 
     def _clear(self) -> None:
         for optimizer in self.optimizers:
@@ -256,6 +261,21 @@ class _Step:
 
     def _section(self) -> str:
         return "teacher.train" if self.label == "teacher" else "distill"
+
+
+def _figures(sums: dict[str, torch.Tensor], norm: torch.Tensor, valid: int) -> Figures:
+    """The step's numbers, read from the device at once: the one place in a step where the host waits for it."""
+    names = sorted(sums)
+    numbers = [torch.as_tensor(sums[name], dtype=torch.float64, device=norm.device) for name in names]
+    *values, gradient_norm = torch.stack([*numbers, norm.double()]).tolist()
+    terms = dict(zip(names, values, strict=True))
+    return Figures(terms.pop("loss"), terms, gradient_norm, valid)
+
+
+def _on(device: torch.device, numbers: NDArray[np.int64]) -> torch.Tensor:
+    """On the device; from pinned memory to a GPU, since a copy from pageable memory waits for all work before it."""
+    tensor = torch.from_numpy(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def out_of_memory(error: BaseException) -> bool:
