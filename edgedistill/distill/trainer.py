@@ -10,8 +10,11 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
+import shutil
 import statistics
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -94,7 +97,7 @@ def train(
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     module = wrap(LossModule(model, loss, low_precision=settings.precision == "bf16"), ranks)
     if settings.compile:
-        _compile_body(model)
+        _compile_body(model, ranks.device)
     optimizers = make_optimizers(module, settings)
     local = settings.batch_sequences // ranks.world
     position = Position(micro_batch_sequences=min(local, settings.micro_batch_sequences or local), taid_share=taid[0])
@@ -126,7 +129,7 @@ def train(
             _report_bad_step(bad, position, rows, data, figures, state, label, settings, ranks, progress)
         position = _advance(position, figures, bad=bool(bad), micro=micro, steps=steps, taid=taid)
         if position.step % every == 0 or position.step == steps:
-            position = _evaluate(module, evaluation, position, figures, state, ranks, data.context)
+            position = _evaluate(module, evaluation, position, figures, state, ranks, data.context, settings.compile)
             stopped = _impatient(position, settings)
         now = time.monotonic()
         position = replace(position, seconds=now - started)
@@ -291,7 +294,12 @@ def _require_divisible(settings: Training, ranks: Ranks) -> None:
         )
 
 
-def _compile_body(model: nn.Module) -> None:
+def _compile_body(model: nn.Module, device: torch.device) -> None:
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise UserError(
+            "compile is true, and there is no C++ compiler, which torch.compile needs on a CPU",
+            "install g++, or set compile=false: on a CPU it gains nothing that was measured",
+        )
     body = model.get_decoder()  # type: ignore[operator]
     body.compile(dynamic=False)
 
@@ -381,10 +389,12 @@ def _report_bad_step(
 
 def _evaluate(
     module: nn.Module, evaluation: list[Window], position: Position, figures: Figures, state: Path, ranks: Ranks,
-    context: int,
+    context: int, compiled: bool,
 ) -> Position:  # fmt: skip
     # a batch that training had memory for is one that evaluation has memory for
-    value = perplexity(module, evaluation, ranks, batch_tokens=position.micro_batch_sequences * context)
+    # windows have many lengths: compiled, each of them would be compiled anew
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        value = perplexity(module, evaluation, ranks, batch_tokens=position.micro_batch_sequences * context)
     better = value < position.best_value or position.best_step == 0
     if better:
         save_best(state, model=bare(module).student, step=position.step, ranks=ranks)
