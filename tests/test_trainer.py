@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -284,3 +285,48 @@ def test_what_is_masked_is_the_token_that_is_predicted(tmp_path):
     )  # fmt: skip
     assert result.history[0]["loss"] == pytest.approx(float(kl[~predicts_a_first].mean()), rel=1e-4)
     assert float(kl[~is_a_first].mean()) != pytest.approx(float(kl[~predicts_a_first].mean()), rel=1e-3)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's inductor warns of torch itself
+def test_a_compiled_body_trains_the_same_and_is_compiled_once(tmp_path):
+    """Windows of many lengths are evaluated without compiling each."""
+    from torch._dynamo.utils import counters
+
+    plain, compiled = model(), model()
+    expected = run(plain, tmp_path / "plain", optimizer="adamw")
+    counters.clear()
+    result = run(compiled, tmp_path / "compiled", optimizer="adamw", compile=True)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert result.history[-1]["loss"] == pytest.approx(expected.history[-1]["loss"], rel=1e-4)
+    for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_compile_without_a_compiler_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"no C\+\+ compiler"):
+        run(model(), tmp_path / "state", compile=True)
+
+
+def test_a_step_reads_the_device_once(tmp_path, monkeypatch):
+    """Every read makes a GPU's host wait for it: the figures of a step come in one."""
+    reads: list[str] = []
+    for name in ("tolist", "item", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, name=name, original=original: (reads.append(name), original(self))[1]
+        )
+    original_step, each = trainer._Step.run, []
+
+    def counted(self, rows, **named):
+        reads.clear()
+        done = original_step(self, rows, **named)
+        each.append(list(reads))
+        return done
+
+    monkeypatch.setattr(trainer._Step, "run", counted)
+    signals = LiveSignals(model(seed=5, hidden=48), low_precision=False)
+    run(model(), tmp_path, loss=KL, signals=signals, optimizer="adamw", micro_batch_sequences=2)
+    assert each == [["tolist"]] * 12

@@ -143,10 +143,8 @@ class _HeadLoss(torch.autograd.Function):
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
         )
         terms = (sums * scale).to(exact)
-        weights = torch.tensor(
-            [settings.spec.weights.get(name, 0.0) for name in reported], dtype=exact, device=hidden.device
-        )
-        loss = (terms * weights).sum()
+        # the weights stay Python numbers: a tensor of them would make a GPU wait for its copy
+        loss = torch.stack([terms[i] * settings.spec.weights.get(name, 0.0) for i, name in enumerate(reported)]).sum()
         shown = tuple(terms.unbind())
         ctx.mark_non_differentiable(*shown)
         return loss, *shown
