@@ -145,8 +145,9 @@ def _train(
     model, kept = start()
     if settings.lora.rank:
         model = add_adapters(
-            model, settings.lora, folder=work.state / f"start-{ranks.rank}", device=ranks.device, seed=recipe.seed
-        )
+            model, settings.lora, folder=work.state / f"start-{ranks.rank}", device=ranks.device, seed=recipe.seed,
+            sharded=ranks.sharded,
+        )  # fmt: skip
     if not settings.lora.rank or settings.lora.base == "fp32":
         model.to(ranks.device)
     loss = loss_of(settings, text.tokenizer.vocab)
