@@ -168,27 +168,32 @@ def vocabulary(folder: Path, role: str = "model") -> dict[str, int]:
     return known
 
 
-def require_same_tokenizer(teacher: Path, student: Path) -> None:
-    """Refuse a student whose tokens are not the teacher's. Padding of the embedding is another matter.
+def require_same_tokenizer(teacher: Path, other: Path, *, role: str = "student") -> None:
+    """Refuse a student, or a further teacher, whose tokens are not the teacher's. Padding is another matter.
 
-    Raises UserError naming the first token that differs.
+    Raises UserError naming the first token that differs; `role` says what the other is.
     """
-    ours, theirs = vocabulary(teacher, "teacher"), vocabulary(student, "student")
+    remedy = (
+        "choose a student of the teacher's family, or start it fresh or from the teacher's layers"
+        if role == "student"
+        else "teachers that teach together share one tokenizer: choose them of one family"
+    )
+    ours, theirs = vocabulary(teacher, "teacher"), vocabulary(other, role)
     if ours == theirs:
         return
     by_id = {index: token for token, index in theirs.items()}
     for token, index in sorted(ours.items(), key=lambda item: item[1]):
-        other = theirs.get(token)
-        if other != index:
-            what = f"is {other} in the student's" if other is not None else "is not in the student's"
+        found = theirs.get(token)
+        if found != index:
+            what = f"is {found} in the {role}'s" if found is not None else f"is not in the {role}'s"
             raise UserError(
-                f"teacher and student do not share a tokenizer: token {token!r} has id {index} in the teacher's"
+                f"teacher and {role} do not share a tokenizer: token {token!r} has id {index} in the teacher's"
                 f" and {what} (id {index} there: {by_id.get(index)!r}; {len(ours):,} against {len(theirs):,} tokens)",
-                "choose a student of the teacher's family, or start it fresh or from the teacher's layers",
+                remedy,
             )
     extra = next(token for token in theirs if token not in ours)
     raise UserError(
-        f"teacher and student do not share a tokenizer: the student's token {extra!r} is not in the teacher's"
+        f"teacher and {role} do not share a tokenizer: the {role}'s token {extra!r} is not in the teacher's"
         f" ({len(ours):,} against {len(theirs):,} tokens)",
-        "choose a student of the teacher's family, or start it fresh or from the teacher's layers",
+        remedy,
     )

@@ -20,7 +20,7 @@ from edgedistill.errors import GateFailed, LimitBroken, UserError
 from edgedistill.fit import artifacts_of
 from edgedistill.launch import is_follower
 from edgedistill.models import open_model, require_same_tokenizer
-from edgedistill.plan import Plan, plan, refuse_signals
+from edgedistill.plan import Plan, plan, refuse_mixture, refuse_signals
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
 from edgedistill.records import (
@@ -117,6 +117,7 @@ def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store) -> Pla
         teacher=teacher,
         teacher_parameters=parameters,
         student=student,
+        further_teachers=_further_shapes(recipe),
         store_hits=_store_hits(recipe, sizes_only.student, store),
         free_disk_bytes=shutil.disk_usage(room).free,
         machine_memory_bytes=machine.describe()["memory_bytes"],
@@ -160,6 +161,7 @@ def cache_teacher(recipe: Recipe, *, store: Store, progress: Progress = QUIET) -
     from edgedistill.distill.teacher import obtain_teacher
 
     refuse_signals(recipe)
+    refuse_mixture(recipe, caching=True)
     data = prepare_data(recipe.data, store=store, progress=progress)
     _say(progress, data, f"{data.result.parts['train'].documents:,} documents")
     teacher = obtain_teacher(recipe, data=data, store=store, progress=progress)
@@ -272,6 +274,16 @@ def _teacher_sizes(recipe: Recipe) -> tuple[Shape, int]:
         return shape, shape.parameters
     folder = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
     return folder.shape, folder.shape.parameters
+
+
+def _further_shapes(recipe: Recipe) -> list[Shape]:
+    """Sizes of the teachers beside the first. UserError where one has another tokenizer."""
+    from edgedistill.distill.teacher import open_further
+
+    if recipe.teacher.model is None or not recipe.teacher.also:
+        return []
+    first = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
+    return [folder.shape for folder in open_further(recipe, first)]
 
 
 def _require_exportable(recipe: Recipe, targets: Sequence[Target]) -> None:

@@ -47,6 +47,7 @@ class Plan(Record):
     recipe: str
     teacher: Shape
     teacher_parameters: int
+    further_teachers: list[Shape]
     student: Shape
     student_parameters: int
     compression: float
@@ -70,6 +71,7 @@ def plan(
     teacher: Shape,
     teacher_parameters: int | None = None,
     student: Shape | None = None,
+    further_teachers: Sequence[Shape] = (),
     store_hits: Mapping[str, bool] | None = None,
     free_disk_bytes: int | None = None,
     machine_memory_bytes: int | None = None,
@@ -77,6 +79,7 @@ def plan(
 ) -> Plan:
     """Sizes, ceilings and warnings of a build; one student for all targets, sized by the tightest.
 
+    `further_teachers` are those that teach beside the first (`teacher.also`).
     `student` is a given shape (pretrained, or a folder); without it one is designed. `store_hits` says by stage
     ("teacher", "student", ...) what is already in the store. `free_disk_bytes` is that of the store's disk,
     `machine_memory_bytes` and `machine_cores` this machine's; None: not checked.
@@ -87,6 +90,7 @@ def plan(
     if not targets:
         raise UserError("no target", "name one: --target jetson (see `edgedistill targets list`)")
     refuse_signals(recipe)
+    refuse_mixture(recipe, caching=recipe.distill.teacher_signals == "cached")
     parameters = teacher.parameters if teacher_parameters is None else teacher_parameters
     hits = dict(store_hits or {})
     wanted = [(target, *parse_artifact(a)) for target in targets for a in artifacts_of(recipe, target)]
@@ -106,12 +110,13 @@ def plan(
         worst = min(breaches, key=lambda breach: breach.scale)
         raise UserError(worst.cause, worst.remedy)
     artifacts = [artifact_plan(shape, recipe, *entry) for entry in wanted]
-    training = _training_memory(recipe, shape, teacher, hits, machine_memory_bytes)
+    training = _training_memory(recipe, shape, teacher, further_teachers, hits, machine_memory_bytes)
     disk = _disk(recipe, parameters, shape, artifacts, hits, free_disk_bytes)
     return Plan(
         recipe=recipe.name,
         teacher=teacher,
         teacher_parameters=parameters,
+        further_teachers=list(further_teachers),
         student=shape,
         student_parameters=shape.parameters,
         compression=parameters / shape.parameters,
@@ -147,6 +152,37 @@ def refuse_signals(recipe: Recipe) -> None:
             f"distill.cache.kind is {settings.cache.kind}, which serves forward_kl and cross_entropy alone, and"
             f" distill.{others[0]} is {getattr(settings, others[0]):g}",
             "set distill.cache.kind to hidden or dense, or distill.teacher_signals=live",
+        )
+
+
+def refuse_mixture(recipe: Recipe, *, caching: bool) -> None:
+    """Refuse what several teachers at once cannot give; `caching`: their signals are to lie on disk. UserError."""
+    if not recipe.teacher.also:
+        return
+    cache = recipe.distill.cache
+    several = f"teacher.also names {len(recipe.teacher.also)} further teacher(s)"
+    if recipe.teacher.model is None:
+        raise UserError(
+            f"{several}, and the first one would be trained here with a tokenizer of its own",
+            "name a first teacher with their tokenizer: --teacher FOLDER",
+        )
+    if not caching:
+        return
+    if cache.kind == "hidden":
+        raise UserError(
+            f"{several}, and distill.cache.kind is hidden: their states cannot be mixed, only their probabilities",
+            "set distill.cache.kind to sampled or dense, or distill.teacher_signals=live",
+        )
+    if cache.hidden_layers or cache.attention_layers:
+        raise UserError(
+            f"{several}, and distill.cache keeps layers {[*cache.hidden_layers, *cache.attention_layers]} of one",
+            "leave distill.cache.hidden_layers and attention_layers empty",
+        )
+    if cache.kind == "dense" and recipe.distill.temperature != 1.0:
+        raise UserError(
+            f"{several}, and distill.temperature is {recipe.distill.temperature:g}: a dense cache keeps the mean of"
+            " their probabilities at 1, which does not tell the mean at another temperature",
+            "set distill.cache.kind=sampled, distill.temperature=1, or distill.teacher_signals=live",
         )
 
 
@@ -227,8 +263,9 @@ def _fit(recipe: Recipe, wanted: list[Wanted], teacher: Shape, ask: ShapeAsk, mu
 
 
 def _training_memory(
-    recipe: Recipe, student: Shape, teacher: Shape, hits: Mapping[str, bool], machine: int | None
-) -> Figure:
+    recipe: Recipe, student: Shape, teacher: Shape, further: Sequence[Shape], hits: Mapping[str, bool],
+    machine: int | None,
+) -> Figure:  # fmt: skip
     """The larger of what is still to be trained: the student beside its teacher, and the teacher itself."""
     runs: list[tuple[str, Training, Shape, Shape | None]] = []
     if not hits.get("student"):
@@ -238,12 +275,16 @@ def _training_memory(
     most, source = 0, "nothing is left to train"
     for what, training, shape, teaching in runs:
         sequences = training.micro_batch_sequences or training.batch_sequences
+        beside = sum(FINAL_BYTES_A_PARAMETER * each.parameters for each in further) if teaching is not None else 0
 
         def needs(
-            count: int, training: Training = training, shape: Shape = shape, teaching: Shape | None = teaching
-        ) -> int:
-            return TRAINING_PROCESS_BYTES + sizes.training_bytes(
-                shape, sequences=count, context_tokens=training.context_tokens, teacher=teaching
+            count: int, training: Training = training, shape: Shape = shape, teaching: Shape | None = teaching,
+            beside: int = beside,
+        ) -> int:  # fmt: skip
+            return (
+                TRAINING_PROCESS_BYTES
+                + beside
+                + sizes.training_bytes(shape, sequences=count, context_tokens=training.context_tokens, teacher=teaching)
             )
 
         if machine is not None and needs(1) > machine:

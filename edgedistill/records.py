@@ -121,6 +121,19 @@ class SignalsResult(Record):
     bytes_per_token: float
 
 
+class FurtherTeacher(Record):
+    """A teacher beside the first: what it is, where its weights lie, and its share before normalising."""
+
+    name: str
+    origin: Literal["folder", "hub"]
+    path: str
+    shape: Shape
+    parameters: int
+    weights_sha256: str
+    tokenizer_sha256: str
+    weight: float
+
+
 class TeacherResult(Record):
     """The teacher: where its weights lie and what they are. `path` is a local folder."""
 
@@ -133,6 +146,8 @@ class TeacherResult(Record):
     tokenizer_sha256: str
     training: TrainResult | None = None
     adopted: bool = False
+    weight: float = 1.0
+    also: list[FurtherTeacher] = []
 
 
 class StudentResult(Record):
@@ -146,6 +161,7 @@ class StudentResult(Record):
     weights_sha256: str
     tokenizer_sha256: str
     teacher_weights_sha256: str | None = None
+    further_teachers: list[FurtherTeacher] = []
     signals: str = "none"
     training: TrainResult | None = None
     adopted: bool = False

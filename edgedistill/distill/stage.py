@@ -12,6 +12,7 @@ import numpy as np
 from edgedistill.distill.device import device_kind
 from edgedistill.distill.save import save_model, weights_digest
 from edgedistill.distill.student import start_student
+from edgedistill.distill.teacher import mixture_key
 from edgedistill.distill.text import Text, training_text
 from edgedistill.errors import UserError
 from edgedistill.models import (
@@ -30,7 +31,7 @@ from edgedistill.store import Store, Stored, Work, versions, write_durably
 if TYPE_CHECKING:
     from edgedistill.distill.losses import LossSpec
     from edgedistill.distill.ranks import Ranks
-    from edgedistill.distill.signals import Signals
+    from edgedistill.distill.signals import LiveSignals, MixedSignals, Signals
 
 MAX_CACHE_BYTES = 16 << 30
 EPOCHS_FOR_CACHE = 1.5  # below, writing the cache costs more than it saves
@@ -52,6 +53,7 @@ def student_inputs(
         "pretrained": pretrained_sha256,
         "shape": shape.model_dump(mode="json"),
         "teacher": teacher.weights_sha256,
+        "further_teachers": mixture_key(teacher),
         "teacher_precision": recipe.teacher.precision,
         "tokenizer": teacher.tokenizer_sha256,
         "data": data.sha256,
@@ -186,6 +188,7 @@ def _train(
         weights_sha256=weights_digest(folder),
         tokenizer_sha256=tokenizer_sha256(folder),
         teacher_weights_sha256=teacher.weights_sha256,
+        further_teachers=teacher.also,
         signals=signals.name if signals else "none",
         training=result,
     )
@@ -204,13 +207,12 @@ def _signals(
     """The teacher live, or a cache: the recipe's choice, or the exact cache where it pays and fits."""
     from edgedistill.distill.signals import LiveSignals
     from edgedistill.distill.teacher_cache import cache_key, hidden_in, obtain_cache
-    from edgedistill.distill.teacher_model import live_teacher
     from edgedistill.distill.trainer import total_steps
 
     settings = recipe.distill
 
-    def load() -> LiveSignals:
-        return live_teacher(Path(teacher.path), recipe.teacher, low_precision=settings.precision == "bf16", ranks=ranks)
+    def load() -> LiveSignals | MixedSignals:
+        return load_teachers(recipe, teacher, ranks)
 
     if settings.teacher_signals == "cached":
         return obtain_cache(
@@ -219,11 +221,25 @@ def _signals(
         )  # fmt: skip
     epochs = total_steps(settings, text.packed) * settings.batch_sequences / text.packed.sequences
     size = 2 * text.packed.sequences * text.packed.context * teacher.shape.hidden_size
-    if not ranks.broadcast(_cache_pays(settings, epochs=epochs, size=size, state=work.state)):
+    # several teachers have no states in common to keep
+    if teacher.also or not ranks.broadcast(_cache_pays(settings, epochs=epochs, size=size, state=work.state)):
         return load()
+    live = load()
+    assert isinstance(live, LiveSignals)
     hidden = recipe.model_copy(update={"distill": settings.model_copy(update={"cache": Cache(kind="hidden")})})
     key = cache_key(hidden, teacher=teacher, data=data, tokenizer=text.tokenizer, packed=text.packed, ranks=ranks)
-    return hidden_in(work.state / "signals", live=load(), packed=text.packed, key=key, ranks=ranks, progress=progress)
+    return hidden_in(work.state / "signals", live=live, packed=text.packed, key=key, ranks=ranks, progress=progress)
+
+
+def load_teachers(recipe: Recipe, teacher: TeacherResult, ranks: Ranks) -> LiveSignals | MixedSignals:
+    """The teacher in memory, ready to teach; with `teacher.also`, all of them."""
+    from edgedistill.distill.signals import MixedSignals
+    from edgedistill.distill.teacher_model import live_teacher
+
+    low = recipe.distill.precision == "bf16"
+    folders = [(Path(teacher.path), teacher.weight), *((Path(each.path), each.weight) for each in teacher.also)]
+    live = [(live_teacher(path, recipe.teacher, low_precision=low, ranks=ranks), weight) for path, weight in folders]
+    return live[0][0] if len(live) == 1 else MixedSignals(live)
 
 
 def cache_signals(
@@ -231,20 +247,14 @@ def cache_signals(
 ) -> tuple[str, SignalsResult]:
     """The cache that `distill` will read: found or made by all ranks. Where it lies, and its size."""
     from edgedistill.distill.ranks import ranks_here
-    from edgedistill.distill.signals import LiveSignals
     from edgedistill.distill.teacher_cache import obtain_cache
-    from edgedistill.distill.teacher_model import live_teacher
 
     settings = recipe.distill
     ranks = ranks_here()
     text = training_text(Path(teacher.path), data, settings, seed=recipe.seed, share=settings.documents_share)
-
-    def load() -> LiveSignals:
-        return live_teacher(Path(teacher.path), recipe.teacher, low_precision=settings.precision == "bf16", ranks=ranks)
-
     made = obtain_cache(
-        recipe, teacher=teacher, data=data.result, tokenizer=text.tokenizer, packed=text.packed, load=load,
-        store=store, ranks=ranks, progress=progress,
+        recipe, teacher=teacher, data=data.result, tokenizer=text.tokenizer, packed=text.packed,
+        load=lambda: load_teachers(recipe, teacher, ranks), store=store, ranks=ranks, progress=progress,
     )  # fmt: skip
     tokens = text.packed.sequences * text.packed.context
     per_token = made.reader.bytes_per_token

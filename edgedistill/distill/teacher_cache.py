@@ -9,7 +9,8 @@ from typing import Any
 
 from edgedistill.distill.ranks import Ranks, run_together
 from edgedistill.distill.signal_cache import CacheReader, build_cache, open_cache
-from edgedistill.distill.signals import CACHE_BATCH_TOKENS, CachedSignals, LiveSignals, produce_from
+from edgedistill.distill.signals import CACHE_BATCH_TOKENS, CachedSignals, LiveSignals, MixedSignals, produce_from
+from edgedistill.distill.teacher import mixture_key
 from edgedistill.distill.teacher_model import precision_of
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
@@ -27,6 +28,7 @@ def cache_key(
     return {
         "kind": kind,
         "teacher_weights_sha256": teacher.weights_sha256,
+        "further_teachers": mixture_key(teacher),
         "teacher_precision": precision_of(recipe.teacher, ranks.device),
         "autocast": ask.precision,
         "tokenizer_sha256": teacher.tokenizer_sha256,
@@ -55,7 +57,7 @@ def obtain_cache(
     data: DataResult,
     tokenizer: TextTokenizer,
     packed: Packed,
-    load: Callable[[], LiveSignals],
+    load: Callable[[], LiveSignals | MixedSignals],
     store: Store,
     ranks: Ranks,
     progress: Progress = QUIET,
@@ -68,9 +70,9 @@ def obtain_cache(
     key = cache_key(recipe, teacher=teacher, data=data, tokenizer=tokenizer, packed=packed, ranks=ranks)
     url = recipe.distill.cache.url
     # the hidden kind remakes logits with the teacher's head; the others need no teacher once they stand
-    live: list[LiveSignals] = []
+    live: list[LiveSignals | MixedSignals] = []
 
-    def teacher_now() -> LiveSignals:
+    def teacher_now() -> LiveSignals | MixedSignals:
         if not live:
             live.append(load())
         return live[0]
@@ -78,7 +80,11 @@ def obtain_cache(
     local = store.root / "downloads"
 
     def reader(place: str) -> CacheReader:
-        head = teacher_now().head() if key["kind"] == "hidden" else None
+        head = None
+        if key["kind"] == "hidden":
+            single = teacher_now()
+            assert isinstance(single, LiveSignals)  # the plan refuses states of several teachers
+            head = single.head()
         return open_cache(place, key=key, head=head, device=ranks.device, local=local)
 
     if url is not None:
@@ -104,8 +110,9 @@ def obtain_cache(
 
 
 def fill(
-    url: str, key: dict[str, Any], teacher: Callable[[], LiveSignals], packed: Packed, ranks: Ranks, progress: Progress
-) -> None:
+    url: str, key: dict[str, Any], teacher: Callable[[], LiveSignals | MixedSignals], packed: Packed, ranks: Ranks,
+    progress: Progress,
+) -> None:  # fmt: skip
     """Build the cache at a folder or URL, unless it stands there whole; an unfinished one is gone on with."""
     from edgedistill.distill.signal_cache import cache_exists
 
@@ -124,8 +131,8 @@ def fill(
         top_k=key["top_k"],
         seed=key["seed"],
         produce=produce_from(
-            live, packed, documents=key["attention"] == "documents", hidden_layers=key["hidden_layers"],
-            attention_layers=key["attention_layers"],
+            live, packed, documents=key["attention"] == "documents", temperature=key["temperature"],
+            hidden_layers=key["hidden_layers"], attention_layers=key["attention_layers"],
         ),
         hidden_layers=key["hidden_layers"],
         attention_layers=key["attention_layers"],
