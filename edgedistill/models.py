@@ -6,6 +6,7 @@ Only safetensors are read (weights.py). Nothing here imports torch or transforme
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,6 +167,22 @@ def vocabulary(folder: Path, role: str = "model") -> dict[str, int]:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} has no vocabulary that can be read", "save it again with save_pretrained") from error
     return known
+
+
+def kept_tokens(teacher: Path, student: Path) -> list[int] | None:
+    """The teacher's id of each of the student's tokens, by the student's id, where its vocabulary was trimmed.
+
+    None where both have the same tokens. Raises UserError where the student's are not some of the teacher's, in order.
+    """
+    ours, theirs = vocabulary(teacher, "teacher"), vocabulary(student, "student")
+    if ours == theirs:
+        return None
+    ordered = sorted(theirs.items(), key=lambda item: item[1])
+    found = [ours[token] for token, _ in ordered if token in ours]
+    whole = len(found) == len(ordered) and [index for _, index in ordered] == list(range(len(ordered)))
+    if not whole or any(one >= other for one, other in itertools.pairwise(found)):
+        require_same_tokenizer(teacher, student)
+    return found
 
 
 def require_same_tokenizer(teacher: Path, other: Path, *, role: str = "student") -> None:

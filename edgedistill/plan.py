@@ -23,6 +23,7 @@ from edgedistill.fit import (
 )
 from edgedistill.recipe import Recipe, ShapeAsk, Training
 from edgedistill.records import Figure, Record, Shape
+from edgedistill.refusals import refuse_mixture, refuse_trimming
 from edgedistill.targets import Target, parse_artifact
 
 # Mirzadeh et al. 2020 (teacher assistants); Minitron's two steps: beyond this, one in between pays.
@@ -72,6 +73,7 @@ def plan(
     teacher_parameters: int | None = None,
     student: Shape | None = None,
     further_teachers: Sequence[Shape] = (),
+    trimmed_tokens: int | None = None,
     store_hits: Mapping[str, bool] | None = None,
     free_disk_bytes: int | None = None,
     machine_memory_bytes: int | None = None,
@@ -79,7 +81,8 @@ def plan(
 ) -> Plan:
     """Sizes, ceilings and warnings of a build; one student for all targets, sized by the tightest.
 
-    `further_teachers` are those that teach beside the first (`teacher.also`).
+    `further_teachers` are those that teach beside the first (`teacher.also`). `trimmed_tokens` is the size of a
+    student's trimmed vocabulary: what it saves of the embedding goes into the layers.
     `student` is a given shape (pretrained, or a folder); without it one is designed. `store_hits` says by stage
     ("teacher", "student", ...) what is already in the store. `free_disk_bytes` is that of the store's disk,
     `machine_memory_bytes` and `machine_cores` this machine's; None: not checked.
@@ -91,12 +94,14 @@ def plan(
         raise UserError("no target", "name one: --target jetson (see `edgedistill targets list`)")
     refuse_signals(recipe)
     refuse_mixture(recipe, caching=recipe.distill.teacher_signals == "cached")
+    refuse_trimming(recipe)
     parameters = teacher.parameters if teacher_parameters is None else teacher_parameters
     hits = dict(store_hits or {})
     wanted = [(target, *parse_artifact(a)) for target in targets for a in artifacts_of(recipe, target)]
     multiple = K_QUANT_MULTIPLE
     if student is None:
-        shape, multiple, sized_by = _design(recipe, wanted, teacher)
+        designing, designed_from = _with_vocabulary(recipe, teacher, trimmed_tokens)
+        shape, multiple, sized_by = _design(designing, wanted, designed_from)
     else:
         shape, sized_by = student, "given"
     if shape.parameters > parameters:
@@ -155,37 +160,6 @@ def refuse_signals(recipe: Recipe) -> None:
         )
 
 
-def refuse_mixture(recipe: Recipe, *, caching: bool) -> None:
-    """Refuse what several teachers at once cannot give; `caching`: their signals are to lie on disk. UserError."""
-    if not recipe.teacher.also:
-        return
-    cache = recipe.distill.cache
-    several = f"teacher.also names {len(recipe.teacher.also)} further teacher(s)"
-    if recipe.teacher.model is None:
-        raise UserError(
-            f"{several}, and the first one would be trained here with a tokenizer of its own",
-            "name a first teacher with their tokenizer: --teacher FOLDER",
-        )
-    if not caching:
-        return
-    if cache.kind == "hidden":
-        raise UserError(
-            f"{several}, and distill.cache.kind is hidden: their states cannot be mixed, only their probabilities",
-            "set distill.cache.kind to sampled or dense, or distill.teacher_signals=live",
-        )
-    if cache.hidden_layers or cache.attention_layers:
-        raise UserError(
-            f"{several}, and distill.cache keeps layers {[*cache.hidden_layers, *cache.attention_layers]} of one",
-            "leave distill.cache.hidden_layers and attention_layers empty",
-        )
-    if cache.kind == "dense" and recipe.distill.temperature != 1.0:
-        raise UserError(
-            f"{several}, and distill.temperature is {recipe.distill.temperature:g}: a dense cache keeps the mean of"
-            " their probabilities at 1, which does not tell the mean at another temperature",
-            "set distill.cache.kind=sampled, distill.temperature=1, or distill.teacher_signals=live",
-        )
-
-
 def plan_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
     """The plan for people: what, value, basis, from."""
 
@@ -208,6 +182,16 @@ def plan_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
     rows.append(row("disk needed", plan.disk_bytes, human_bytes))
     rows += [(f"store: {stage}", "ready" if hit else "to be made", "", "") for stage, hit in plan.store_hits.items()]
     return rows
+
+
+def _with_vocabulary(recipe: Recipe, teacher: Shape, tokens: int | None) -> tuple[Recipe, Shape]:
+    """What is designed from: the teacher as it would be with the trimmed vocabulary, and the budget unchanged."""
+    if tokens is None:
+        return recipe, teacher
+    trimmed = teacher.model_copy(update={"vocab_size": tokens})
+    compression = max(1.0, recipe.student.compression * trimmed.parameters / teacher.parameters)
+    student = recipe.student.model_copy(update={"compression": compression})
+    return recipe.model_copy(update={"student": student}), trimmed
 
 
 def _design(recipe: Recipe, wanted: list[Wanted], teacher: Shape) -> tuple[Shape, int, str]:
@@ -353,6 +337,7 @@ def _warnings(
         found.append(
             f"{100 * student.embedding_parameters / student.parameters:.0f} % of the student is its embedding of "
             f"{student.vocab_size:,} entries; a teacher with a smaller vocabulary leaves more for layers"
+            + ("" if recipe.student.trim_vocabulary else ", and so may student.trim_vocabulary")
         )
     for quantization in dict.fromkeys(q for _, format_, q in wanted if format_ == "gguf"):
         count = sizes.k_quant_fallbacks(student, quantization)

@@ -21,8 +21,8 @@ from edgedistill.distill.stage import load_teachers
 from edgedistill.distill.teacher import obtain_teacher, train_tokenizer
 from edgedistill.errors import UserError
 from edgedistill.models import copy_tokenizer
-from edgedistill.plan import refuse_mixture
 from edgedistill.recipe import Recipe
+from edgedistill.refusals import refuse_mixture
 from edgedistill.store import Store
 
 TOKENS = 320
@@ -199,7 +199,7 @@ def test_a_teacher_with_another_tokenizer_is_refused_with_the_token(teachers, tm
 
 def test_distilling_from_two_teachers_end_to_end(teachers, tmp_path):
     """Live and sampled; the record names both; another weight is another student; the plan counts both."""
-    command = Command(tmp_path)
+    command = Command(tmp_path, {"OMP_NUM_THREADS": "1"})
     base = ("--teacher", str(teachers[0]), "--set", "student.compression=2", "--set", "distill.tokens=6000")
     also = (*base, "--set", f"teacher.also=[{{model: {teachers[1]}, weight: 3.0}}]")
     recipe = command.recipe()

@@ -32,12 +32,17 @@ class Signals(Protocol):
     name: str
 
     def batch(self, rows: NDArray[np.int64], inputs: Tensor, positions: Tensor | None = None) -> Teacher:
-        """`rows`: numbers of the packed sequences; `inputs` [S, T] their ids; `positions` [S, T] within documents."""
+        """`rows`: numbers of the packed sequences; `inputs` [S, T] their ids in the student's vocabulary; `positions`
+        [S, T] within documents."""
         ...
 
 
 class LiveSignals:
-    """The teacher itself, frozen and in eval, on its own device; its hidden states go to the student's."""
+    """The teacher itself, frozen and in eval, on its own device; its hidden states go to the student's.
+
+    `kept` [V] are the teacher's ids of the student's tokens where the student's vocabulary was trimmed: inputs are
+    turned into them, and the head has their rows alone, so that its probabilities are renormalised over them.
+    """
 
     def __init__(
         self,
@@ -59,12 +64,17 @@ class LiveSignals:
 
     @torch.no_grad()
     def batch(self, rows: NDArray[np.int64], inputs: Tensor, positions: Tensor | None = None) -> TeacherHead:
+        inputs = self.own_ids(inputs)
         hidden = (
             self.body(inputs, positions, self.low_precision)
             if self.body is not None
             else final_hidden(self.teacher, inputs, self.low_precision, positions)
         )
         return TeacherHead(hidden.to(self.device), self.head())
+
+    def own_ids(self, inputs: Tensor) -> Tensor:
+        """The student's ids [S, T] as the teacher's."""
+        return inputs if self.kept is None else self.kept.to(inputs.device)[inputs]
 
     @torch.no_grad()
     def layers(
@@ -76,6 +86,7 @@ class LiveSignals:
         """
         if not hidden and not attention:
             return {}, {}
+        inputs = self.own_ids(inputs)
         model: Any = self.teacher if self.body is None else self.teacher.student
         count = int(model.config.num_hidden_layers)
         for what, asked, last in (("hidden_layers", hidden, count), ("attention_layers", attention, count - 1)):

@@ -25,7 +25,7 @@ from edgedistill.models import (
 )
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Cache, Distill, Recipe
-from edgedistill.records import DataResult, Shape, SignalsResult, StudentResult, TeacherResult
+from edgedistill.records import DataResult, Shape, SignalsResult, StudentResult, TeacherResult, VocabularyResult
 from edgedistill.store import Store, Stored, Work, versions, write_durably
 
 if TYPE_CHECKING:
@@ -74,10 +74,17 @@ def distill(
 ) -> Stored[StudentResult]:
     """The student of this recipe and shape: found in the store, or trained there by all ranks.
 
-    Raises UserError where tokenizers differ or the start does not fit, before anything is trained.
+    Raises UserError where tokenizers differ or the start does not fit, before anything is trained. A trimmed
+    vocabulary is found in the store, or made, first.
     """
     from edgedistill.distill.ranks import ranks_here, run_together
 
+    trimmed = trimmed_vocabulary(recipe, teacher, data, store, progress)
+    if trimmed is not None and trimmed.result.tokens != shape.vocab_size:
+        raise UserError(
+            f"the student's shape has {shape.vocab_size:,} tokens, its trimmed vocabulary {trimmed.result.tokens:,}",
+            "leave the vocabulary's size to the plan",
+        )
     pretrained = None
     if recipe.student.start == "pretrained":
         if recipe.student.model is None:
@@ -97,10 +104,21 @@ def distill(
         store,
         "student",
         inputs,
-        lambda work: _train(recipe, shape, teacher, data, pretrained, work, store, ranks, progress),
+        lambda work: _train(recipe, shape, teacher, data, pretrained, trimmed, work, store, ranks, progress),
         StudentResult,
         progress.say,
     )
+
+
+def trimmed_vocabulary(
+    recipe: Recipe, teacher: TeacherResult, data: Stored[DataResult], store: Store, progress: Progress = QUIET
+) -> Stored[VocabularyResult] | None:
+    """The student's own vocabulary where `student.trim_vocabulary` asks for one. UserError where there can be none."""
+    if not recipe.student.trim_vocabulary:
+        return None
+    from edgedistill.distill.vocabulary import obtain_vocabulary
+
+    return obtain_vocabulary(Path(teacher.path), data=data, store=store, progress=progress)
 
 
 def loss_of(settings: Distill, vocab: int) -> LossSpec:
@@ -122,6 +140,7 @@ def _train(
     teacher: TeacherResult,
     data: Stored[DataResult],
     pretrained: ModelFolder | None,
+    trimmed: Stored[VocabularyResult] | None,
     work: Work,
     store: Store,
     ranks: Ranks,
@@ -134,15 +153,18 @@ def _train(
 
     settings = recipe.distill
     teacher_folder = Path(teacher.path)
-    text = training_text(teacher_folder, data, settings, seed=recipe.seed, share=settings.documents_share)
+    trimmed_folder = None if trimmed is None else trimmed.directory / trimmed.result.path
+    tokenizer_folder = trimmed_folder or teacher_folder
+    text = training_text(tokenizer_folder, data, settings, seed=recipe.seed, share=settings.documents_share)
     sample = torch.from_numpy(
         text.packed.sequence_ids(np.arange(min(text.packed.sequences, SAMPLE_TOKENS // settings.context_tokens + 1)))
     )[:, :-1]
 
     def start() -> tuple[Any, dict[str, Any]]:
         return start_student(
-            recipe.student, shape, teacher=teacher_folder, pretrained=pretrained, seed=recipe.seed, sample=sample
-        )
+            recipe.student, shape, teacher=teacher_folder, pretrained=pretrained, seed=recipe.seed, sample=sample,
+            trimmed=trimmed_folder,
+        )  # fmt: skip
 
     model, kept = start()
     if settings.lora.rank:
@@ -152,7 +174,9 @@ def _train(
     if not settings.lora.rank or settings.lora.base == "fp32":
         model.to(ranks.device)
     loss = loss_of(settings, text.tokenizer.vocab)
-    signals = _signals(recipe, teacher, data.result, text, work, store, ranks, progress) if loss.needs_teacher else None
+    signals = None
+    if loss.needs_teacher:
+        signals = _signals(recipe, teacher, data.result, text, trimmed, work, store, ranks, progress)
     progress.say(
         f"distill: {shape.parameters:,} parameters, {len(text.packed.stream):,} tokens of text,"
         f" teacher signals {signals.name if signals else 'none'}, on {ranks.device.type}"
@@ -177,12 +201,12 @@ def _train(
     folder = work.out / "model"
     save_model(model, folder, ranks)
     if ranks.main:
-        copy_tokenizer(teacher_folder if pretrained is None else pretrained.path, folder)
+        copy_tokenizer(tokenizer_folder if pretrained is None else pretrained.path, folder)
     ranks.barrier()
     return StudentResult(
         path="model",
         start=recipe.student.start,
-        start_details=kept,
+        start_details=kept | ({} if trimmed is None else {"vocabulary": trimmed.result.model_dump(exclude={"path"})}),
         shape=shape,
         parameters=shape.parameters,
         weights_sha256=weights_digest(folder),
@@ -199,6 +223,7 @@ def _signals(
     teacher: TeacherResult,
     data: DataResult,
     text: Text,
+    trimmed: Stored[VocabularyResult] | None,
     work: Work,
     store: Store,
     ranks: Ranks,
@@ -210,14 +235,15 @@ def _signals(
     from edgedistill.distill.trainer import total_steps
 
     settings = recipe.distill
+    kept = None if trimmed is None else trimmed.result.kept_sha256
 
     def load() -> LiveSignals | MixedSignals:
-        return load_teachers(recipe, teacher, ranks)
+        return load_teachers(recipe, teacher, ranks, trimmed)
 
     if settings.teacher_signals == "cached":
         return obtain_cache(
             recipe, teacher=teacher, data=data, tokenizer=text.tokenizer, packed=text.packed, load=load, store=store,
-            ranks=ranks, progress=progress,
+            ranks=ranks, kept_sha256=kept, progress=progress,
         )  # fmt: skip
     epochs = total_steps(settings, text.packed) * settings.batch_sequences / text.packed.sequences
     size = 2 * text.packed.sequences * text.packed.context * teacher.shape.hidden_size
@@ -227,18 +253,30 @@ def _signals(
     live = load()
     assert isinstance(live, LiveSignals)
     hidden = recipe.model_copy(update={"distill": settings.model_copy(update={"cache": Cache(kind="hidden")})})
-    key = cache_key(hidden, teacher=teacher, data=data, tokenizer=text.tokenizer, packed=text.packed, ranks=ranks)
+    key = cache_key(
+        hidden, teacher=teacher, data=data, tokenizer=text.tokenizer, packed=text.packed, ranks=ranks, kept_sha256=kept
+    )
     return hidden_in(work.state / "signals", live=live, packed=text.packed, key=key, ranks=ranks, progress=progress)
 
 
-def load_teachers(recipe: Recipe, teacher: TeacherResult, ranks: Ranks) -> LiveSignals | MixedSignals:
-    """The teacher in memory, ready to teach; with `teacher.also`, all of them."""
+def load_teachers(
+    recipe: Recipe, teacher: TeacherResult, ranks: Ranks, trimmed: Stored[VocabularyResult] | None = None
+) -> LiveSignals | MixedSignals:
+    """The teacher in memory, ready to teach; with `teacher.also`, all of them. `trimmed`: the student's vocabulary."""
     from edgedistill.distill.signals import MixedSignals
     from edgedistill.distill.teacher_model import live_teacher
 
     low = recipe.distill.precision == "bf16"
     folders = [(Path(teacher.path), teacher.weight), *((Path(each.path), each.weight) for each in teacher.also)]
-    live = [(live_teacher(path, recipe.teacher, low_precision=low, ranks=ranks), weight) for path, weight in folders]
+    kept = None
+    if trimmed is not None:
+        from edgedistill.distill.vocabulary import kept_rows
+
+        kept = kept_rows(Path(teacher.path), trimmed.directory / trimmed.result.path).to(ranks.device)
+    live = [
+        (live_teacher(path, recipe.teacher, low_precision=low, ranks=ranks, kept=kept), weight)
+        for path, weight in folders
+    ]
     return live[0][0] if len(live) == 1 else MixedSignals(live)
 
 
@@ -251,10 +289,13 @@ def cache_signals(
 
     settings = recipe.distill
     ranks = ranks_here()
-    text = training_text(Path(teacher.path), data, settings, seed=recipe.seed, share=settings.documents_share)
+    trimmed = trimmed_vocabulary(recipe, teacher, data, store, progress)
+    folder = Path(teacher.path) if trimmed is None else trimmed.directory / trimmed.result.path
+    text = training_text(folder, data, settings, seed=recipe.seed, share=settings.documents_share)
     made = obtain_cache(
         recipe, teacher=teacher, data=data.result, tokenizer=text.tokenizer, packed=text.packed,
-        load=lambda: load_teachers(recipe, teacher, ranks), store=store, ranks=ranks, progress=progress,
+        load=lambda: load_teachers(recipe, teacher, ranks, trimmed), store=store, ranks=ranks,
+        kept_sha256=None if trimmed is None else trimmed.result.kept_sha256, progress=progress,
     )  # fmt: skip
     tokens = text.packed.sequences * text.packed.context
     per_token = made.reader.bytes_per_token

@@ -20,9 +20,13 @@ from edgedistill.tasks.causal_lm import Packed, TextTokenizer
 
 
 def cache_key(
-    recipe: Recipe, *, teacher: TeacherResult, data: DataResult, tokenizer: TextTokenizer, packed: Packed, ranks: Ranks
-) -> dict[str, Any]:
-    """Everything that the signals depend on; a cache of another key is refused with what differs."""
+    recipe: Recipe, *, teacher: TeacherResult, data: DataResult, tokenizer: TextTokenizer, packed: Packed, ranks: Ranks,
+    kept_sha256: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that the signals depend on; a cache of another key is refused with what differs.
+
+    `kept_sha256` is that of the teacher's ids that a trimmed vocabulary keeps: signals are over those alone.
+    """
     ask = recipe.distill
     kind = ask.cache.kind
     return {
@@ -32,6 +36,7 @@ def cache_key(
         "teacher_precision": precision_of(recipe.teacher, ranks.device),
         "autocast": ask.precision,
         "tokenizer_sha256": teacher.tokenizer_sha256,
+        "kept_sha256": kept_sha256,
         "data_sha256": data.sha256,
         "documents_share": ask.documents_share,
         "context_tokens": packed.context,
@@ -60,6 +65,7 @@ def obtain_cache(
     load: Callable[[], LiveSignals | MixedSignals],
     store: Store,
     ranks: Ranks,
+    kept_sha256: str | None = None,
     progress: Progress = QUIET,
 ) -> CachedSignals:
     """The cache of this recipe, in the store or at `distill.cache.url`; built by all ranks where it is missing.
@@ -67,7 +73,9 @@ def obtain_cache(
     `load` brings the teacher into memory. Raises UserError where a cache at the URL has another key or is damaged,
     and where the disk does not hold it.
     """
-    key = cache_key(recipe, teacher=teacher, data=data, tokenizer=tokenizer, packed=packed, ranks=ranks)
+    key = cache_key(
+        recipe, teacher=teacher, data=data, tokenizer=tokenizer, packed=packed, ranks=ranks, kept_sha256=kept_sha256
+    )
     url = recipe.distill.cache.url
     # the hidden kind remakes logits with the teacher's head; the others need no teacher once they stand
     live: list[LiveSignals | MixedSignals] = []
