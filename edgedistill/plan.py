@@ -23,6 +23,7 @@ from edgedistill.fit import (
 )
 from edgedistill.recipe import Recipe, ShapeAsk, Training
 from edgedistill.records import Figure, Record, Shape
+from edgedistill.refusals import refuse_mixture, refuse_trimming
 from edgedistill.targets import Target, parse_artifact
 
 # Mirzadeh et al. 2020 (teacher assistants); Minitron's two steps: beyond this, one in between pays.
@@ -47,6 +48,7 @@ class Plan(Record):
     recipe: str
     teacher: Shape
     teacher_parameters: int
+    further_teachers: list[Shape]
     student: Shape
     student_parameters: int
     compression: float
@@ -70,6 +72,8 @@ def plan(
     teacher: Shape,
     teacher_parameters: int | None = None,
     student: Shape | None = None,
+    further_teachers: Sequence[Shape] = (),
+    trimmed_tokens: int | None = None,
     store_hits: Mapping[str, bool] | None = None,
     free_disk_bytes: int | None = None,
     machine_memory_bytes: int | None = None,
@@ -77,6 +81,8 @@ def plan(
 ) -> Plan:
     """Sizes, ceilings and warnings of a build; one student for all targets, sized by the tightest.
 
+    `further_teachers` are those that teach beside the first (`teacher.also`). `trimmed_tokens` is the size of a
+    student's trimmed vocabulary: what it saves of the embedding goes into the layers.
     `student` is a given shape (pretrained, or a folder); without it one is designed. `store_hits` says by stage
     ("teacher", "student", ...) what is already in the store. `free_disk_bytes` is that of the store's disk,
     `machine_memory_bytes` and `machine_cores` this machine's; None: not checked.
@@ -87,12 +93,15 @@ def plan(
     if not targets:
         raise UserError("no target", "name one: --target jetson (see `edgedistill targets list`)")
     refuse_signals(recipe)
+    refuse_mixture(recipe, caching=recipe.distill.teacher_signals == "cached")
+    refuse_trimming(recipe)
     parameters = teacher.parameters if teacher_parameters is None else teacher_parameters
     hits = dict(store_hits or {})
     wanted = [(target, *parse_artifact(a)) for target in targets for a in artifacts_of(recipe, target)]
     multiple = K_QUANT_MULTIPLE
     if student is None:
-        shape, multiple, sized_by = _design(recipe, wanted, teacher)
+        designing, designed_from = _with_vocabulary(recipe, teacher, trimmed_tokens)
+        shape, multiple, sized_by = _design(designing, wanted, designed_from)
     else:
         shape, sized_by = student, "given"
     if shape.parameters > parameters:
@@ -106,12 +115,13 @@ def plan(
         worst = min(breaches, key=lambda breach: breach.scale)
         raise UserError(worst.cause, worst.remedy)
     artifacts = [artifact_plan(shape, recipe, *entry) for entry in wanted]
-    training = _training_memory(recipe, shape, teacher, hits, machine_memory_bytes)
+    training = _training_memory(recipe, shape, teacher, further_teachers, hits, machine_memory_bytes)
     disk = _disk(recipe, parameters, shape, artifacts, hits, free_disk_bytes)
     return Plan(
         recipe=recipe.name,
         teacher=teacher,
         teacher_parameters=parameters,
+        further_teachers=list(further_teachers),
         student=shape,
         student_parameters=shape.parameters,
         compression=parameters / shape.parameters,
@@ -174,6 +184,16 @@ def plan_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def _with_vocabulary(recipe: Recipe, teacher: Shape, tokens: int | None) -> tuple[Recipe, Shape]:
+    """What is designed from: the teacher as it would be with the trimmed vocabulary, and the budget unchanged."""
+    if tokens is None:
+        return recipe, teacher
+    trimmed = teacher.model_copy(update={"vocab_size": tokens})
+    compression = max(1.0, recipe.student.compression * trimmed.parameters / teacher.parameters)
+    student = recipe.student.model_copy(update={"compression": compression})
+    return recipe.model_copy(update={"student": student}), trimmed
+
+
 def _design(recipe: Recipe, wanted: list[Wanted], teacher: Shape) -> tuple[Shape, int, str]:
     """The largest student in the teacher's proportions that every target can run: shape, multiple, what sized it.
 
@@ -227,8 +247,9 @@ def _fit(recipe: Recipe, wanted: list[Wanted], teacher: Shape, ask: ShapeAsk, mu
 
 
 def _training_memory(
-    recipe: Recipe, student: Shape, teacher: Shape, hits: Mapping[str, bool], machine: int | None
-) -> Figure:
+    recipe: Recipe, student: Shape, teacher: Shape, further: Sequence[Shape], hits: Mapping[str, bool],
+    machine: int | None,
+) -> Figure:  # fmt: skip
     """The larger of what is still to be trained: the student beside its teacher, and the teacher itself."""
     runs: list[tuple[str, Training, Shape, Shape | None]] = []
     if not hits.get("student"):
@@ -238,12 +259,16 @@ def _training_memory(
     most, source = 0, "nothing is left to train"
     for what, training, shape, teaching in runs:
         sequences = training.micro_batch_sequences or training.batch_sequences
+        beside = sum(FINAL_BYTES_A_PARAMETER * each.parameters for each in further) if teaching is not None else 0
 
         def needs(
-            count: int, training: Training = training, shape: Shape = shape, teaching: Shape | None = teaching
-        ) -> int:
-            return TRAINING_PROCESS_BYTES + sizes.training_bytes(
-                shape, sequences=count, context_tokens=training.context_tokens, teacher=teaching
+            count: int, training: Training = training, shape: Shape = shape, teaching: Shape | None = teaching,
+            beside: int = beside,
+        ) -> int:  # fmt: skip
+            return (
+                TRAINING_PROCESS_BYTES
+                + beside
+                + sizes.training_bytes(shape, sequences=count, context_tokens=training.context_tokens, teacher=teaching)
             )
 
         if machine is not None and needs(1) > machine:
@@ -312,6 +337,7 @@ def _warnings(
         found.append(
             f"{100 * student.embedding_parameters / student.parameters:.0f} % of the student is its embedding of "
             f"{student.vocab_size:,} entries; a teacher with a smaller vocabulary leaves more for layers"
+            + ("" if recipe.student.trim_vocabulary else ", and so may student.trim_vocabulary")
         )
     for quantization in dict.fromkeys(q for _, format_, q in wanted if format_ == "gguf"):
         count = sizes.k_quant_fallbacks(student, quantization)

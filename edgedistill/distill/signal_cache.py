@@ -45,13 +45,17 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Produced:
-    """What the teacher says of some sequences: final states [S, T, H_t], its head, chosen layers, what counts."""
+    """What the teacher says of some sequences: final states [S, T, H_t], its head, chosen layers, what counts.
+
+    `logits`, where several teachers are mixed: (slice of the S · T tokens, V) → their logits [n, V], fp32.
+    """
 
     hidden: Tensor
     head: Head
     layers: Mapping[int, Tensor]
     attentions: Mapping[int, Tensor]
     counted: Tensor
+    logits: Callable[[slice, int], Tensor] | None = None
 
 
 def estimate_bytes(kind: str, *, vocab: int, width: int, draws: int, top_k: int) -> float:
@@ -336,7 +340,7 @@ class _Writer:
             return {"hidden": made.hidden.to(torch.bfloat16)}
         hidden = made.hidden.flatten(0, 1)
         size = max(1, LOGITS_BYTES // (4 * self.vocab))
-        pieces = [self._of_logits(self._logits(hidden[i : i + size], made.head), rows, i) for i in
+        pieces = [self._of_logits(self._logits(hidden, slice(i, i + size), made), rows, i) for i in
                   range(0, len(hidden), size)]  # fmt: skip
         joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
         if self.kind != "sampled":
@@ -348,11 +352,14 @@ class _Writer:
         entropy = joined["entropy"].reshape(len(rows), -1).double() * counted
         return {"entropy": entropy.sum(1) / counted.sum(1).clamp_min(1)}
 
-    def _logits(self, hidden: Tensor, head: Head) -> Tensor:
+    def _logits(self, hidden: Tensor, tokens: slice, made: Produced) -> Tensor:
+        if made.logits is not None:
+            return made.logits(tokens, self.vocab)
+        head = made.head
         weight = head.weight[: self.vocab]
         bias = None if head.bias is None else head.bias[: self.vocab]
         # states are kept, and so used, in bf16: every kind sees the same teacher
-        states = hidden.to(torch.bfloat16).to(weight.dtype)
+        states = hidden[tokens].to(torch.bfloat16).to(weight.dtype)
         return finish_logits((states @ weight.T).float(), bias, head)
 
     def _of_logits(self, logits: Tensor, rows: Rows, first: int) -> dict[str, Tensor]:
