@@ -305,6 +305,9 @@ def test_build_ships_a_trimmed_vocabulary_and_verifies_it(built):
     assert (teacher["top1_agreement"], teacher["retention"]) == (1.0, 1.0)
     assert shipped["perplexity"] == pytest.approx(quantized["perplexity"], rel=0.05)
     assert trained["kl_mean_nats"] > 0
+    bundle = Path(document["bundles"][0]["bundle"])
+    for name in ("MODEL_CARD.md", "reports/report.html"):
+        assert f"trimmed to {found['tokens']} tokens" in (bundle / name).read_text(encoding="utf-8"), name
     assert command("bundle", "verify", str(document["bundles"][0]["bundle"])).returncode == 0
 
 
