@@ -134,7 +134,9 @@ class Student(Section):
     layer_choice: Literal["uniform", "first", "last", "importance"] = Field(
         "uniform", description="which of the teacher's layers are kept"
     )
-    trim_vocabulary: bool = Field(False, description="keep only the tokens that the data uses (cut starts)")
+    trim_vocabulary: bool = Field(
+        False, description="keep only the tokens that the text uses, all three parts of it; not with pretrained"
+    )
     model: str | None = Field(None, description="folder or hub id of a pretrained student")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     compression: float = Field(4.0, ge=1, le=10000, description="teacher's parameters ÷ student's, at least")

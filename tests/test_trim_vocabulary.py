@@ -17,11 +17,14 @@ from edgedistill.data.prepare import read_part
 from edgedistill.distill.signals import LiveSignals
 from edgedistill.distill.student import start_student
 from edgedistill.distill.teacher import train_tokenizer
-from edgedistill.distill.vocabulary import kept_ids, trim_rows, trim_tokenizer
+from edgedistill.distill.vocabulary import byte_alphabet, kept_ids, trim_rows, trim_tokenizer
 from edgedistill.errors import UserError
-from edgedistill.gguf.tokenizer import read_tokenizer
+from edgedistill.gguf.tokenizer import BYTES, read_tokenizer
 from edgedistill.models import check_folder, vocabulary
-from edgedistill.recipe import Student
+from edgedistill.plan import plan
+from edgedistill.recipe import Recipe, Student
+from edgedistill.records import Shape
+from edgedistill.targets import load_target
 from edgedistill.tasks.causal_lm import TextTokenizer, encode_blocks, scoring_windows
 from edgedistill.verify.tokenizer_check import VARIED_TEXTS
 
@@ -62,6 +65,27 @@ def test_the_text_has_the_same_tokens_under_other_numbers(trimmed):
     assert [names[index] for index in kept] == sorted(vocabulary(out), key=vocabulary(out).get)
     for end in ("bos", "eos"):
         assert kept[getattr(after, end)] == getattr(before, end)
+
+
+def test_no_more_is_kept_than_merging_passes_through(trimmed):
+    """Beside what is used, added or a byte: parts of used tokens; fewer than all that could merge into one."""
+    teacher, parts, out, _ = trimmed
+    tree = json.loads((teacher / "tokenizer.json").read_text())
+    table, names = tree["model"]["vocab"], {index: token for token, index in vocabulary(teacher).items()}
+    used = {int(i) for part in parts.values() for ids in TextTokenizer.load(teacher).encode(part) for i in ids}
+    everything, waiting = set(used), list(used)
+    while waiting:
+        result_of = names[waiting.pop()]
+        for left, right in tree["model"]["merges"]:
+            if left + right == result_of:
+                new = {table[left], table[right]} - everything
+                everything |= new
+                waiting += new
+    spelled = {table[token] for token in (sorted(BYTES) if teacher.name == TEACHERS[0] else byte_alphabet())}
+    others = set(kept_ids(teacher, out).tolist()) - used - spelled - {0, 1, 2}
+    assert others
+    assert others < everything
+    assert all(any(names[index] in names[whole] for whole in used) for index in others)
 
 
 def test_any_text_is_still_spelled(trimmed):
@@ -113,9 +137,14 @@ def test_special_ids_in_every_file_are_renumbered(test_data, tmp_path):
     settings["added_tokens_decoder"] = {"2": {"content": "</s>"}, str(last): {"content": "<|end|>"}}
     (teacher / "tokenizer_config.json").write_text(json.dumps(settings))
     (teacher / "added_tokens.json").write_text(json.dumps({"<|end|>": last}))
-    config = json.loads((teacher / "config.json").read_text())
-    config |= {"vocab_size": last + 8, "eos_token_id": [2, last], "pad_token_id": last + 5}
-    (teacher / "config.json").write_text(json.dumps(config))
+    (teacher / "model.safetensors").unlink()
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=last + 8, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, tie_word_embeddings=False, bos_token_id=1, eos_token_id=[2, last],
+            pad_token_id=last + 5,
+        )
+    ).save_pretrained(teacher)  # fmt: skip
     parts = {"train": ["a dog sat."], "calibration": ["a cat sat."], "held_out": ["a dog."]}
     result = trim_tokenizer(teacher, parts, tmp_path / "t")
     end = result.tokens - 1
@@ -131,6 +160,21 @@ def test_special_ids_in_every_file_are_renumbered(test_data, tmp_path):
     assert found["config.json"]["vocab_size"] == result.tokens
     encoded = Tokenizer.from_file(str(tmp_path / "t" / "tokenizer.json")).encode("a dog sat.")
     assert (encoded.ids[0], encoded.ids[-1]) == (1, end)
+    shape = check_folder(teacher, name="t", origin="folder", role="teacher").shape
+    shape = shape.model_copy(update={"num_hidden_layers": 1, "vocab_size": result.tokens})
+    for start in ("fresh", "layers"):
+        student, _ = start_student(
+            Student(start=start, trim_vocabulary=True), shape, teacher=teacher, pretrained=None, seed=0,
+            trimmed=tmp_path / "t",
+        )  # fmt: skip
+        student.save_pretrained(tmp_path / start)
+        for name in ("config.json", "generation_config.json"):
+            saved = json.loads((tmp_path / start / name).read_text())
+            assert (saved["bos_token_id"], saved["eos_token_id"], saved.get("pad_token_id")) == (1, [2, end], None), (
+                name
+            )
+    assert student.get_output_embeddings().weight.shape[0] == result.tokens
+    assert student.get_output_embeddings().weight is not student.get_input_embeddings().weight
 
 
 def change(teacher: Path, out: Path, **model) -> Path:
@@ -180,21 +224,25 @@ def test_the_teacher_speaks_over_the_kept_tokens(trimmed):
     torch.testing.assert_close(given.hidden @ given.head.weight.T, own[:, kept], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("start", ["layers", "fresh"])
+@pytest.mark.parametrize("start", ["layers", "fresh", "both"])
 def test_a_student_starts_with_the_kept_rows(trimmed, start):
-    teacher, _, out, result = trimmed
+    teacher, parts, out, result = trimmed
     kept = torch.from_numpy(kept_ids(teacher, out))
     source = check_folder(teacher, name="t", origin="folder", role="teacher")
     shape = source.shape.model_copy(update={"num_hidden_layers": 2, "vocab_size": result.tokens})
+    sample = np.concatenate(TextTokenizer.load(out).encode(parts["train"][:20]))[: 2 * 64].reshape(2, 64)
+    if start == "both":
+        shape = shape.model_copy(update={"intermediate_size": 64})
     student, _ = start_student(
-        Student(start=start, trim_vocabulary=True), shape, teacher=teacher, pretrained=None, seed=0, trimmed=out
-    )
+        Student(start=start, trim_vocabulary=True), shape, teacher=teacher, pretrained=None, seed=0, trimmed=out,
+        sample=torch.from_numpy(sample.astype("int64")),
+    )  # fmt: skip
     assert student.get_input_embeddings().weight.shape[0] == student.config.vocab_size == result.tokens
     after = TextTokenizer.load(out)
     assert student.config.bos_token_id == json.loads((out / "config.json").read_text())["bos_token_id"]
     assert student.generation_config.eos_token_id == student.config.eos_token_id
     assert after.vocab == student.get_output_embeddings().weight.shape[0]
-    if start == "layers":
+    if start != "fresh":
         original = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
         assert torch.equal(student.get_input_embeddings().weight, original.get_input_embeddings().weight[kept])
 
@@ -257,6 +305,9 @@ def test_build_ships_a_trimmed_vocabulary_and_verifies_it(built):
     assert (teacher["top1_agreement"], teacher["retention"]) == (1.0, 1.0)
     assert shipped["perplexity"] == pytest.approx(quantized["perplexity"], rel=0.05)
     assert trained["kl_mean_nats"] > 0
+    bundle = Path(document["bundles"][0]["bundle"])
+    for name in ("MODEL_CARD.md", "reports/report.html"):
+        assert f"trimmed to {found['tokens']} tokens" in (bundle / name).read_text(encoding="utf-8"), name
     assert command("bundle", "verify", str(document["bundles"][0]["bundle"])).returncode == 0
 
 
@@ -337,3 +388,23 @@ def test_what_has_no_vocabulary_to_trim_is_refused_at_plan(chain):
     folder = str(command.folder / "teacher")
     pretrained = ("--teacher", folder, "--student", folder, "--set", "student.trim_vocabulary=true")
     refused(command("plan", recipe, "-t", "phone", *pretrained), "pretrained", "trim_vocabulary=false")
+
+
+@pytest.mark.parametrize("compression", [1.0, 4.0])
+def test_what_the_embedding_saves_goes_into_the_layers(compression):
+    teacher = Shape(
+        vocab_size=128_256, hidden_size=1024, intermediate_size=2816, num_hidden_layers=16, num_attention_heads=16,
+        num_key_value_heads=4, head_dim=64,
+    )  # fmt: skip
+    recipe = Recipe.model_validate({"student": {"compression": compression, "trim_vocabulary": True},
+                                    "teacher": {"model": "a/b"}})  # fmt: skip
+    targets = [load_target("server-gpu")]
+    whole = plan(recipe, targets, teacher=teacher).student
+    trimmed = plan(recipe, targets, teacher=teacher, trimmed_tokens=20_000).student
+    assert (whole.vocab_size, trimmed.vocab_size) == (128_256, 20_000)
+    assert trimmed.parameters <= teacher.parameters / compression
+    if compression > 1:
+        bodies = [shape.num_hidden_layers * shape.layer_parameters for shape in (whole, trimmed)]
+        assert bodies[1] > 1.5 * bodies[0]
+    else:  # no student is larger than the teacher it is cut from
+        assert trimmed == teacher.model_copy(update={"vocab_size": 20_000})

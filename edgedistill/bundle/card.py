@@ -148,6 +148,12 @@ def _retention(name: str, retention: Retention) -> list[str]:
             if rung.basis == basis
         ]
         lines.append("")
+    if retention.kept_tokens is not None:
+        lines += [
+            f"Its vocabulary was trimmed to {retention.kept_tokens:,} tokens, by what the text uses, the held-out text"
+            " included: its perplexity is over those, the teacher's over all of its own. Other text takes more tokens.",
+            "",
+        ]
     return lines
 
 

@@ -1,17 +1,18 @@
 """A student's vocabulary trimmed to what its text uses, so that a small model does not carry a large one's tokens.
 
 Kept are the ids that the training, calibration and held-out documents use, every added (special) token, every byte, so
-that any text can still be spelled, and whatever byte-pair merges need on the way to a kept token: every merge whose
-result is kept, and both of its parts. Kept tokens are numbered anew in their old order.
+that any text can still be spelled, and the tokens that byte-pair merging passes through on the way to a kept one; of
+the merges, those whose parts and result are kept. Kept tokens are numbered anew in their old order.
 
-Why the text then encodes to the same tokens: a merge that the full tokenizer makes builds a part of a token that ends
-up in the text, so it is kept; at every step the merge of lowest rank is therefore there, and no new one is. What was
+Why the text then encodes to the same tokens: a merge that the full tokenizer makes in it builds a part of a token that
+ends up there, so it is kept; at every step the merge of lowest rank is therefore there, and no new one is. What was
 written is nevertheless held to that: all documents are encoded again, and a difference is an error.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -182,6 +183,12 @@ def _named(tree: Mapping[str, Any], folder: Path, known: Mapping[str, int]) -> s
     _post_processed(tree.get("post_processor"), note, folder)
     if tree.get("padding"):
         note(int(tree["padding"]["pad_id"]))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            for key, value in read_json(folder / name, what=name).items():
+                content = value.get("content") if isinstance(value, dict) else value
+                if key.endswith("_token") and isinstance(content, str) and content in known:
+                    found.add(known[content])
     real = set(known.values())
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
@@ -192,20 +199,35 @@ def _named(tree: Mapping[str, Any], folder: Path, known: Mapping[str, int]) -> s
 
 
 def _closed(tree: Mapping[str, Any], ids: set[int]) -> list[int]:
-    """`ids` with the parts of every merge that makes one of them, and their parts, ascending."""
+    """`ids` with every token that stands between their characters and them when they are merged, ascending."""
     table: dict[str, int] = tree["model"]["vocab"]
     token_of = {index: token for token, index in table.items()}
-    made_of: dict[str, list[tuple[str, str]]] = {}
-    for left, right in map(_pair, tree["model"]["merges"]):
-        made_of.setdefault(left + right, []).append((left, right))
-    kept, waiting = set(ids), list(ids)
-    while waiting:
-        token = token_of.get(waiting.pop())  # an added token is made of nothing
-        for part in (part for pair in made_of.get(token or "", []) for part in pair):
-            if table[part] not in kept:
-                kept.add(table[part])
-                waiting.append(table[part])
+    ranks: dict[tuple[str, str], int] = {}
+    for rank, merge in enumerate(tree["model"]["merges"]):
+        ranks.setdefault(_pair(merge), rank)
+    added = {entry["id"] for entry in tree.get("added_tokens") or []}
+    kept = set(ids)
+    for index in ids - added:
+        kept.update(table[part] for part in _made_of(token_of[index], ranks))
     return sorted(kept)
+
+
+def _made_of(token: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
+    """Characters of a token and what merging makes of them on the way to it: the pair of lowest rank first.
+
+    A token in a text came about in just this way: a merge across its ends would have made another one. Empty where
+    merging does not lead to it: a byte's token, or one that is only found whole.
+    """
+    parts = list(token)
+    passed = list(parts)
+    while len(parts) > 1:
+        known = [(ranks[pair], place) for place, pair in enumerate(itertools.pairwise(parts)) if pair in ranks]
+        if not known:
+            return []
+        _, place = min(known)
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        passed.append(parts[place])
+    return passed
 
 
 def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
