@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -244,7 +247,7 @@ def test_the_tracker_logs_every_step(tmp_path):
 
     teacher = LiveSignals(model(seed=5, hidden=48), low_precision=False)
     spec = LossSpec({"reverse_kl": 1.0, "cross_entropy": 0.5}, temperature=2.0, vocab=VOCAB)
-    run(model(), tmp_path / "state", loss=spec, signals=teacher, logs=tmp_path / "logs")
+    result = run(model(), tmp_path / "state", loss=spec, signals=teacher, logs=tmp_path / "logs")
     events = EventAccumulator(str(tmp_path / "logs" / "train"))
     events.Reload()
     names = events.Tags()["scalars"]
@@ -253,6 +256,9 @@ def test_the_tracker_logs_every_step(tmp_path):
     }
     assert len(events.Scalars("loss/total")) == 12
     assert events.Scalars("loss/kl")[0].step == 1
+    logged = [round(event.value, 4) for event in events.Scalars("loss/total")]
+    assert logged[-1] == round(result.history[-1]["loss"], 4)
+    assert len(set(logged)) > 6
     with pytest.raises(UserError, match="did you mean 'tensorboard'"):
         run(model(), tmp_path / "other", logs=tmp_path / "logs", tracker="tensorbord")
 
@@ -330,3 +336,25 @@ def test_a_step_reads_the_device_once(tmp_path, monkeypatch):
     signals = LiveSignals(model(seed=5, hidden=48), low_precision=False)
     run(model(), tmp_path, loss=KL, signals=signals, optimizer="adamw", micro_batch_sequences=2)
     assert each == [["tolist"]] * 12
+
+
+def test_what_was_logged_before_an_error_is_on_disk(tmp_path):
+    """The process ends in the middle of training: its steps are in the log."""
+    script = (
+        "import sys, itertools; from pathlib import Path; from training_models import model, run\n"
+        "from edgedistill.distill import trainer\n"
+        "original, calls = trainer._Step.run, itertools.count()\n"
+        "def dying(*a, **n):\n"
+        "    if next(calls) == 5: raise SystemExit(7)\n"
+        "    return original(*a, **n)\n"
+        "trainer._Step.run = dying\n"
+        "run(model(), Path(sys.argv[1]) / 'state', logs=Path(sys.argv[1]) / 'logs')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment)
+    assert done.returncode == 7
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "logs" / "train"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss/total")] == [1, 2, 3, 4, 5]
