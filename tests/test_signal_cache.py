@@ -178,10 +178,10 @@ def test_ranks_run_a_sharded_teacher_together_to_the_end(tmp_path, small_shards)
     for name in ("shard-00000.safetensors", "shard-00002.safetensors"):  # of an earlier try
         shutil.copy(tmp_path / "one" / name, tmp_path / "three" / name)
     (tmp_path / "three" / "building.json").write_text(json.dumps(KEY, sort_keys=True))
-    barrier, gather, given = threading.Barrier(3), threading.Barrier(3), produce()
+    barrier, gather, given = threading.Barrier(3, timeout=120), threading.Barrier(3, timeout=120), produce()
 
     def collective(rows):
-        gather.wait(timeout=60)
+        gather.wait()
         return given(rows)
 
     def write(rank):
