@@ -31,13 +31,14 @@ from transformers import AutoModelForCausalLM
 
 from edgedistill.data.prepare import prepare_data, read_part
 from edgedistill.distill import multiset
+from edgedistill.distill.cache_reader import CacheReader, open_cache
 from edgedistill.distill.evaluate import perplexity
 from edgedistill.distill.loss_module import LossModule
 from edgedistill.distill.losses import Head, LossSpec, SparseTargets, head_loss
 from edgedistill.distill.model_parts import final_hidden, head_of
 from edgedistill.distill.prune import Sizes, cut, sizes_of
 from edgedistill.distill.ranks import ranks_here
-from edgedistill.distill.signal_cache import CacheReader, Produced, build_cache, open_cache
+from edgedistill.distill.signal_cache import Produced, build_cache
 from edgedistill.distill.signals import CachedSignals, LiveSignals, produce_from
 from edgedistill.distill.teacher_model import live_teacher
 from edgedistill.distill.text import Text, training_text

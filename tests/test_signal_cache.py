@@ -20,8 +20,9 @@ from training_models import VOCAB, model, packed
 
 from edgedistill.distill import signal_cache
 from edgedistill.distill.cache_files import cache_exists
+from edgedistill.distill.cache_reader import open_cache
 from edgedistill.distill.losses import Head, LossSpec, SparseTargets, TeacherHead, TeacherLogits, head_loss
-from edgedistill.distill.signal_cache import KINDS, build_cache, open_cache, sample_multisets
+from edgedistill.distill.signal_cache import KINDS, build_cache, sample_multisets
 from edgedistill.distill.signals import LiveSignals, produce_from
 from edgedistill.errors import UserError
 
