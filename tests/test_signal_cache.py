@@ -20,8 +20,9 @@ from training_models import VOCAB, model, packed
 
 from edgedistill.distill import signal_cache
 from edgedistill.distill.cache_files import cache_exists
+from edgedistill.distill.cache_reader import open_cache
 from edgedistill.distill.losses import Head, LossSpec, SparseTargets, TeacherHead, TeacherLogits, head_loss
-from edgedistill.distill.signal_cache import KINDS, build_cache, open_cache, sample_multisets
+from edgedistill.distill.signal_cache import KINDS, build_cache, sample_multisets
 from edgedistill.distill.signals import LiveSignals, produce_from
 from edgedistill.errors import UserError
 
@@ -178,10 +179,10 @@ def test_ranks_run_a_sharded_teacher_together_to_the_end(tmp_path, small_shards)
     for name in ("shard-00000.safetensors", "shard-00002.safetensors"):  # of an earlier try
         shutil.copy(tmp_path / "one" / name, tmp_path / "three" / name)
     (tmp_path / "three" / "building.json").write_text(json.dumps(KEY, sort_keys=True))
-    barrier, gather, given = threading.Barrier(3), threading.Barrier(3), produce()
+    barrier, gather, given = threading.Barrier(3, timeout=120), threading.Barrier(3, timeout=120), produce()
 
     def collective(rows):
-        gather.wait(timeout=60)
+        gather.wait()
         return given(rows)
 
     def write(rank):

@@ -21,8 +21,9 @@ from training_models import VOCAB, model, packed
 
 from edgedistill.distill import multiset
 from edgedistill.distill.cache_files import SCHEMA
+from edgedistill.distill.cache_reader import open_cache
 from edgedistill.distill.losses import Head
-from edgedistill.distill.signal_cache import Produced, build_cache, open_cache
+from edgedistill.distill.signal_cache import Produced, build_cache
 from edgedistill.distill.signals import LiveSignals, produce_from
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "signal-cache.md").read_text(encoding="utf-8")

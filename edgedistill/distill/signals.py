@@ -16,9 +16,10 @@ import torch  # noqa: TID253  this module is imported by training alone
 from numpy.typing import NDArray
 from torch import Tensor, nn  # noqa: TID253
 
+from edgedistill.distill.cache_reader import CacheReader, open_cache
 from edgedistill.distill.losses import Head, Teacher, TeacherHead, finish_logits
 from edgedistill.distill.model_parts import final_hidden, head_of
-from edgedistill.distill.signal_cache import CacheReader, Produced, build_cache, open_cache
+from edgedistill.distill.signal_cache import Produced, build_cache
 from edgedistill.errors import UserError
 from edgedistill.progress import QUIET, Progress
 from edgedistill.tasks.causal_lm import IGNORED, Packed

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.distill.cache_files import cache_exists, recipe_key
+from edgedistill.distill.cache_reader import CacheReader, open_cache
 from edgedistill.distill.ranks import Ranks, run_together
-from edgedistill.distill.signal_cache import CacheReader, build_cache, open_cache
+from edgedistill.distill.signal_cache import build_cache
 from edgedistill.distill.signals import CACHE_BATCH_TOKENS, CachedSignals, LiveSignals, MixedSignals, produce_from
 from edgedistill.distill.teacher import mixture_key
 from edgedistill.distill.teacher_model import precision_of
