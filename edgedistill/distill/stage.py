@@ -211,7 +211,10 @@ def _signals(
     settings = recipe.distill
 
     def load() -> LiveSignals:
-        return live_teacher(Path(teacher.path), recipe.teacher, low_precision=settings.precision == "bf16", ranks=ranks)
+        return live_teacher(
+            Path(teacher.path), recipe.teacher, low_precision=settings.precision == "bf16", ranks=ranks,
+            documents=settings.attention == "documents",
+        )  # fmt: skip
 
     if settings.teacher_signals == "cached":
         return obtain_cache(
@@ -241,7 +244,10 @@ def cache_signals(
     text = training_text(Path(teacher.path), data, settings, seed=recipe.seed, share=settings.documents_share)
 
     def load() -> LiveSignals:
-        return live_teacher(Path(teacher.path), recipe.teacher, low_precision=settings.precision == "bf16", ranks=ranks)
+        return live_teacher(
+            Path(teacher.path), recipe.teacher, low_precision=settings.precision == "bf16", ranks=ranks,
+            documents=settings.attention == "documents",
+        )  # fmt: skip
 
     made = obtain_cache(
         recipe, teacher=teacher, data=data.result, tokenizer=text.tokenizer, packed=text.packed, load=load,
