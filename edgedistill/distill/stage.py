@@ -274,8 +274,9 @@ def load_teachers(
         from edgedistill.distill.vocabulary import kept_rows
 
         kept = kept_rows(Path(teacher.path), trimmed.directory / trimmed.result.path).to(ranks.device)
+    apart = recipe.distill.attention == "documents"
     live = [
-        (live_teacher(path, recipe.teacher, low_precision=low, ranks=ranks, kept=kept), weight)
+        (live_teacher(path, recipe.teacher, low_precision=low, ranks=ranks, kept=kept, documents=apart), weight)
         for path, weight in folders
     ]
     return live[0][0] if len(live) == 1 else MixedSignals(live)

@@ -8,7 +8,7 @@ from typing import Any
 import torch  # noqa: TID253  this module is imported by training alone
 from torch import Tensor, nn  # noqa: TID253
 
-from edgedistill.distill.model_parts import final_hidden
+from edgedistill.distill.model_parts import final_hidden, require_separate_documents
 from edgedistill.distill.ranks import Ranks
 from edgedistill.distill.signals import LiveSignals
 from edgedistill.errors import UserError
@@ -39,13 +39,20 @@ def precision_of(ask: Teacher, device: torch.device) -> str:
 
 
 def live_teacher(
-    folder: Path, ask: Teacher, *, low_precision: bool, ranks: Ranks, kept: Tensor | None = None
+    folder: Path,
+    ask: Teacher,
+    *,
+    low_precision: bool,
+    ranks: Ranks,
+    kept: Tensor | None = None,
+    documents: bool = False,
 ) -> LiveSignals:
     """The teacher of a folder, ready to teach.
 
     Precision: fp32 or bf16 weights, or bitsandbytes' INT8 (Dettmers et al. 2022) or NF4 (2023). Placement: beside
     the student; "offload": weights on the CPU, each layer on the GPU while it runs; "shard": FSDP2 over the ranks.
-    Raises UserError where the two do not go together, or a library is missing.
+    `documents`: packed documents are to be kept apart. Raises UserError where precision and placement do not go
+    together, a library is missing, or the teacher cannot keep documents apart.
     """
     precision = precision_of(ask, ranks.device)
     if ask.placement == "shard" and ranks.world == 1:
@@ -62,6 +69,8 @@ def live_teacher(
             "set teacher.placement=auto, or teacher.precision=bf16",
         )
     model = _load(folder, precision, ranks)
+    if documents:
+        require_separate_documents(model)
     name = f"live, {precision}"
     low = low_precision or precision != "fp32"
     if ask.placement == "offload":
