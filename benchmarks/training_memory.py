@@ -7,7 +7,10 @@ the teacher's signals (tests/memory_script.py). Measured is the resident set's p
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from common import Bound, finish, parser
 
@@ -59,15 +62,25 @@ GRID = {
 }  # fmt: skip
 
 
+def _told(names: Iterable[str], results: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The results as they come, each said on standard error."""
+    for name, result in zip(names, results, strict=True):
+        print(f"{name}: {result['peak_bytes'] / 1e6:,.0f} MB", file=sys.stderr, flush=True)
+        yield result
+
+
 def main() -> None:
     asked = parser(__doc__)
     asked.add_argument("--only", default="", help="cases whose name holds this")
+    asked.add_argument("--workers", type=int, default=1, help="cases at a time: speed does not matter here")
     arguments = asked.parse_args()
+    chosen = {name: entry for name, entry in GRID.items() if arguments.only in name}
     figures, rows = {}, []
-    for name, (case, threads) in GRID.items():
-        if arguments.only not in name:
-            continue
-        measured, found = measure(case, threads=threads), predicted(case)
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        results = pool.map(lambda entry: measure(entry[0], threads=entry[1]), chosen.values())
+        measurements = dict(zip(chosen, _told(chosen, results), strict=True))
+    for name, (case, threads) in chosen.items():
+        measured, found = measurements[name], predicted(case)
         ratio = found.bytes / measured["peak_bytes"]
         figures[name] = {
             "parameters": Shape(**case["student"]).parameters, "predicted_bytes": found.bytes,
@@ -78,7 +91,6 @@ def main() -> None:
         rows.append(
             (name, f"{found.bytes / 1e6:,.0f}", f"{measured['peak_bytes'] / 1e6:,.0f}", f"{ratio:.3f}", found.moment)
         )
-        print(*rows[-1], file=sys.stderr, flush=True)
     ratios = [entry["ratio"] for entry in figures.values()]
     finish(
         "training_memory",

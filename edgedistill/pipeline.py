@@ -33,6 +33,7 @@ from edgedistill.records import (
     StudentResult,
     TeacherResult,
 )
+from edgedistill.refusals import refuse_mixture, refuse_trimming
 from edgedistill.store import Store, Stored
 from edgedistill.targets import Target, parse_artifact
 
@@ -102,21 +103,31 @@ def build(
     return trained, built
 
 
-def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store) -> Plan:
-    """The plan of this recipe on this machine, with what the store already has. Raises UserError."""
+def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress: Progress = QUIET) -> Plan:
+    """The plan of this recipe on this machine, with what the store already has. Raises UserError.
+
+    How large a trimmed vocabulary will be only its text tells: where one is asked for, the data are read and kept.
+    """
+    refuse_trimming(recipe)
     teacher, parameters = _teacher_sizes(recipe)
     room = store.root
     while not room.exists():
         room = room.parent
-    student = _given_student_shape(recipe)
+    tokens = _trimmed_tokens(recipe, store, progress)
+    student = _given_student_shape(recipe, tokens)
     _require_exportable(recipe, targets)
-    sizes_only = plan(recipe, targets, teacher=teacher, teacher_parameters=parameters, student=student)
+    _require_usable_cache(recipe, store)
+    sizes_only = plan(
+        recipe, targets, teacher=teacher, teacher_parameters=parameters, student=student, trimmed_tokens=tokens
+    )
     return plan(
         recipe,
         targets,
         teacher=teacher,
         teacher_parameters=parameters,
         student=student,
+        further_teachers=_further_shapes(recipe),
+        trimmed_tokens=tokens,
         store_hits=_store_hits(recipe, sizes_only.student, store),
         free_disk_bytes=shutil.disk_usage(room).free,
         machine_memory_bytes=machine.describe()["memory_bytes"],
@@ -130,7 +141,7 @@ def distill(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress
     from edgedistill.distill.stage import distill as train_student
     from edgedistill.distill.teacher import obtain_teacher
 
-    planned = preflight(recipe, targets, store=store)
+    planned = preflight(recipe, targets, store=store, progress=progress)
     progress.say(
         f"plan: student of {planned.student_parameters:,} parameters for {', '.join(planned.targets)}"
         f" ({planned.compression:.1f}x smaller than the teacher's {planned.teacher_parameters:,})"
@@ -159,7 +170,12 @@ def cache_teacher(recipe: Recipe, *, store: Store, progress: Progress = QUIET) -
     from edgedistill.distill.stage import cache_signals
     from edgedistill.distill.teacher import obtain_teacher
 
+    used = recipe.distill.model_copy(update={"teacher_signals": "cached"})  # as `distill` will, whatever it says here
+    recipe = recipe.model_copy(update={"distill": used})
     refuse_signals(recipe)
+    _require_usable_cache(recipe, store)
+    refuse_mixture(recipe, caching=True)
+    refuse_trimming(recipe)
     data = prepare_data(recipe.data, store=store, progress=progress)
     _say(progress, data, f"{data.result.parts['train'].documents:,} documents")
     teacher = obtain_teacher(recipe, data=data, store=store, progress=progress)
@@ -274,6 +290,16 @@ def _teacher_sizes(recipe: Recipe) -> tuple[Shape, int]:
     return folder.shape, folder.shape.parameters
 
 
+def _further_shapes(recipe: Recipe) -> list[Shape]:
+    """Sizes of the teachers beside the first. UserError where one has another tokenizer."""
+    from edgedistill.distill.teacher import open_further
+
+    if recipe.teacher.model is None or not recipe.teacher.also:
+        return []
+    first = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
+    return [folder.shape for folder in open_further(recipe, first)]
+
+
 def _require_exportable(recipe: Recipe, targets: Sequence[Target]) -> None:
     """What the exporters would refuse after hours of training is refused now. UserError."""
     if recipe.teacher.model is None:
@@ -292,8 +318,48 @@ def _require_exportable(recipe: Recipe, targets: Sequence[Target]) -> None:
         require_runnable_heads(folder.shape, where=str(folder.path))
 
 
-def _given_student_shape(recipe: Recipe) -> Shape | None:
-    """The shape where the recipe leaves nothing to design: a pretrained student, or a cut of the teacher's layers."""
+def _require_usable_cache(recipe: Recipe, store: Store) -> None:
+    """A finished cache at the recipe's URL is looked into now, not after the teacher was trained. UserError."""
+    from edgedistill.data.prepare import find_data
+    from edgedistill.distill.cache_files import refuse_other_cache
+    from edgedistill.distill.teacher import find_teacher
+
+    refuse_other_cache(recipe, {})
+    if recipe.distill.teacher_signals != "cached" or recipe.distill.cache.url is None:
+        return
+    data = find_data(recipe.data, store=store)
+    teacher = find_teacher(recipe, data=data, store=store)
+    known = {} if data is None else {"data_sha256": data.result.sha256}
+    if teacher is not None:
+        known |= {
+            "teacher_weights_sha256": teacher.weights_sha256,
+            "tokenizer_sha256": teacher.tokenizer_sha256,
+        }
+    refuse_other_cache(recipe, known)
+
+
+def _trimmed_tokens(recipe: Recipe, store: Store, progress: Progress) -> int | None:
+    """How many tokens the student's trimmed vocabulary has, where it is asked for."""
+    if not recipe.student.trim_vocabulary or recipe.teacher.model is None:
+        return None
+    from edgedistill.distill.vocabulary import obtain_vocabulary
+
+    folder = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
+    found = obtain_vocabulary(
+        folder.path, data=prepare_data(recipe.data, store=store, progress=progress), store=store, progress=progress
+    )
+    progress.say(
+        f"vocabulary: {found.result.tokens:,} of the teacher's {found.result.teacher_tokens:,} tokens are kept"
+        f"{' (from the store)' if found.reused else ''}"
+    )
+    return found.result.tokens
+
+
+def _given_student_shape(recipe: Recipe, tokens: int | None) -> Shape | None:
+    """The shape where the recipe leaves nothing to design: a pretrained student, or a cut of the teacher's layers.
+
+    `tokens`: those of a trimmed vocabulary.
+    """
     if recipe.student.start == "pretrained":
         if recipe.student.model is None:
             raise UserError("student.start is pretrained but no student.model is named", "give --student FOLDER")
@@ -303,10 +369,11 @@ def _given_student_shape(recipe: Recipe) -> Shape | None:
             require_same_tokenizer(named.path, student.path)
         return student.shape
     if recipe.student.start == "layers":
-        teacher, _ = _teacher_sizes(recipe)
+        whole, _ = _teacher_sizes(recipe)
+        teacher = whole if tokens is None else whole.model_copy(update={"vocab_size": tokens})
         asked = recipe.student.shape.num_hidden_layers
         if asked is None:
-            budget = teacher.parameters / recipe.student.compression
+            budget = whole.parameters / recipe.student.compression
             asked = int((budget - teacher.embedding_parameters - teacher.hidden_size) // teacher.layer_parameters)
         if not 1 <= asked <= teacher.num_hidden_layers:
             raise UserError(

@@ -23,6 +23,7 @@ from edgedistill.fit import (
 )
 from edgedistill.recipe import Recipe, ShapeAsk
 from edgedistill.records import Figure, Record, Shape
+from edgedistill.refusals import refuse_mixture, refuse_trimming
 from edgedistill.targets import Target, parse_artifact
 from edgedistill.training_fit import GENERAL_LOSSES, PROCESS_BYTES, Run, distillation, propose, teacher_training
 
@@ -49,6 +50,7 @@ class Plan(Record):
     recipe: str
     teacher: Shape
     teacher_parameters: int
+    further_teachers: list[Shape]
     student: Shape
     student_parameters: int
     compression: float
@@ -73,6 +75,8 @@ def plan(
     teacher: Shape,
     teacher_parameters: int | None = None,
     student: Shape | None = None,
+    further_teachers: Sequence[Shape] = (),
+    trimmed_tokens: int | None = None,
     store_hits: Mapping[str, bool] | None = None,
     free_disk_bytes: int | None = None,
     machine_memory_bytes: int | None = None,
@@ -80,6 +84,8 @@ def plan(
 ) -> Plan:
     """Sizes, ceilings and warnings of a build; one student for all targets, sized by the tightest.
 
+    `further_teachers` are those that teach beside the first (`teacher.also`). `trimmed_tokens` is the size of a
+    student's trimmed vocabulary: what it saves of the embedding goes into the layers.
     `student` is a given shape (pretrained, or a folder); without it one is designed. `store_hits` says by stage
     ("teacher", "student", ...) what is already in the store. `free_disk_bytes` is that of the store's disk,
     `machine_memory_bytes` and `machine_cores` this machine's; None: not checked.
@@ -90,12 +96,15 @@ def plan(
     if not targets:
         raise UserError("no target", "name one: --target jetson (see `edgedistill targets list`)")
     refuse_signals(recipe)
+    refuse_mixture(recipe, caching=recipe.distill.teacher_signals == "cached")
+    refuse_trimming(recipe)
     parameters = teacher.parameters if teacher_parameters is None else teacher_parameters
     hits = dict(store_hits or {})
     wanted = [(target, *parse_artifact(a)) for target in targets for a in artifacts_of(recipe, target)]
     multiple = K_QUANT_MULTIPLE
     if student is None:
-        shape, multiple, sized_by = _design(recipe, wanted, teacher)
+        designing, designed_from = _with_vocabulary(recipe, teacher, trimmed_tokens)
+        shape, multiple, sized_by = _design(designing, wanted, designed_from)
     else:
         shape, sized_by = student, "given"
     if shape.parameters > parameters:
@@ -109,12 +118,13 @@ def plan(
         worst = min(breaches, key=lambda breach: breach.scale)
         raise UserError(worst.cause, worst.remedy)
     artifacts = [artifact_plan(shape, recipe, *entry) for entry in wanted]
-    training, parts, advice = _training_memory(recipe, shape, teacher, hits, machine_memory_bytes)
+    training, parts, advice = _training_memory(recipe, shape, teacher, further_teachers, hits, machine_memory_bytes)
     disk = _disk(recipe, parameters, shape, artifacts, hits, free_disk_bytes)
     return Plan(
         recipe=recipe.name,
         teacher=teacher,
         teacher_parameters=parameters,
+        further_teachers=list(further_teachers),
         student=shape,
         student_parameters=shape.parameters,
         compression=parameters / shape.parameters,
@@ -178,6 +188,16 @@ def plan_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def _with_vocabulary(recipe: Recipe, teacher: Shape, tokens: int | None) -> tuple[Recipe, Shape]:
+    """What is designed from: the teacher as it would be with the trimmed vocabulary, and the budget unchanged."""
+    if tokens is None:
+        return recipe, teacher
+    trimmed = teacher.model_copy(update={"vocab_size": tokens})
+    compression = max(1.0, recipe.student.compression * trimmed.parameters / teacher.parameters)
+    student = recipe.student.model_copy(update={"compression": compression})
+    return recipe.model_copy(update={"student": student}), trimmed
+
+
 def _design(recipe: Recipe, wanted: list[Wanted], teacher: Shape) -> tuple[Shape, int, str]:
     """The largest student in the teacher's proportions that every target can run: shape, multiple, what sized it.
 
@@ -231,15 +251,16 @@ def _fit(recipe: Recipe, wanted: list[Wanted], teacher: Shape, ask: ShapeAsk, mu
 
 
 def _training_memory(
-    recipe: Recipe, student: Shape, teacher: Shape, hits: Mapping[str, bool], machine: int | None
-) -> tuple[Figure, dict[str, int], list[str]]:
+    recipe: Recipe, student: Shape, teacher: Shape, further: Sequence[Shape], hits: Mapping[str, bool],
+    machine: int | None,
+) -> tuple[Figure, dict[str, int], list[str]]:  # fmt: skip
     """The larger of what is still to be trained, its parts, and for what does not fit here the settings that do.
 
     Raises UserError where no settings fit this machine's memory.
     """
     runs: list[Run] = []
     if not hits.get("student"):
-        runs.append(distillation(student, teacher))
+        runs.append(distillation(student, teacher, further))
     if recipe.teacher.model is None and not hits.get("teacher"):
         runs.append(teacher_training(teacher))
     most = Figure(value=0, unit="B", basis="derived", source="nothing is left to train")
@@ -323,6 +344,7 @@ def _warnings(
         found.append(
             f"{100 * student.embedding_parameters / student.parameters:.0f} % of the student is its embedding of "
             f"{student.vocab_size:,} entries; a teacher with a smaller vocabulary leaves more for layers"
+            + ("" if recipe.student.trim_vocabulary else ", and so may student.trim_vocabulary")
         )
     for quantization in dict.fromkeys(q for _, format_, q in wanted if format_ == "gguf"):
         count = sizes.k_quant_fallbacks(student, quantization)

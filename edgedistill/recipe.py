@@ -93,6 +93,16 @@ class TeacherTraining(Training):
     shape: ShapeAsk = ShapeAsk()
 
 
+class AlsoTeacher(Section):
+    """A further teacher, with the first one's tokenizer."""
+
+    model: str = Field(description="folder or hub id")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    weight: float = Field(
+        1.0, gt=0, le=1e6, description="its share of the mean, before the shares are made to sum to 1"
+    )
+
+
 class Teacher(Section):
     """The large model."""
 
@@ -105,6 +115,10 @@ class Teacher(Section):
     placement: Literal["auto", "offload", "shard"] = Field(
         "auto",
         description="auto: beside the student; offload: on the CPU, layer by layer; shard: over the ranks (FSDP)",
+    )
+    weight: float = Field(1.0, gt=0, le=1e6, description="its share of the mean where `also` names others")
+    also: list[AlsoTeacher] = Field(
+        [], description="teachers beside it: the student learns the mean of all their probabilities, by weight"
     )
     train: TeacherTraining = TeacherTraining()
 

@@ -85,5 +85,5 @@ def chunk_rows(tokens: int, vocab: int, *, teachers: int, low: bool, device: str
     if device == "cuda":
         fitting = CUDA_CHUNK_BYTES * 2 // (per_row + 16 * vocab)
         return max(1, min(max(CUDA_CHUNK_TOKENS, tokens // 8), fitting))
-    rows = max(1, min(CPU_CHUNK_BYTES // per_row, max(FEWEST_CHUNK_TOKENS, -(-tokens // 8))))
+    rows = max(1, min(CPU_CHUNK_BYTES // per_row, max(FEWEST_CHUNK_TOKENS, -(-tokens // 4))))
     return min(rows, tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +37,9 @@ class Proposal:
     bytes: int
 
 
-def distillation(student: Shape, teacher: Shape) -> Run:
+def distillation(student: Shape, teacher: Shape, further: Sequence[Shape] = ()) -> Run:
     return Run(
-        "distillation", "distill", lambda recipe: predict_distillation(recipe, student, teacher),
+        "distillation", "distill", lambda recipe: predict_distillation(recipe, student, teacher, further),
         lambda recipe: recipe.distill,
     )  # fmt: skip
 
@@ -51,7 +51,9 @@ def teacher_training(teacher: Shape) -> Run:
     )  # fmt: skip
 
 
-def predict_distillation(recipe: Recipe, student: Shape, teacher: Shape, *, device: str = "cpu") -> Prediction:
+def predict_distillation(
+    recipe: Recipe, student: Shape, teacher: Shape, further: Sequence[Shape] = (), *, device: str = "cpu"
+) -> Prediction:
     """The distillation's peak as a recipe asks for it; teacher_signals auto is taken as live, which needs more."""
     ask = recipe.distill
     signals: Signals = "cached" if ask.teacher_signals == "cached" else "live"
@@ -62,6 +64,7 @@ def predict_distillation(recipe: Recipe, student: Shape, teacher: Shape, *, devi
         stored="bf16" if recipe.teacher.model is not None else "fp32",
         kind=ask.cache.kind,
         offloaded=recipe.teacher.placement == "offload",
+        further=tuple(further),
     )
     return predict(
         student, ask, teaching if needs_teacher(recipe) else None, lora=ask.lora, blocks=blocks_of(recipe),
@@ -119,8 +122,9 @@ def _relaxed(run: Run, recipe: Recipe) -> Iterator[tuple[Recipe, tuple[str, ...]
         return
     ways = [(recipe, words)]
     if recipe.distill.teacher_signals != "cached":
-        # samples serve forward KL alone; other losses need the exact states
-        kind = "hidden" if any(getattr(recipe.distill, name) > 0 for name in GENERAL_LOSSES) else "sampled"
+        # samples serve forward KL alone; other losses need exact states, of several teachers their mixed logits
+        exact = "dense" if recipe.teacher.also else "hidden"
+        kind = exact if any(getattr(recipe.distill, name) > 0 for name in GENERAL_LOSSES) else "sampled"
         cache = recipe.distill.cache.model_copy(update={"kind": kind})
         words += ("distill.teacher_signals=cached",)
         words += () if kind == recipe.distill.cache.kind else (f"distill.cache.kind={kind}",)

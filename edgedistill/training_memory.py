@@ -40,7 +40,7 @@ GRADIENT_HOLES = 0.62
 # glibc maps blocks of that size and above one by one (DEFAULT_MMAP_THRESHOLD_MAX): they leave no holes.
 MAPPED_BYTES = 32 << 20
 # As in distill/losses.py, which cannot be imported without torch; a test holds them equal.
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 2 << 20
 # Blocks of float32 logits that the loss works on at a time: forward KL and cross-entropy in place, any other mix.
 PLAIN_BLOCKS, GENERAL_BLOCKS = 3, 9
 # As in distill/signals.py and distill/signal_cache.py.
@@ -57,7 +57,7 @@ Signals = Literal["live", "cached"]
 @dataclass(frozen=True)
 class Teaching:
     """The teacher beside a student: `precision` of its weights as `Teacher.precision`, resolved; `stored` that of its
-    file; `kind` the cache's."""
+    file; `kind` the cache's; `further` the teachers that are mixed with it."""
 
     shape: Shape
     signals: Signals = "live"
@@ -65,6 +65,16 @@ class Teaching:
     stored: str = "bf16"
     kind: str = "sampled"
     offloaded: bool = False
+    further: tuple[Shape, ...] = ()
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return (self.shape, *self.further)
+
+    @property
+    def own(self) -> float:
+        """Weights of all teachers."""
+        return sum(teacher_bytes(each, self.precision) for each in self.shapes)
 
 
 @dataclass(frozen=True)
@@ -228,26 +238,30 @@ class _Run:
         ask = self.teaching
         if ask is None:
             return 0.0
-        width = ask.shape.hidden_size
-        head = ask.shape.vocab_size * width
         if ask.signals == "live":
-            return 0.0 if ask.offloaded else teacher_bytes(ask.shape, ask.precision)
+            # of a vocabulary that was trimmed the head's rows are a copy
+            trimmed = [each for each in ask.shapes if each.vocab_size > self.shape.vocab_size]
+            rows = sum(self.shape.vocab_size * each.hidden_size for each in trimmed)
+            return max(2.0, WEIGHT_BYTES[ask.precision]) * rows + (0.0 if ask.offloaded else ask.own)
         if ask.kind != "hidden":
             return 0.0
         if ask.precision == ask.stored:
             # the head is a part of the mapped file, which stays mapped with it
             return teacher_bytes(ask.shape, ask.precision)
-        return max(2.0, WEIGHT_BYTES[ask.precision]) * head
+        return max(2.0, WEIGHT_BYTES[ask.precision]) * ask.shape.vocab_size * ask.shape.hidden_size
 
     def _teacher_moments(self) -> dict[str, dict[str, float]]:
         ask = self.teaching
         if ask is None:
             return {}
-        own = teacher_bytes(ask.shape, ask.precision)
         # a file of the precision asked for is mapped, and so is itself the weights; another is read and converted
-        file = 0.0 if ask.precision == ask.stored else WEIGHT_BYTES[ask.stored] * ask.shape.parameters
+        file = (
+            0.0
+            if ask.precision == ask.stored
+            else WEIGHT_BYTES[ask.stored] * max(each.parameters for each in ask.shapes)
+        )
         before = {"weights": 4.0 * self.shape.parameters, "runtime": float(RUNTIME_BYTES)}
-        found = {"the teacher's loading": before | {"teacher": own, "teacher's file": file}}
+        found = {"the teacher's loading": before | {"teacher": ask.own, "teacher's file": file}}
         if ask.signals == "cached":
             context = self.training.context_tokens
             tokens = max(1, CACHE_BATCH_TOKENS // context) * context
@@ -258,7 +272,7 @@ class _Run:
                 logits += 2 * 2.0 * tokens * ask.shape.vocab_size
             run = max(forward_bytes(ask.shape, tokens, self._teacher_low), states + logits)
             found["the cache's building"] = before | {
-                "teacher": own,
+                "teacher": ask.own,
                 "teacher's forward pass": run,
                 "cache's shard": 2.0 * CACHE_SHARD_BYTES if ask.kind in ("dense", "hidden") else 0.0,
                 "holes in the heap": STEP_HOLES * forward_bytes(ask.shape, tokens, self._teacher_low),
@@ -324,12 +338,12 @@ class _Run:
         copies = 2.0 * self.head if self.low else 0.0
         states = 0.0
         if self.teaching is not None:
-            width = self.teaching.shape.hidden_size
             if teacher:
-                head = self.teaching.shape.vocab_size * width
+                widths = sum(each.hidden_size for each in self.teaching.shapes)
+                head = self.shape.vocab_size * widths
                 weights = "bf16" if self.teaching.precision in ("bf16", "int8", "nf4") else "fp32"
                 copies += element * head if weights != ("bf16" if self.low else "fp32") else 0.0
-                states = self.tokens * width * (2.0 if self.teaching.kind == "hidden" and not self._live else 4.0)
+                states = self.tokens * widths * (2.0 if self.teaching.kind == "hidden" and not self._live else 4.0)
             elif self.teaching.kind == "dense":
                 states = 2.0 * self.tokens * self.shape.vocab_size
             else:
@@ -345,9 +359,9 @@ class _Run:
 
     @property
     def _teacher_at_loss(self) -> int:
-        """1 where the teacher's logits are made from its states, chunk by chunk."""
+        """How many teachers' logits are made from their states, chunk by chunk."""
         ask = self.teaching
-        return int(ask is not None and (ask.signals == "live" or ask.kind == "hidden"))
+        return len(ask.shapes) if ask is not None and (ask.signals == "live" or ask.kind == "hidden") else 0
 
     def _evaluation(self) -> dict[str, float]:
         tokens = min(self.tokens, max(EVALUATION_TOKENS, self.training.context_tokens))

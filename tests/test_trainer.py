@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -261,3 +262,71 @@ def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path, monkeypatch):
 
     with pytest.raises(UserError, match="3 ranks cannot share evenly"):
         run(model(), tmp_path, ranks=replace(ranks_here(), world=3))
+
+
+def test_what_is_masked_is_the_token_that_is_predicted(tmp_path):
+    """DistillKit masks logits[t] by labels[t], one too early."""
+    data = pack(documents(6), context=16, seed=1, eos=None, bos=None)
+    teacher, student = model(seed=5, hidden=48), model(seed=7)
+    rows = next(data.batches(4, 0))
+    ids, positions = data.sequence_ids(rows), torch.from_numpy(data.positions(rows))
+    with torch.no_grad():
+        # with a cache, transformers does not see that documents are packed
+        inputs = {"input_ids": torch.from_numpy(ids[:, :-1]), "position_ids": positions, "use_cache": False}
+        p, q = (each.eval()(**inputs).logits.log_softmax(-1) for each in (teacher, student))
+    kl = (p.exp() * (p - q)).sum(-1)
+    firsts = set(data.starts.tolist())
+    predicts_a_first = torch.tensor([[int(row) * 16 + t + 1 in firsts for t in range(16)] for row in rows])
+    is_a_first = torch.tensor([[int(row) * 16 + t in firsts for t in range(16)] for row in rows])
+    assert 0 < predicts_a_first.sum() < 8
+    result = run(
+        model(seed=7), tmp_path, loss=KL, signals=LiveSignals(teacher, low_precision=False), data=data, tokens=16 * 4,
+        attention="documents",
+    )  # fmt: skip
+    assert result.history[0]["loss"] == pytest.approx(float(kl[~predicts_a_first].mean()), rel=1e-4)
+    assert float(kl[~is_a_first].mean()) != pytest.approx(float(kl[~predicts_a_first].mean()), rel=1e-3)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's inductor warns of torch itself
+def test_a_compiled_body_trains_the_same_and_is_compiled_once(tmp_path):
+    """Windows of many lengths are evaluated without compiling each."""
+    from torch._dynamo.utils import counters
+
+    plain, compiled = model(), model()
+    expected = run(plain, tmp_path / "plain", optimizer="adamw")
+    counters.clear()
+    result = run(compiled, tmp_path / "compiled", optimizer="adamw", compile=True)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert result.history[-1]["loss"] == pytest.approx(expected.history[-1]["loss"], rel=1e-4)
+    for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_compile_without_a_compiler_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"no C\+\+ compiler"):
+        run(model(), tmp_path / "state", compile=True)
+
+
+def test_a_step_reads_the_device_once(tmp_path, monkeypatch):
+    """Every read makes a GPU's host wait for it: the figures of a step come in one."""
+    reads: list[str] = []
+    for name in ("tolist", "item", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, name=name, original=original: (reads.append(name), original(self))[1]
+        )
+    original_step, each = trainer._Step.run, []
+
+    def counted(self, rows, **named):
+        reads.clear()
+        done = original_step(self, rows, **named)
+        each.append(list(reads))
+        return done
+
+    monkeypatch.setattr(trainer._Step, "run", counted)
+    signals = LiveSignals(model(seed=5, hidden=48), low_precision=False)
+    run(model(), tmp_path, loss=KL, signals=signals, optimizer="adamw", micro_batch_sequences=2)
+    assert each == [["tolist"]] * 12

@@ -115,7 +115,8 @@ def settle(module: nn.Module) -> None:
             reshard()
 
 
-def clip_gradients(module: nn.Module, limit: float) -> float:
-    """Clip to a total norm; the norm before, whole over all ranks."""
+def clip_gradients(module: nn.Module, limit: float) -> Tensor:
+    """Clip to a total norm; the norm before, whole over all ranks, a scalar on the device (reading it waits for it)."""
     norm: Any = torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], limit)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole

@@ -5,7 +5,6 @@ Legend: S sequences of T tokens, N = S · T, H_t the teacher's width, V real tok
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,13 +20,21 @@ from safetensors.torch import save_file
 from torch import Tensor  # noqa: TID253
 
 from edgedistill.distill import multiset
+from edgedistill.distill.cache_files import (
+    KINDS,
+    SCHEMA,
+    download,
+    is_remote,
+    local_copy,
+    read_record,
+    require_key,
+    upload,
+)
 from edgedistill.distill.losses import Head, SparseTargets, Teacher, TeacherHead, TeacherLogits, finish_logits
 from edgedistill.errors import UserError
 from edgedistill.progress import QUIET, Progress
 from edgedistill.store import fsync_folder, sha256_of, write_durably
 
-SCHEMA = "edgedistill.signal-cache/1"
-KINDS = ("sampled", "topk", "dense", "hidden")
 SHARD_BYTES = 64 << 20  # about; a shard is whole sequences
 LOGITS_BYTES = 128 << 20  # of fp32 logits made at a time while writing
 MAX_HEADER_BYTES = 1 << 20
@@ -38,13 +45,17 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Produced:
-    """What the teacher says of some sequences: final states [S, T, H_t], its head, chosen layers, what counts."""
+    """What the teacher says of some sequences: final states [S, T, H_t], its head, chosen layers, what counts.
+
+    `logits`, where several teachers are mixed: (slice of the S · T tokens, V) → their logits [n, V], fp32.
+    """
 
     hidden: Tensor
     head: Head
     layers: Mapping[int, Tensor]
     attentions: Mapping[int, Tensor]
     counted: Tensor
+    logits: Callable[[slice, int], Tensor] | None = None
 
 
 def estimate_bytes(kind: str, *, vocab: int, width: int, draws: int, top_k: int) -> float:
@@ -53,16 +64,6 @@ def estimate_bytes(kind: str, *, vocab: int, width: int, draws: int, top_k: int)
         k = max(1, min(draws, vocab) // 2)
         return float(multiset.payload_bits(draws, vocab)[k] + multiset.k_bits(draws, vocab)) / 8
     return float({"topk": 6 * top_k + 4, "dense": 2 * vocab, "hidden": 2 * width}[kind])
-
-
-def cache_exists(url: str) -> bool:
-    """Whether a whole cache lies there: its cache.json is written last."""
-    if _is_remote(url):
-        import fsspec
-
-        files, path = fsspec.core.url_to_fs(url)
-        return bool(files.exists(f"{path}/cache.json"))
-    return (Path(url) / "cache.json").is_file()
 
 
 def build_cache(
@@ -95,23 +96,29 @@ def build_cache(
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}: one of {', '.join(KINDS)}")
-    folder = _local_copy(url, local) if _is_remote(url) else Path(url)
+    folder = local_copy(url, local) if is_remote(url) else Path(url)
     folder.mkdir(parents=True, exist_ok=True)
     first = produce(np.arange(1))
     per_token = estimate_bytes(kind, vocab=vocab, width=first.hidden.shape[-1], draws=draws, top_k=top_k)
     per_token += sum(2 * t.numel() / context for t in (*first.layers.values(), *first.attentions.values()))
     size = max(1, min(sequences, int(SHARD_BYTES / max(1.0, per_token * context))))
     names = [f"shard-{number:05d}.safetensors" for number in range(-(-sequences // size))]
-    _claim(folder, key, rank)
+    if rank == 0:
+        _claim(folder, key, staged=is_remote(url))
     barrier()
     _require_room(folder, int(per_token * context * sequences))
     writer = _Writer(kind, vocab, context, temperature, draws, top_k, seed, produce, batch_sequences)
-    for number in range(rank, len(names), world):
-        path = folder / names[number]
-        if not path.is_file():
-            rows = np.arange(number * size, min((number + 1) * size, sequences))
-            _write(path, writer.tensors(rows), rank)
-        progress.step("teacher signals", min((number + 1) * size, sequences), sequences)
+    missing = [number for number, name in enumerate(names) if not (folder / name).is_file()]
+    barrier()  # all ranks have looked before the first one writes
+    passes = [0] * world
+    for number in missing:
+        rows = np.arange(number * size, min((number + 1) * size, sequences))
+        passes[number % world] += -(-len(rows) // batch_sequences)
+        if number % world == rank:
+            _write(folder / names[number], writer.tensors(rows), rank)
+            progress.step("teacher signals", int(rows[-1]) + 1, sequences)
+    for _ in range(max(passes) - passes[rank]):
+        produce(np.arange(1))  # a sharded teacher's pass needs every rank, also those that have no shard left
     barrier()
     if rank == 0:
         record = {
@@ -132,10 +139,10 @@ def build_cache(
                 for name in names
             ],
         }
-        (folder / "building.json").unlink(missing_ok=True)
         write_durably(folder / "cache.json", json.dumps(record, indent=1))
-        if _is_remote(url):
-            _upload(folder, url, names)
+        (folder / "building.json").unlink(missing_ok=True)
+        if is_remote(url):
+            upload(folder, url, names)
     barrier()
 
 
@@ -154,16 +161,9 @@ def open_cache(
     hashes every shard. Raises UserError naming the first fields that differ, a shard that is cut short or changed, a
     header that lies.
     """
-    folder = _download(url, local) if _is_remote(url) else Path(url)
+    folder = download(url, local) if is_remote(url) else Path(url)
     record = read_record(folder, url)
-    found = record["key"]
-    differing = [name for name in sorted({*key, *found}) if key.get(name) != found.get(name)]
-    if differing:
-        shown = "; ".join(f"{name} is {found.get(name)!r} there and {key.get(name)!r} here" for name in differing[:3])
-        raise UserError(
-            f"the cache of teacher signals at {url} was made for something else: {shown}",
-            "name another place in distill.cache.url, or remove that cache and build it again",
-        )
+    require_key(record, key, url)
     for shard in record["shards"]:
         path = folder / shard["name"]
         size = path.stat().st_size if path.is_file() else -1
@@ -177,29 +177,6 @@ def open_cache(
     if record["kind"] == "hidden" and head is None:
         raise ValueError("a cache of hidden states needs the teacher's head")
     return CacheReader(folder, record, head, device or torch.device("cpu"))
-
-
-def read_record(folder: Path, url: str) -> dict[str, Any]:
-    """cache.json, its shape checked. UserError where it is missing, of another version, or names paths."""
-    try:
-        record = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
-        if record["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {record['schema']!r}, not {SCHEMA!r}")
-        sizes = [record[name] for name in ("vocab", "sequences", "context", "shard_sequences")]
-        if record["kind"] not in KINDS or not all(isinstance(v, int) and v > 0 for v in sizes):
-            raise ValueError("its sizes are wrong")
-        names = [shard["name"] for shard in record["shards"]]
-        if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
-            raise ValueError("it names files outside of its folder")
-        if len(names) != -(-record["sequences"] // record["shard_sequences"]):
-            raise ValueError(f"it has {len(names)} shards")
-        if not isinstance(record["key"], dict):
-            raise ValueError("its key is no mapping")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"there is no cache of teacher signals at {url}: {error}", "build it: edgedistill teacher cache"
-        ) from error
-    return record  # type: ignore[no-any-return]
 
 
 class CacheReader:
@@ -363,7 +340,7 @@ class _Writer:
             return {"hidden": made.hidden.to(torch.bfloat16)}
         hidden = made.hidden.flatten(0, 1)
         size = max(1, LOGITS_BYTES // (4 * self.vocab))
-        pieces = [self._of_logits(self._logits(hidden[i : i + size], made.head), rows, i) for i in
+        pieces = [self._of_logits(self._logits(hidden, slice(i, i + size), made), rows, i) for i in
                   range(0, len(hidden), size)]  # fmt: skip
         joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
         if self.kind != "sampled":
@@ -375,11 +352,14 @@ class _Writer:
         entropy = joined["entropy"].reshape(len(rows), -1).double() * counted
         return {"entropy": entropy.sum(1) / counted.sum(1).clamp_min(1)}
 
-    def _logits(self, hidden: Tensor, head: Head) -> Tensor:
+    def _logits(self, hidden: Tensor, tokens: slice, made: Produced) -> Tensor:
+        if made.logits is not None:
+            return made.logits(tokens, self.vocab)
+        head = made.head
         weight = head.weight[: self.vocab]
         bias = None if head.bias is None else head.bias[: self.vocab]
         # states are kept, and so used, in bf16: every kind sees the same teacher
-        states = hidden.to(torch.bfloat16).to(weight.dtype)
+        states = hidden[tokens].to(torch.bfloat16).to(weight.dtype)
         return finish_logits((states @ weight.T).float(), bias, head)
 
     def _of_logits(self, logits: Tensor, rows: Rows, first: int) -> dict[str, Tensor]:
@@ -463,64 +443,22 @@ def _no_room(folder: Path, needed: int) -> UserError:
     )
 
 
-def _claim(folder: Path, key: Mapping[str, Any], rank: int) -> None:
-    """Shards of an unfinished build are kept only where they are of the same key."""
-    mark = folder / "building.json"
-    if rank != 0 or (folder / "cache.json").is_file():
-        return
+def _claim(folder: Path, key: Mapping[str, Any], *, staged: bool) -> None:
+    """Shards of an unfinished build are kept only where they are of the same key.
+
+    Others are refused, or removed where the folder is but the staging place of a URL, which may hold what was there
+    before.
+    """
+    mark, done = folder / "building.json", folder / "cache.json"
     text = json.dumps(dict(key), sort_keys=True)
-    if any(folder.glob("shard-*.safetensors")) and (not mark.is_file() or mark.read_text(encoding="utf-8") != text):
-        raise UserError(
-            f"an unfinished cache of other signals lies at {folder}", "remove that folder, or name another place"
-        )
-    write_durably(mark, text)
-
-
-def _is_remote(url: str) -> bool:
-    return "://" in url
-
-
-def _local_copy(url: str, local: Path | None) -> Path:
-    if local is None:
-        raise ValueError(f"a cache at {url} needs a local folder to work in")
-    return local / hashlib.sha256(url.encode()).hexdigest()[:24]
-
-
-def _upload(folder: Path, url: str, names: Sequence[str]) -> None:
-    import fsspec
-
-    files, path = fsspec.core.url_to_fs(url)
-    files.makedirs(path, exist_ok=True)
-    for name in [*names, "cache.json"]:  # cache.json last: what is there is whole
-        files.put_file(str(folder / name), f"{path}/{name}")
-
-
-def _download(url: str, local: Path | None) -> Path:
-    """The files of a remote cache, each fetched once; those that lie here with the hash named are kept."""
-    import fsspec
-
-    folder = _local_copy(url, local)
-    folder.mkdir(parents=True, exist_ok=True)
-    files, path = fsspec.core.url_to_fs(url)
-    try:
-        files.get_file(f"{path}/cache.json", str(folder / "cache.json"))
-    except (OSError, KeyError) as error:
-        raise UserError(
-            f"no cache of teacher signals at {url}: {error}", "build it: edgedistill teacher cache"
-        ) from error
-    for shard in read_record(folder, url)["shards"]:
-        target = folder / shard["name"]
-        if target.is_file() and target.stat().st_size == shard["bytes"] and sha256_of(target) == shard["sha256"]:
-            continue
-        try:
-            files.get_file(f"{path}/{shard['name']}", str(target))
-        except (OSError, KeyError) as error:
+    found = mark.read_text(encoding="utf-8") if mark.is_file() else ""
+    if done.is_file():
+        found = json.dumps(read_record(folder, str(folder))["key"], sort_keys=True)
+    if found != text and (done.is_file() or any(folder.glob("shard-*.safetensors"))):
+        if not staged:
             raise UserError(
-                f"the cache of teacher signals at {url} is damaged: {shard['name']}: {error}", "build it again"
-            ) from error
-        if sha256_of(target) != shard["sha256"]:
-            target.unlink()
-            raise UserError(
-                f"the cache of teacher signals at {url} is damaged: {shard['name']} has another hash", "build it again"
+                f"an unfinished cache of other signals lies at {folder}", "remove that folder, or name another place"
             )
-    return folder
+        for path in [*folder.glob("shard-*.safetensors"), done]:
+            path.unlink(missing_ok=True)
+    write_durably(mark, text)

@@ -14,6 +14,9 @@ from edgedistill.distill.signals import LiveSignals
 from edgedistill.errors import UserError
 from edgedistill.recipe import Teacher
 
+BLOCK_4BIT = 64  # weights that share a scale
+TILE_ROWS_4BIT = 32  # of the layout for CPUs with bf16 instructions
+
 
 class Body(nn.Module):
     """A teacher whose hidden states come from its own forward pass, where FSDP2 gathers its weights."""
@@ -86,12 +89,16 @@ def _load(folder: Path, precision: str, ranks: Ranks) -> Any:
     return load_quantized(folder, precision, ranks.device)
 
 
-def load_quantized(folder: Path, precision: str, device: torch.device) -> Any:
-    """A model folder with bitsandbytes' INT8 or NF4 linear layers, on `device`; the output head stays as it is."""
+def load_quantized(folder: Path, precision: str, device: torch.device, *, frozen: bool = True) -> Any:
+    """A model folder with bitsandbytes' INT8 or NF4 linear layers, on `device`; the output head stays as it is.
+
+    `frozen`: nothing will be trained through it. Raises UserError where bitsandbytes is missing, or does not compute
+    such a model rightly.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
-        import bitsandbytes  # noqa: F401
+        import bitsandbytes
         from transformers import BitsAndBytesConfig
     except ImportError as error:
         raise UserError(
@@ -102,7 +109,28 @@ def load_quantized(folder: Path, precision: str, device: torch.device) -> Any:
         if precision == "int8"
         else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     )
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=quantization, dtype=torch.bfloat16, use_safetensors=True,
         device_map={"": str(device)},
     )  # fmt: skip
+    for name, module in model.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit) and device.type == "cpu":
+            _check_4bit_on_cpu(name, module, frozen=frozen)
+    return model
+
+
+def _check_4bit_on_cpu(name: str, layer: Any, *, frozen: bool) -> None:
+    """What bitsandbytes' 4-bit layers need on a CPU (0.50.2). Raises UserError.
+
+    Dequantizing is wrong there where a row is not whole blocks. The kernel of CPUs with bf16 instructions rearranges
+    the weights at the first pass in eval: it wants whole tiles, rounds the scales to bf16 for good, and gives no
+    gradient, so a base that adapters are trained on would change under them at the first evaluation.
+    """
+    if layer.in_features % BLOCK_4BIT:
+        raise UserError(
+            f"{name} takes {layer.in_features} inputs, and bitsandbytes' 4-bit layers on a CPU need a multiple of"
+            f" {BLOCK_4BIT}",
+            "use int8 or fp32, or a GPU",
+        )
+    if not frozen or layer.out_features % TILE_ROWS_4BIT:
+        layer.support_avx512bf16_for_cpu = False

@@ -10,8 +10,11 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
+import shutil
 import statistics
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -94,7 +97,7 @@ def train(
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     module = wrap(LossModule(model, loss, low_precision=settings.precision == "bf16"), ranks)
     if settings.compile:
-        _compile_body(model)
+        _compile_body(model, ranks.device)
     optimizers = make_optimizers(module, settings)
     local = settings.batch_sequences // ranks.world
     position = Position(micro_batch_sequences=min(local, settings.micro_batch_sequences or local), taid_share=taid[0])
@@ -126,7 +129,7 @@ def train(
             _report_bad_step(bad, position, rows, data, figures, state, label, settings, ranks, progress)
         position = _advance(position, figures, bad=bool(bad), micro=micro, steps=steps, taid=taid)
         if position.step % every == 0 or position.step == steps:
-            position = _evaluate(module, evaluation, position, figures, state, ranks, data.context)
+            position = _evaluate(module, evaluation, position, figures, state, ranks, data.context, settings.compile)
             stopped = _impatient(position, settings)
         now = time.monotonic()
         position = replace(position, seconds=now - started)
@@ -187,7 +190,7 @@ class _Step:
             self._clear()
             micro = self._smaller(micro, message)
         norm = clip_gradients(self.module, self.settings.clip_norm)
-        figures = Figures(sums.pop("loss"), sums, norm, valid)
+        figures = _figures(sums, norm, valid)
         if figures.finite and figures.loss <= spike:
             set_rates(self.optimizers, rate_share)
             for optimizer in self.optimizers:
@@ -197,22 +200,27 @@ class _Step:
 
     def _gradients(
         self, rows: NDArray[np.int64], micro: int, taid_t: float, report_kl: bool
-    ) -> tuple[dict[str, float], int]:
-        """Gradients of the whole batch, normalised by its valid tokens over all micro-batches and ranks."""
+    ) -> tuple[dict[str, torch.Tensor], int]:
+        """Gradients of the whole batch, normalised by its valid tokens over all micro-batches and ranks.
+
+        Returns the loss and its terms, whole over the ranks and still on the device, and the valid tokens.
+        """
         documents = self.settings.attention == "documents"
-        ranks, device = self.ranks, self.ranks.device
-        valid = int((self.data.targets(rows, documents=documents) != IGNORED).sum())
+        ranks = self.ranks
+        labels = self.data.targets(rows, documents=documents)
+        valid = int((labels != IGNORED).sum())
         mine = rows[ranks.rank :: ranks.world]
+        inputs = _on(ranks.device, self.data.sequence_ids(mine)[:, :-1])
+        targets = _on(ranks.device, labels[ranks.rank :: ranks.world])
+        positions = _on(ranks.device, self.data.positions(mine)) if documents else None
         sums: dict[str, torch.Tensor] = {}
         for start in range(0, len(mine), micro):
-            part = mine[start : start + micro]
-            inputs = torch.from_numpy(self.data.sequence_ids(part)[:, :-1])
-            targets = torch.from_numpy(self.data.targets(part, documents=documents)).reshape(-1)
-            positions = torch.from_numpy(self.data.positions(part)) if documents else None
-            teacher = None if self.signals is None else self.signals.batch(part, inputs, positions)
+            part = slice(start, start + micro)
+            where = None if positions is None else positions[part]
+            teacher = None if self.signals is None else self.signals.batch(mine[part], inputs[part], where)
             with local_gradients(self.module, ranks, last=start + micro >= len(mine)):
                 value, terms = self.module(
-                    inputs.to(device), targets.to(device), positions, teacher,
+                    inputs[part], targets[part].reshape(-1), where, teacher,
                     valid_total=max(1, valid), taid_t=taid_t, report_kl=report_kl,
                 )  # fmt: skip
                 with clear_errors(ranks):
@@ -226,7 +234,7 @@ class _Step:
         if ranks.world > 1:
             with clear_errors(ranks):
                 torch.distributed.all_reduce(stacked)
-        return dict(zip(names, stacked.tolist(), strict=True)), valid
+        return dict(zip(names, stacked.unbind(), strict=True)), valid
 
     def _clear(self) -> None:
         for optimizer in self.optimizers:
@@ -258,6 +266,21 @@ class _Step:
         return "teacher.train" if self.label == "teacher" else "distill"
 
 
+def _figures(sums: dict[str, torch.Tensor], norm: torch.Tensor, valid: int) -> Figures:
+    """The step's numbers, read from the device at once: the one place in a step where the host waits for it."""
+    names = sorted(sums)
+    numbers = [torch.as_tensor(sums[name], dtype=torch.float64, device=norm.device) for name in names]
+    *values, gradient_norm = torch.stack([*numbers, norm.double()]).tolist()
+    terms = dict(zip(names, values, strict=True))
+    return Figures(terms.pop("loss"), terms, gradient_norm, valid)
+
+
+def _on(device: torch.device, numbers: NDArray[np.int64]) -> torch.Tensor:
+    """On the device; from pinned memory to a GPU, since a copy from pageable memory waits for all work before it."""
+    tensor = torch.from_numpy(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocator gave up: CUDA's, or the CPU's."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
@@ -271,7 +294,12 @@ def _require_divisible(settings: Training, ranks: Ranks) -> None:
         )
 
 
-def _compile_body(model: nn.Module) -> None:
+def _compile_body(model: nn.Module, device: torch.device) -> None:
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise UserError(
+            "compile is true, and there is no C++ compiler, which torch.compile needs on a CPU",
+            "install g++, or set compile=false: on a CPU it gains nothing that was measured",
+        )
     body = model.get_decoder()  # type: ignore[operator]
     body.compile(dynamic=False)
 
@@ -361,10 +389,12 @@ def _report_bad_step(
 
 def _evaluate(
     module: nn.Module, evaluation: list[Window], position: Position, figures: Figures, state: Path, ranks: Ranks,
-    context: int,
+    context: int, compiled: bool,
 ) -> Position:  # fmt: skip
     # a batch that training had memory for is one that evaluation has memory for
-    value = perplexity(module, evaluation, ranks, batch_tokens=position.micro_batch_sequences * context)
+    # windows have many lengths: compiled, each of them would be compiled anew
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        value = perplexity(module, evaluation, ranks, batch_tokens=position.micro_batch_sequences * context)
     better = value < position.best_value or position.best_step == 0
     if better:
         save_best(state, model=bare(module).student, step=position.step, ranks=ranks)
