@@ -268,14 +268,15 @@ class _Run:
             rows = min(tokens, max(1, CACHE_LOGITS_BYTES // (4 * ask.shape.vocab_size)))
             states = 4.0 * tokens * ask.shape.hidden_size
             logits = 4.0 * rows * ask.shape.vocab_size * CACHE_BUFFERS[ask.kind]
+            batch = 2.0 * tokens * {"hidden": ask.shape.hidden_size, "dense": ask.shape.vocab_size}.get(ask.kind, 0)
             if ask.kind == "dense":
-                logits += 2 * 2.0 * tokens * ask.shape.vocab_size
-            run = max(forward_bytes(ask.shape, tokens, self._teacher_low), states + logits)
+                logits = max(logits + batch - 2.0 * rows * ask.shape.vocab_size, 2 * batch)
             found["the cache's building"] = before | {
                 "teacher": ask.own,
-                "teacher's forward pass": run,
-                "cache's shard": 2.0 * CACHE_SHARD_BYTES if ask.kind in ("dense", "hidden") else 0.0,
-                "holes in the heap": STEP_HOLES * forward_bytes(ask.shape, tokens, self._teacher_low),
+                # the heap keeps what the pass freed while the logits, mapped one by one, are worked on
+                "teacher's forward pass": forward_bytes(ask.shape, tokens, self._teacher_low),
+                "teacher's logits": states + logits,
+                "cache's shard": max(0.0, CACHE_SHARD_BYTES - batch) if batch else 0.0,
             }
         return found
 
