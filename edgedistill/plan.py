@@ -21,10 +21,11 @@ from edgedistill.fit import (
     context_of,
     human_bytes,
 )
-from edgedistill.recipe import Recipe, ShapeAsk, Training
+from edgedistill.recipe import Recipe, ShapeAsk
 from edgedistill.records import Figure, Record, Shape
 from edgedistill.refusals import refuse_mixture, refuse_trimming
 from edgedistill.targets import Target, parse_artifact
+from edgedistill.training_fit import GENERAL_LOSSES, PROCESS_BYTES, Run, distillation, propose, teacher_training
 
 # Mirzadeh et al. 2020 (teacher assistants); Minitron's two steps: beyond this, one in between pays.
 MOST_COMPRESSION_IN_ONE_STEP = 5.0
@@ -37,13 +38,14 @@ FINAL_BYTES_A_PARAMETER = 4
 F16_BYTES_A_PARAMETER = 2
 # Text, split parts, tokenized data, reports, golden vectors.
 DISK_FOR_DATA_BYTES = 200_000_000
-# Python, torch and the data beside the tensors.
-NEEDS_ALL_LOGITS = ("reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "taid", "total_variation")
-TRAINING_PROCESS_BYTES = 1_000_000_000
 
 
 class Plan(Record):
-    """What will be built. `sized_by` says what set the student's size."""
+    """What will be built. `sized_by` says what set the student's size.
+
+    `training_memory_bytes` is the process's peak less what stands after its imports (about 0.4 GB);
+    `training_memory_parts` what lives at that peak.
+    """
 
     recipe: str
     teacher: Shape
@@ -58,6 +60,7 @@ class Plan(Record):
     targets: list[str]
     artifacts: list[ArtifactPlan]
     training_memory_bytes: Figure
+    training_memory_parts: dict[str, int]
     machine_memory_bytes: int | None
     disk_bytes: Figure
     free_disk_bytes: int | None
@@ -115,7 +118,7 @@ def plan(
         worst = min(breaches, key=lambda breach: breach.scale)
         raise UserError(worst.cause, worst.remedy)
     artifacts = [artifact_plan(shape, recipe, *entry) for entry in wanted]
-    training = _training_memory(recipe, shape, teacher, further_teachers, hits, machine_memory_bytes)
+    training, parts, advice = _training_memory(recipe, shape, teacher, further_teachers, hits, machine_memory_bytes)
     disk = _disk(recipe, parameters, shape, artifacts, hits, free_disk_bytes)
     return Plan(
         recipe=recipe.name,
@@ -131,14 +134,15 @@ def plan(
         targets=[target.name for target in targets],
         artifacts=artifacts,
         training_memory_bytes=training,
+        training_memory_parts=parts,
         machine_memory_bytes=machine_memory_bytes,
         disk_bytes=disk,
         free_disk_bytes=free_disk_bytes,
         store_hits=hits,
         warnings=_warnings(
-            recipe, targets, wanted, shape, teacher, parameters, student is None, training, machine_memory_bytes,
-            machine_cores,
-        ),
+            recipe, targets, wanted, shape, teacher, parameters, student is None, machine_cores
+        )
+        + advice,
     )  # fmt: skip
 
 
@@ -151,7 +155,7 @@ def refuse_signals(recipe: Recipe) -> None:
     settings = recipe.distill
     if settings.teacher_signals != "cached" or settings.cache.kind not in ("sampled", "topk"):
         return
-    others = [name for name in NEEDS_ALL_LOGITS if getattr(settings, name) > 0]
+    others = [name for name in GENERAL_LOSSES if getattr(settings, name) > 0]
     if others:
         raise UserError(
             f"distill.cache.kind is {settings.cache.kind}, which serves forward_kl and cross_entropy alone, and"
@@ -249,41 +253,44 @@ def _fit(recipe: Recipe, wanted: list[Wanted], teacher: Shape, ask: ShapeAsk, mu
 def _training_memory(
     recipe: Recipe, student: Shape, teacher: Shape, further: Sequence[Shape], hits: Mapping[str, bool],
     machine: int | None,
-) -> Figure:  # fmt: skip
-    """The larger of what is still to be trained: the student beside its teacher, and the teacher itself."""
-    runs: list[tuple[str, Training, Shape, Shape | None]] = []
+) -> tuple[Figure, dict[str, int], list[str]]:  # fmt: skip
+    """The larger of what is still to be trained, its parts, and for what does not fit here the settings that do.
+
+    Raises UserError where no settings fit this machine's memory.
+    """
+    runs: list[Run] = []
     if not hits.get("student"):
-        runs.append(("distillation", recipe.distill, student, teacher))
+        runs.append(distillation(student, teacher, further))
     if recipe.teacher.model is None and not hits.get("teacher"):
-        runs.append(("the teacher's training", recipe.teacher.train, teacher, None))
-    most, source = 0, "nothing is left to train"
-    for what, training, shape, teaching in runs:
-        sequences = training.micro_batch_sequences or training.batch_sequences
-        beside = sum(FINAL_BYTES_A_PARAMETER * each.parameters for each in further) if teaching is not None else 0
+        runs.append(teacher_training(teacher))
+    most = Figure(value=0, unit="B", basis="derived", source="nothing is left to train")
+    parts: dict[str, int] = {}
+    advice = []
+    for run in runs:
+        found = run.predict(recipe)
+        needed = PROCESS_BYTES + found.bytes
+        if machine is not None and needed > machine:
+            advice.append(_advice(run, recipe, needed, machine))
+        if found.bytes > most.value:
+            source = f"{run.what}, beside {human_bytes(PROCESS_BYTES)} for the process: {found.text}"
+            most = Figure(value=found.bytes, unit="B", basis="derived", source=source)
+            parts = found.components
+    return most, parts, advice
 
-        def needs(
-            count: int, training: Training = training, shape: Shape = shape, teaching: Shape | None = teaching,
-            beside: int = beside,
-        ) -> int:  # fmt: skip
-            return (
-                TRAINING_PROCESS_BYTES
-                + beside
-                + sizes.training_bytes(shape, sequences=count, context_tokens=training.context_tokens, teacher=teaching)
-            )
 
-        if machine is not None and needs(1) > machine:
-            raise UserError(
-                f"{what} needs about {human_bytes(needs(1))} of memory with one sequence a step, "
-                f"{human_bytes(needs(1) - machine)} more than this machine's {human_bytes(machine)}",
-                "use a machine with more memory, a smaller teacher or student, or a shorter context_tokens",
-            )
-        if needs(sequences) > most:
-            most = needs(sequences)
-            source = (
-                f"{what}: weights, gradients, two optimizer moments, teacher, activations and logits of "
-                f"{sequences} x {training.context_tokens} tokens"
-            )
-    return Figure(value=most, unit="B", basis="derived", source=source)
+def _advice(run: Run, recipe: Recipe, needed: int, machine: int) -> str:
+    what = f"{run.what} needs about {human_bytes(needed)} of memory"
+    fitting = propose(run, recipe, machine)
+    if fitting is None:
+        raise UserError(
+            f"{what}, and no settings make it fit this machine's {human_bytes(machine)}",
+            "use a machine with more memory, a smaller teacher or student, or a shorter context_tokens",
+        )
+    words = " ".join(f"--set {word}" for word in fitting.words)
+    return (
+        f"{what}, this machine has {human_bytes(machine)}: {words} would need {human_bytes(fitting.bytes)}; the batch"
+        " stays what it is"
+    )
 
 
 def _disk(
@@ -317,7 +324,7 @@ def _disk(
 
 def _warnings(
     recipe: Recipe, targets: Sequence[Target], wanted: list[Wanted], student: Shape, teacher: Shape,
-    teacher_parameters: int, designed: bool, training: Figure, machine_memory: int | None, machine_cores: int | None,
+    teacher_parameters: int, designed: bool, machine_cores: int | None,
 ) -> list[str]:  # fmt: skip
     found = []
     compression = teacher_parameters / student.parameters
@@ -364,11 +371,6 @@ def _warnings(
         found.append(
             f"this machine has {machine_cores} cores, fewer than the {threads_here} threads of the bench: "
             "its figures will differ"
-        )
-    if machine_memory is not None and training.value > machine_memory:
-        found.append(
-            f"training may need {human_bytes(training.value)}, this machine has {human_bytes(machine_memory)}: set "
-            "distill.micro_batch_sequences (and teacher.train.micro_batch_sequences) to a smaller number"
         )
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from edgedistill.plan import Plan, plan, plan_rows
 from edgedistill.recipe import Recipe, parse_recipe
 from edgedistill.records import Shape
 from edgedistill.targets import Target, load_target, targets_list
+from edgedistill.training_fit import PROCESS_BYTES, _relaxed, distillation, predict_distillation, propose
 
 TEACHER = Shape(vocab_size=4096, hidden_size=512, intermediate_size=1536, num_hidden_layers=6,
                 num_attention_heads=8, num_key_value_heads=4, head_dim=64)  # fmt: skip
@@ -189,18 +192,83 @@ def test_disk() -> None:
     assert trained_here.disk_bytes.value >= needed + 4 * TEACHER.parameters
 
 
-def test_training_memory() -> None:
-    recipe = _recipe("distill.batch_sequences=16", "distill.context_tokens=512")
-    needed = int(_plan(JETSON, recipe=recipe).training_memory_bytes.value)
-    assert not any("micro_batch" in w for w in _plan(JETSON, recipe=recipe, machine_memory_bytes=needed).warnings)
-    warned = _plan(JETSON, recipe=recipe, machine_memory_bytes=needed - 1).warnings
-    assert any("distill.micro_batch_sequences" in warning for warning in warned)
-    smaller = _plan(JETSON, recipe=_recipe("distill.micro_batch_sequences=1")).training_memory_bytes.value
-    assert smaller < needed
-    assert _plan(JETSON, recipe=_recipe("distill.micro_batch_sequences=1"), machine_memory_bytes=int(smaller))
-    with pytest.raises(UserError, match=r"distillation needs about .* with one sequence a step, 1 B more than"):
-        _plan(JETSON, recipe=recipe, machine_memory_bytes=int(smaller) - 1)
-    assert _plan(JETSON, store_hits={"student": True}, machine_memory_bytes=1).training_memory_bytes.value == 0
+def _whole(planned: Plan) -> int:
+    """The training process's bytes: the peak, and what stands after its imports."""
+    return PROCESS_BYTES + int(planned.training_memory_bytes.value)
+
+
+def test_training_memory_is_predicted_with_its_parts() -> None:
+    planned = _plan(JETSON)
+    expected = predict_distillation(_recipe(), planned.student, TEACHER)
+    assert planned.training_memory_bytes.value == expected.bytes == sum(planned.training_memory_parts.values())
+    assert planned.training_memory_parts == expected.components
+    assert "teacher 83.9 MB" in planned.training_memory_bytes.source
+    assert "distillation, beside 450 MB for the process" in planned.training_memory_bytes.source
+    done = _plan(JETSON, store_hits={"student": True}, machine_memory_bytes=1)
+    assert done.training_memory_bytes.value == 0
+    assert done.training_memory_parts == {}
+    here = plan(Recipe(), [JETSON], teacher=LLAMA_8B, store_hits={"student": True})
+    assert here.training_memory_bytes.source.startswith("the teacher's training")
+
+
+def test_settings_that_fit_are_proposed_in_turn() -> None:
+    """At each limit the nearest settings are named, with --set words that do fit when they are taken."""
+    recipe = _recipe("distill.batch_sequences=8", "distill.context_tokens=1024", "distill.precision=fp32")
+    asked = _plan(JETSON, recipe=recipe)
+    assert not any("--set" in w for w in _plan(JETSON, recipe=recipe, machine_memory_bytes=_whole(asked)).warnings)
+    limit, seen = _whole(asked) - 1, []
+    while True:
+        try:
+            (advice,) = [w for w in _plan(JETSON, recipe=recipe, machine_memory_bytes=limit).warnings if "--set" in w]
+        except UserError as error:
+            assert "no settings make it fit this machine's" in error.cause
+            assert f"distillation needs about {human_bytes(_whole(asked))}" in error.cause
+            break
+        words = re.findall(r"--set (\S+)", advice)
+        taken = _plan(JETSON, recipe=parse_recipe("teacher: {model: some-folder}", where="test", overrides=[
+            "distill.batch_sequences=8", "distill.context_tokens=1024", "distill.precision=fp32", *words]))  # fmt: skip
+        assert _whole(taken) <= limit
+        assert f"would need {human_bytes(_whole(taken))}" in advice
+        seen.append(words)
+        limit = _whole(taken) - 1
+    assert seen[0] == ["distill.micro_batch_sequences=7"]
+    steps = ["micro_batch_sequences", "activation_checkpointing=true", "optimizer=adamw8bit", "teacher_signals=cached",
+             "teacher.precision=bf16", "teacher.precision=int8", "teacher.precision=nf4"]  # fmt: skip
+    first = [next((i for i, words in enumerate(seen) if any(step in w for w in words)), None) for step in steps]
+    known = [place for place in first if place is not None]
+    assert None not in first[:3], (first, seen)
+    assert known == sorted(known), (first, seen)
+    # each relaxation keeps those before it
+    own = [[w for w in words if "activation" in w or "optimizer" in w] for words in seen]
+    assert all(after[: len(before)] == before for before, after in itertools.pairwise(own)), seen
+
+
+def test_a_proposal_for_other_losses_asks_for_exact_states() -> None:
+    student = _plan(JETSON).student
+    recipe = _recipe("distill.forward_kl=0", "distill.reverse_kl=1")
+    run = distillation(student, LLAMA_8B)
+    cached = min(
+        run.needs(_recipe("distill.forward_kl=0", "distill.reverse_kl=1", "distill.micro_batch_sequences=1",
+                          "distill.activation_checkpointing=true", "distill.optimizer=adamw8bit",
+                          "distill.teacher_signals=cached", "distill.cache.kind=hidden", f"teacher.precision={p}"))
+        for p in ("bf16", "int8", "nf4"))  # fmt: skip
+    found = propose(run, recipe, cached)
+    assert found is not None
+    assert found.bytes <= cached
+    assert found.words[:2] == ("distill.activation_checkpointing=true", "distill.optimizer=adamw8bit")
+    assert propose(run, recipe, cached // 4) is None
+    ways = [words for _, words in _relaxed(run, recipe)]
+    assert ways[3][2:] == ("distill.teacher_signals=cached", "distill.cache.kind=hidden")
+    plain = [words for _, words in _relaxed(run, _recipe())]
+    assert plain[3][2:] == ("distill.teacher_signals=cached",)
+    assert plain[-1][-1] == "teacher.precision=nf4"
+
+
+def test_the_teachers_own_training_is_proposed_for() -> None:
+    recipe = Recipe()
+    needed = _whole(plan(recipe, [JETSON], teacher=LLAMA_8B, store_hits={"student": True}))
+    planned = plan(recipe, [JETSON], teacher=LLAMA_8B, store_hits={"student": True}, machine_memory_bytes=needed - 1)
+    assert any("--set teacher.train.micro_batch_sequences=" in warning for warning in planned.warnings)
 
 
 def test_threads_are_warned_about() -> None:
