@@ -64,7 +64,7 @@ Produce = Callable[[np.ndarray], Produced]
 def main() -> None:
     asked = parser(__doc__)
     asked.add_argument("--only", default=PARTS, help="parts to run, e.g. a,b")
-    asked.add_argument("--seeds", type=int, default=2, help="seeds of part d")
+    asked.add_argument("--seeds", type=int, default=3, help="seeds of part d")
     asked.add_argument("--teacher", default=str(DATA / "weights" / "teacher-tinystories-21m"))
     asked.add_argument("--data", default=str(DATA / "text_lm" / "tinystories" / "tinystories_lowercase_4MB.txt"))
     arguments = asked.parse_args()
