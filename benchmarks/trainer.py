@@ -14,8 +14,9 @@ trl    A process each, in turn: ours, TRL's GKDTrainer (off-policy) and its Dist
     pip install 'torch>=2.11,<2.14' trl     # in an environment of its own
     python benchmarks/trainer.py --trl-python ENVIRONMENT/bin/python --check --save
 
-Claims: >= 0.95x the barest loop; faster than each of TRL's, with less peak memory, and a KL that is equal or lower: at most
-0.5 % above (training twice with another rounding differs by about as much), or the paired interval reaches zero.
+Claims: >= 0.95x the barest loop; faster than each of TRL's, with less peak memory, and a held-out KL that is lower or equal: at
+most 0.1 % above. All do the same arithmetic in another order, so that the weights differ by rounding; the paired interval of
+the difference over held-out documents is in the result, and being paired it need not reach zero.
 """
 
 from __future__ import annotations
@@ -218,7 +219,7 @@ def main() -> None:
     asked.add_argument("--rounds", type=int, default=9, help="of the bare part")
     asked.add_argument("--steps", type=int, default=4, help="of each round of the bare part")
     asked.add_argument("--trl-rounds", type=int, default=4)
-    asked.add_argument("--trl-steps", type=int, nargs=2, default=(60, 16), help="of the first round and of the others")
+    asked.add_argument("--trl-steps", type=int, nargs=2, default=(40, 12), help="of the first round and of the others")
     arguments = asked.parse_args()
     parts = arguments.only.split(",")
     if set(parts) - {"bare", "trl"}:
@@ -285,7 +286,7 @@ def main() -> None:
             bounds += [
                 Bound(f"tokens/s, ours ÷ {name}", ratio.value, ">=", 1.0),
                 Bound(f"peak memory, ours ÷ {name}", memory, "<=", 1.0),
-                Bound(f"held-out KL, ours above {name}'s (0 where the interval reaches 0)", max(0.0, excess) if low > 0 else 0.0, "<=", 0.005),
+                Bound(f"held-out KL, ours ÷ {name}", 1 + excess, "<=", 1.001),
             ]  # fmt: skip
         apart = ours[0]["seconds_apart"]
         notes += [
