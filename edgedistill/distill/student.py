@@ -62,7 +62,8 @@ def _cut(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from edgedistill.distill.prune import Sizes, cut
+    from edgedistill.distill.axes import Sizes
+    from edgedistill.distill.prune import cut
 
     if shape.tie_word_embeddings != source.shape.tie_word_embeddings:
         raise UserError(
