@@ -117,7 +117,7 @@ def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store) -> Pla
         teacher=teacher,
         teacher_parameters=parameters,
         student=student,
-        store_hits=_store_hits(recipe, sizes_only.student, store),
+        store_hits=_store_hits(_with_start(recipe, sizes_only), sizes_only.student, store),
         free_disk_bytes=shutil.disk_usage(room).free,
         machine_memory_bytes=machine.describe()["memory_bytes"],
         machine_cores=len(machine.usable_cpus()),
@@ -131,6 +131,7 @@ def distill(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress
     from edgedistill.distill.teacher import obtain_teacher
 
     planned = preflight(recipe, targets, store=store)
+    progress.say(f"plan: the student's start is {planned.start} ({planned.start_because})")
     progress.say(
         f"plan: student of {planned.student_parameters:,} parameters for {', '.join(planned.targets)}"
         f" ({planned.compression:.1f}x smaller than the teacher's {planned.teacher_parameters:,})"
@@ -147,6 +148,7 @@ def distill(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress
         )
     teacher = obtain_teacher(recipe, data=data, store=store, progress=progress)
     progress.say(f"teacher: {teacher.name}, {teacher.parameters:,} parameters")
+    recipe = _with_start(recipe, planned)
     student = train_student(recipe, shape=planned.student, teacher=teacher, data=data, store=store, progress=progress)
     _say(progress, student, f"{student.result.parameters:,} parameters")
     leave()
@@ -293,7 +295,7 @@ def _require_exportable(recipe: Recipe, targets: Sequence[Target]) -> None:
 
 
 def _given_student_shape(recipe: Recipe) -> Shape | None:
-    """The shape where the recipe leaves nothing to design: a pretrained student, or a cut of the teacher's layers."""
+    """The shape where the recipe leaves nothing to design: a pretrained student's."""
     if recipe.student.start == "pretrained":
         if recipe.student.model is None:
             raise UserError("student.start is pretrained but no student.model is named", "give --student FOLDER")
@@ -302,20 +304,14 @@ def _given_student_shape(recipe: Recipe) -> Shape | None:
             named = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
             require_same_tokenizer(named.path, student.path)
         return student.shape
-    if recipe.student.start == "layers":
-        teacher, _ = _teacher_sizes(recipe)
-        asked = recipe.student.shape.num_hidden_layers
-        if asked is None:
-            budget = teacher.parameters / recipe.student.compression
-            asked = int((budget - teacher.embedding_parameters - teacher.hidden_size) // teacher.layer_parameters)
-        if not 1 <= asked <= teacher.num_hidden_layers:
-            raise UserError(
-                f"a student of {max(asked, 0)} layers cannot be cut from this teacher of {teacher.num_hidden_layers}:"
-                f" its embedding alone has {teacher.embedding_parameters:,} of {teacher.parameters:,} parameters",
-                f"set student.shape.num_hidden_layers to 1…{teacher.num_hidden_layers}, or student.start=fresh",
-            )
-        return teacher.model_copy(update={"num_hidden_layers": asked})
     return None
+
+
+def _with_start(recipe: Recipe, planned: Plan) -> Recipe:
+    """The recipe with the start that the plan chose, so that the student's key does not tell auto from its choice."""
+    if recipe.student.start != "auto" or planned.start == "given":
+        return recipe
+    return recipe.model_copy(update={"student": recipe.student.model_copy(update={"start": planned.start})})
 
 
 def _store_hits(recipe: Recipe, shape: Shape, store: Store) -> dict[str, bool]:

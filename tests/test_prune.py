@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from edgedistill.distill import importance, prune
 from edgedistill.distill.axes import NORMS, Sizes, axes_of, axis_sizes, layer_number, norm_kind, parts_of, sizes_of
 from edgedistill.distill.importance import layer_damage, next_token_loss
 from edgedistill.distill.prune import chosen_layers, cut, layers_of, uniform_layers
@@ -41,7 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "nemotron": {},
     "cohere": {"tie_word_embeddings": True},
     "stablelm": {"use_qkv_bias": True},
-    "gpt2": {"num_key_value_heads": 6, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": True},
+    "gpt2": {"num_key_value_heads": 6, "tie_word_embeddings": True},
 }  # fmt: skip
 # LayerNorms; families that derive the head size from the hidden size, so that heads go with it.
 CENTERED, HEADS_MAKE_WIDTH = ("gpt2", "stablelm", "nemotron", "cohere"), ("gpt2", "stablelm", "helium")
@@ -117,7 +118,13 @@ def rows(model: Any, meaning: str, indices: torch.Tensor, ends: tuple[str, ...],
 
 def kill_neurons(model: Any, layer: int, neurons: torch.Tensor) -> None:
     """Neurons that never fire: nothing comes in."""
-    rows(model, "ffn", neurons, ("up_proj.weight", "up_proj.bias", "gate_up_proj.weight", "c_fc.weight", "c_fc.bias"), layer)
+    rows(
+        model,
+        "ffn",
+        neurons,
+        ("up_proj.weight", "up_proj.bias", "gate_up_proj.weight", "c_fc.weight", "c_fc.bias"),
+        layer,
+    )
 
 
 def spread(numbers: torch.Tensor, width: int) -> torch.Tensor:
@@ -224,7 +231,9 @@ def test_the_least_damaging_layers_go():
     model = teacher("llama")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if layer_number(name) in (1, 2) and name.endswith(("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias")):
+            if layer_number(name) in (1, 2) and name.endswith(
+                ("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias")
+            ):
                 parameter.zero_()
     # text that the model itself writes: what it knows, so that every layer that does something helps
     ids = sample()
@@ -266,3 +275,198 @@ def test_uniform_layers():
     assert uniform_layers(6, 6) == list(range(6))
     with pytest.raises(UserError, match="a student of 7 layers cannot be cut from a teacher of 6"):
         uniform_layers(6, 7)
+
+
+def slow_importance(model: Any, ids: torch.Tensor) -> dict[str, Any]:
+    """The definition, token by token and part by part (Muralidharan et al. 2024): sums over the sample of the absolute
+    outputs of the norms, of what enters the down projection, and of the length of each head's output."""
+    hidden = torch.zeros(48, dtype=torch.float64)
+    ffn, heads = torch.zeros(4, 80, dtype=torch.float64), torch.zeros(4, 6, dtype=torch.float64)
+    for sequence in ids:
+        seen: dict[str, torch.Tensor] = {}
+        handles = [
+            module.register_forward_hook(lambda m, x, y, name=name, seen=seen: seen.update({name: (x[0], y)}))
+            for name, module in model.named_modules()
+            if name.endswith(("layernorm", "model.norm", "down_proj", "o_proj"))
+        ]
+        logits(model, sequence[None])
+        for handle in handles:
+            handle.remove()
+        for name, (given, out) in seen.items():
+            for token in range(len(sequence)):
+                if "norm" in name:
+                    hidden += out[0, token].double().abs()
+                elif name.endswith("down_proj"):
+                    ffn[layer_number(name)] += given[0, token].double().abs()
+                else:
+                    for head in range(6):
+                        heads[layer_number(name), head] += given[0, token, head * 8 : head * 8 + 8].double().norm()
+    return {"hidden": hidden, "ffn": ffn, "heads": heads}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_importance_is_its_definition(family, monkeypatch):
+    monkeypatch.setattr(importance, "BATCH_TOKENS", 40)  # several batches, the last one short
+    model, ids = teacher(family), sample(sequences=5)
+    found = prune._measured(model, SIZES, ids)
+    expected = slow_importance(model, ids)
+    torch.testing.assert_close(found.hidden.double(), expected["hidden"], rtol=1e-4, atol=1e-4)
+    for layer in range(4):
+        torch.testing.assert_close(found.ffn[layer].double(), expected["ffn"][layer], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.heads[layer].double(), expected["heads"][layer], rtol=1e-4, atol=1e-4)
+    student, _ = cut(model, changed(ffn=30), sample=ids)
+    for layer, block in enumerate(layers_of(student)):
+        most = sorted(sorted(range(80), key=lambda n, layer=layer: -float(expected["ffn"][layer, n]))[:30])
+        assert torch.equal(block.mlp.up_proj.weight, layers_of(model)[layer].mlp.up_proj.weight[most])
+        assert torch.equal(block.mlp.down_proj.weight, layers_of(model)[layer].mlp.down_proj.weight[:, most])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (2, 1), (2, 2), (1, 1), (6, 3)])
+def test_query_heads_stay_with_their_keys_and_values(heads, kv_heads):
+    """The groups that matter most, in each the queries that do, next to each other as they were."""
+    model, ids = teacher("llama", attention_bias=False), sample(sequences=5)
+    strength = slow_importance(model, ids)["heads"]
+    student, _ = cut(model, changed(heads=heads, kv_heads=kv_heads, ffn=79), sample=ids)
+    for layer in range(4):
+        old, new = layers_of(model)[layer].self_attn, layers_of(student)[layer].self_attn
+        by_group = {
+            g: sorted([2 * g, 2 * g + 1], key=lambda q: -float(strength[layer, q]))[: heads // kv_heads]
+            for g in range(3)
+        }
+        best = sorted(by_group, key=lambda g: -sum(float(strength[layer, q]) for q in by_group[g]))[:kv_heads]
+        for place, group in enumerate(sorted(best)):
+            assert torch.equal(new.k_proj.weight[8 * place :][:8], old.k_proj.weight[8 * group :][:8])
+            assert torch.equal(new.v_proj.weight[8 * place :][:8], old.v_proj.weight[8 * group :][:8])
+            for number, query in enumerate(sorted(by_group[group])):
+                here = place * (heads // kv_heads) + number
+                assert torch.equal(new.q_proj.weight[8 * here :][:8], old.q_proj.weight[8 * query :][:8])
+                assert torch.equal(new.o_proj.weight[:, 8 * here :][:, :8], old.o_proj.weight[:, 8 * query :][:, :8])
+
+
+def test_phi3_is_cut_as_its_llama_twin():
+    """Fused q, k, v and gate, up are cut where the separate ones are."""
+    phi = teacher("phi3")
+    llama = teacher("llama", attention_bias=False, mlp_bias=False, rms_norm_eps=1e-12)
+    state = {}
+    for name, value in phi.state_dict().items():
+        if name.endswith("qkv_proj.weight"):
+            parts = zip(("q_proj", "k_proj", "v_proj"), value.split([48, 24, 24]), strict=True)
+        elif name.endswith("gate_up_proj.weight"):
+            parts = zip(("gate_proj", "up_proj"), value.chunk(2), strict=True)
+        else:
+            parts = [(None, value)]
+        for own, part in parts:
+            state[name if own is None else name.replace("qkv_proj", own).replace("gate_up_proj", own)] = part
+    llama.load_state_dict(state)
+    wanted = changed(hidden=32, ffn=40, heads=4, kv_heads=2, layers=3)
+    same_logits(cut(phi, wanted, sample=sample())[0], cut(llama, wanted, sample=sample())[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_what_the_norms_lose_is_made_up_for(family):
+    """Half of the channels are loud: their mean square is twice that of all, and the norms give what they gave."""
+    model = teacher(family)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, :24] *= 30.0
+    student, _ = cut(model, changed(hidden=24), sample=sample())
+    given = []
+    for which in (model, student):
+        norm = which.model.layers[0].input_layernorm
+        handle = norm.register_forward_hook(lambda m, x, y: given.append(y))
+        logits(which, sample(seed=5))
+        handle.remove()
+    torch.testing.assert_close(given[1], given[0][..., :24], rtol=0.05, atol=0.02)
+
+
+def test_nothing_cut_is_a_copy():
+    model = teacher("qwen3")
+    student, kept = cut(model, SIZES)
+    assert kept == {"layers": [0, 1, 2, 3], "layer_choice": "uniform"}
+    assert torch.equal(logits(student, sample()), logits(model, sample()))
+    with torch.no_grad():
+        student.get_input_embeddings().weight.zero_()
+        assert float(model.get_input_embeddings().weight.abs().sum()) > 0
+
+
+def test_a_cut_student_is_what_transformers_loads(tmp_path):
+    for family in ("qwen2", "gemma3_text", "phi3", "gpt2"):
+        heads = {"heads": 4, "kv_heads": 4 if family == "gpt2" else 2}
+        student, _ = cut(teacher(family), changed(hidden=32, ffn=56, layers=3, **heads), sample=sample())
+        student.save_pretrained(tmp_path / family)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / family, dtype=torch.float32).eval()
+        assert torch.equal(logits(again, sample()), logits(student, sample()))
+        assert sizes_of(again.config) == changed(hidden=32, ffn=56, layers=3, **heads)
+
+
+def test_layers_keep_their_kind_of_attention():
+    model = teacher(
+        "gemma3_text", layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    )
+    student, kept = cut(model, changed(layers=2), layer_choice="last")
+    assert kept["layers"] == [2, 3]
+    assert student.config.layer_types == ["sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize(
+    ("family", "wanted", "message"),
+    [
+        ("llama", {"hidden": 64}, "a student with hidden 64 cannot be cut from a teacher's 48"),
+        ("llama", {"ffn": 0}, "a student with ffn 0 cannot be cut"),
+        ("llama", {"layers": 5}, "layers 5 cannot be cut from a teacher's 4"),
+        ("llama", {"kv_heads": 4}, "kv_heads 4 cannot be cut from a teacher's 3"),
+        ("llama", {"head_dim": 4}, "head_dim 4 cannot be cut from a teacher's 8"),
+        ("llama", {"vocab": 90}, "vocab 90 cannot be cut from a teacher's 96"),
+        ("llama", {"heads": 3, "kv_heads": 1}, "3 query heads over 1 key/value heads .* a group may only lose queries"),
+        ("llama", {"heads": 5, "kv_heads": 3}, "5 query heads over 3"),
+        ("llama", {"hidden": 40, "heads": 3, "kv_heads": 3}, "makes no llama .*40.* is not a multiple .* heads"),
+        ("stablelm", {"hidden": 32}, "a stablelm of the sizes asked for|transformers makes no stablelm"),
+        ("gpt2", {"hidden": 32, "kv_heads": 6}, "a gpt2 of the sizes asked for|transformers makes no gpt2"),
+        ("helium", {"heads": 4, "kv_heads": 2}, r"o_proj.weight \[48, 48\], and the cut gives \[48, 32\]"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_cut_is_refused_with_the_reason(family, wanted, message):
+    with pytest.raises(UserError, match=message) as caught:
+        cut(teacher(family), changed(**wanted), sample=sample())
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "mixtral", "bloom", "starcoder2", "apertus", "qwen3_moe"])
+def test_families_that_the_table_does_not_know_are_refused(family):
+    dropped = ("head_dim", "initializer_range", "attention_dropout", "max_position_embeddings")
+    asked = {name: value for name, value in COMMON.items() if name not in dropped} | {"pad_token_id": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **asked))
+    with pytest.raises(UserError, match=f"a {family} teacher cannot be cut: what the axes of .* mean is not known"):
+        cut(model, sizes_of(model.config))
+
+
+def test_norms_without_weights_and_of_unknown_arithmetic_are_refused():
+    config = AutoConfig.for_model("olmo", **{**COMMON, "pad_token_id": 2})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(UserError, match="its norms have no weights"):
+        cut(model, changed(hidden=32), sample=sample())
+    student, _ = cut(model, changed(ffn=40), sample=sample())
+    assert sizes_of(student.config).ffn == 40
+    odd = teacher("llama")
+
+    class Cubic(torch.nn.Module):
+        def __init__(self, weight: torch.nn.Parameter) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.pow(3) * self.weight
+
+    odd.model.norm = Cubic(odd.model.norm.weight)
+    with pytest.raises(UserError, match=r"what its norm model\.norm \(Cubic\) does is not known"):
+        cut(odd, changed(hidden=32), sample=sample())
+
+
+def test_gpt2_that_scales_attention_by_the_layer_keeps_its_layers():
+    model = teacher("gpt2", scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(UserError, match="scales attention by the layer's number"):
+        cut(model, changed(layers=2, kv_heads=6))
+
+
+def test_importance_needs_text():
+    with pytest.raises(ValueError, match="a sample is needed"):
+        cut(teacher("llama"), changed(ffn=40))

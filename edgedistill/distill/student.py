@@ -39,6 +39,8 @@ def start_student(
             raise UserError("student.start is pretrained but no student.model is named", "give --student FOLDER")
         return AutoModelForCausalLM.from_pretrained(pretrained.path, dtype=torch.float32, use_safetensors=True), {}
     source = check_folder(teacher, name=str(teacher), origin="folder", role="teacher")
+    if ask.start == "auto":
+        raise UserError("student.start is auto, which only a plan resolves", "set it to one of the other starts")
     if ask.start != "fresh":
         return _cut(ask, shape, source, teacher, sample)
     rope = source.config.get("rope_parameters") or {}
