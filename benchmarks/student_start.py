@@ -1,11 +1,11 @@
 """Which start is best: fresh, the teacher's layers, its widths pruned, or both; with and without its signals.
 
 Teacher: teacher-tinystories-21m. Every student has a quarter of its parameters (as near as whole widths allow: at most
-1.3 % apart) and sees the same tokens in the same order; a seed has text and, for the fresh one, random weights of its
-own. KD is forward KL at temperature 1 alone; without KD it is cross-entropy alone. Per start and loss the rates of
-a fresh student (BASE) are taken times the factor that was best on seed 0 by the calibration part at half of the
-tokens, by doubling or halving it from 1 until it gets no better. Held-out text is looked at once, at the end. Intervals: 95 %, paired bootstrap over documents, of the mean over seeds;
-beside them the seeds' smallest and largest.
+1.3 % apart). Per seed all see the same tokens in the same order; each seed has its own text, order and, for the fresh
+one, weights. KD is forward KL at temperature 1 alone; without KD it is cross-entropy alone. Per start and loss, the
+rates of a fresh student (BASE) are taken times the factor that was best by the calibration part, on seed 0 at half of
+the tokens: from 1 it is halved or doubled until it gets no better. Held-out text is looked at once, at the end.
+Intervals: 95 %, paired bootstrap over documents, of the mean over seeds; beside them the seeds' smallest and largest.
 
 Claim: the default start has the lowest perplexity with KD. Runs are kept in --work and reused: remove it after a change
 of the code.
@@ -56,6 +56,8 @@ LOSSES = {
     "KD": ["distill.forward_kl=1", "distill.cross_entropy=0"],
     "CE": ["distill.forward_kl=0", "distill.cross_entropy=1"],
 }
+# Rates of Muon and AdamW as in recipes/own.yaml.
+BASE_MUON, BASE_ADAMW = 0.02, 0.004
 CONTEXT, BATCH = 256, 4
 CALIBRATION_TOKENS, HELD_OUT_TOKENS, BOOTSTRAP = 8_192, 16_000, 2000
 
@@ -117,20 +119,15 @@ class Bench:
 
 
 def recipe_of(loss: str, factor: float, tokens: int, seed: int) -> Recipe:
-    own = load_recipe("own").distill
     return load_recipe(
         "own",
         [
             *LOSSES[loss], "data.split=tail", f"seed={seed}", f"distill.tokens={tokens}",
             f"distill.context_tokens={CONTEXT}", f"distill.batch_sequences={BATCH}",
             f"distill.muon_learning_rate={BASE_MUON * factor}", f"distill.learning_rate={BASE_ADAMW * factor}",
-            "distill.evaluate_every_share=1", "distill.checkpoint_every_s=100000", f"distill.optimizer={own.optimizer}",
+            "distill.evaluate_every_share=1", "distill.checkpoint_every_s=100000",
         ],
     )  # fmt: skip
-
-
-# The rates of a fresh student in recipes/own.yaml before a start was chosen; factors are counted from them.
-BASE_MUON, BASE_ADAMW = 0.02, 0.004
 
 
 def first_tokens(windows: list[Window], tokens: int) -> list[Window]:
