@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from edgedistill import sizes
-from edgedistill.distill.design import FILL, design_student, fill_of
+from edgedistill.distill.design import FILL, Cut, design_student, fill_of
 from edgedistill.errors import UserError
 from edgedistill.fit import (
     ArtifactPlan,
@@ -21,7 +21,7 @@ from edgedistill.fit import (
     context_of,
     human_bytes,
 )
-from edgedistill.recipe import Recipe, ShapeAsk
+from edgedistill.recipe import Recipe
 from edgedistill.records import Figure, Record, Shape
 from edgedistill.refusals import refuse_mixture, refuse_trimming
 from edgedistill.targets import Target, parse_artifact
@@ -31,6 +31,11 @@ from edgedistill.training_fit import GENERAL_LOSSES, PROCESS_BYTES, Run, distill
 MOST_COMPRESSION_IN_ONE_STEP = 5.0
 K_QUANT_MULTIPLE = 256
 BLOCK_MULTIPLE = 32
+# What student.start=auto is: the first of these that the teacher and the sizes asked for allow. Their order is that of
+# benchmarks/results/student_start.json.
+AUTO_STARTS = ("width", "both", "layers", "fresh")
+MEASURED_BEST = "the best of benchmarks/student_start.py"
+CUTS: dict[str, Cut] = {"layers": "layers", "width": "width", "both": "both"}
 GGUF_K_QUANTS = ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K")
 # Two checkpoints stand side by side while one replaces the other: weights and two moments in float32 each.
 CHECKPOINT_BYTES_A_PARAMETER = 24
@@ -41,7 +46,7 @@ DISK_FOR_DATA_BYTES = 200_000_000
 
 
 class Plan(Record):
-    """What will be built. `sized_by` says what set the student's size.
+    """What will be built. `sized_by` says what set the student's size, `start_because` what set its start.
 
     `training_memory_bytes` is the process's peak less what stands after its imports (about 0.4 GB);
     `training_memory_parts` what lives at that peak.
@@ -57,6 +62,8 @@ class Plan(Record):
     designed: bool
     width_multiple: int
     sized_by: str
+    start: str
+    start_because: str
     targets: list[str]
     artifacts: list[ArtifactPlan]
     training_memory_bytes: Figure
@@ -102,11 +109,15 @@ def plan(
     hits = dict(store_hits or {})
     wanted = [(target, *parse_artifact(a)) for target in targets for a in artifacts_of(recipe, target)]
     multiple = K_QUANT_MULTIPLE
-    if student is None:
-        designing, designed_from = _with_vocabulary(recipe, teacher, trimmed_tokens)
-        shape, multiple, sized_by = _design(designing, wanted, designed_from)
-    else:
+    designing, designed_from = _with_vocabulary(recipe, teacher, trimmed_tokens)
+    if student is not None:
         shape, sized_by = student, "given"
+        start, because = ("pretrained" if recipe.student.start == "pretrained" else "given"), "the recipe"
+    elif recipe.student.start == "auto":
+        start, because, (shape, multiple, sized_by) = _best_start(designing, wanted, designed_from)
+    else:
+        start, because = recipe.student.start, "the recipe"
+        shape, multiple, sized_by = _design(designing, wanted, designed_from, start)
     if shape.parameters > parameters:
         raise UserError(
             f"the student has {shape.parameters:,} parameters, {shape.parameters - parameters:,} more than its "
@@ -131,6 +142,8 @@ def plan(
         designed=student is None,
         width_multiple=multiple,
         sized_by=sized_by,
+        start=start,
+        start_because=because,
         targets=[target.name for target in targets],
         artifacts=artifacts,
         training_memory_bytes=training,
@@ -139,10 +152,11 @@ def plan(
         disk_bytes=disk,
         free_disk_bytes=free_disk_bytes,
         store_hits=hits,
-        warnings=_warnings(
-            recipe, targets, wanted, shape, teacher, parameters, student is None, machine_cores
-        )
-        + advice,
+        warnings=[
+            *([f"the student's start is {start}: {because}"] if because not in ("the recipe", MEASURED_BEST) else []),
+            *_warnings(recipe, targets, wanted, shape, teacher, parameters, student is None, machine_cores),
+            *advice,
+        ],
     )  # fmt: skip
 
 
@@ -173,6 +187,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
     rows = [
         ("teacher", _sizes_text(plan.teacher), "", f"{plan.teacher_parameters:,} parameters"),
         ("student", _sizes_text(plan.student), "", f"{plan.student_parameters:,} parameters, sized by {plan.sized_by}"),
+        ("student's start", plan.start, "", plan.start_because),
         ("compression", f"{plan.compression:.2f}x", "derived", "teacher's parameters / student's"),
     ]
     for artifact in plan.artifacts:
@@ -198,31 +213,43 @@ def _with_vocabulary(recipe: Recipe, teacher: Shape, tokens: int | None) -> tupl
     return recipe.model_copy(update={"student": student}), trimmed
 
 
-def _design(recipe: Recipe, wanted: list[Wanted], teacher: Shape) -> tuple[Shape, int, str]:
+def _best_start(recipe: Recipe, wanted: list[Wanted], teacher: Shape) -> tuple[str, str, tuple[Shape, int, str]]:
+    """The best start that this teacher and these sizes allow, why it is that one, and what `_design` gives for it."""
+    refused: UserError | None = None
+    for start in AUTO_STARTS[:-1]:
+        try:
+            designed = _design(recipe, wanted, teacher, start)
+        except UserError as error:
+            refused = refused or error
+            continue
+        return start, MEASURED_BEST if refused is None else refused.cause, designed
+    last = AUTO_STARTS[-1]
+    designed = _design(recipe, wanted, teacher, last)
+    return last, MEASURED_BEST if refused is None else refused.cause, designed
+
+
+def _design(recipe: Recipe, wanted: list[Wanted], teacher: Shape, start: str) -> tuple[Shape, int, str]:
     """The largest student in the teacher's proportions that every target can run: shape, multiple, what sized it.
 
     The width multiple is 256 where a K-quant will be used. Elsewhere it is 256 too where that leaves no more than a
     fifth of the budget unused, so that a later target with K-quants reuses the student; else 32.
     """
-    ask = recipe.student.shape
-    if recipe.student.start == "layers":
-        # Cut out of the teacher: every width is the teacher's, only depth is free.
-        ask = ShapeAsk(**{**_widths(teacher), **ask.model_dump(exclude_none=True)})
     k_quants = any(format_ == "gguf" and quantization in GGUF_K_QUANTS for _, format_, quantization in wanted)
+    cut: Cut | None = CUTS.get(start)
     try:
-        shape, sized_by = _fit(recipe, wanted, teacher, ask, K_QUANT_MULTIPLE)
+        shape, sized_by = _fit(recipe, wanted, teacher, K_QUANT_MULTIPLE, cut)
         budget = int(teacher.parameters / recipe.student.compression)
-        if k_quants or recipe.student.start == "layers" or sized_by != "compression" or fill_of(shape, budget) >= FILL:
+        if k_quants or cut == "layers" or sized_by != "compression" or fill_of(shape, budget) >= FILL:
             return shape, K_QUANT_MULTIPLE, sized_by
     except UserError:
         # Narrow teachers, or a budget below one 256-wide layer: fall back to blocks of 32, with a warning.
-        if recipe.student.start == "layers":
+        if cut == "layers":
             raise
-    shape, sized_by = _fit(recipe, wanted, teacher, ask, BLOCK_MULTIPLE)
+    shape, sized_by = _fit(recipe, wanted, teacher, BLOCK_MULTIPLE, cut)
     return shape, BLOCK_MULTIPLE, sized_by
 
 
-def _fit(recipe: Recipe, wanted: list[Wanted], teacher: Shape, ask: ShapeAsk, multiple: int) -> tuple[Shape, str]:
+def _fit(recipe: Recipe, wanted: list[Wanted], teacher: Shape, multiple: int, cut: Cut | None) -> tuple[Shape, str]:
     """Design, and shrink the allowance until no target's limit is broken."""
     most: int | None = None
     sized_by = "compression"
@@ -232,9 +259,10 @@ def _fit(recipe: Recipe, wanted: list[Wanted], teacher: Shape, ask: ShapeAsk, mu
             shape = design_student(
                 teacher,
                 compression=recipe.student.compression,
-                ask=ask,
+                ask=recipe.student.shape,
                 width_multiple=multiple,
                 max_parameters=most,
+                from_teacher=cut,
             )
         except UserError as error:
             if blamed is None:
@@ -373,16 +401,6 @@ def _warnings(
             "its figures will differ"
         )
     return found
-
-
-def _widths(shape: Shape) -> dict[str, int]:
-    return {
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_key_value_heads,
-        "head_dim": shape.head_dim,
-    }
 
 
 def _sizes_text(shape: Shape) -> str:

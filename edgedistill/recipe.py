@@ -126,10 +126,11 @@ class Teacher(Section):
 class Student(Section):
     """The small model."""
 
-    start: Literal["fresh", "pretrained", "layers", "width", "both"] = Field(
-        "fresh",
-        description="fresh: designed; pretrained: `student.model`; layers: some of the teacher's; width: its widths"
-        " pruned by activation importance; both: layers and widths",
+    start: Literal["auto", "fresh", "pretrained", "layers", "width", "both"] = Field(
+        "auto",
+        description="width: all of the teacher's layers, their widths pruned by activation importance; layers: some of"
+        " its layers; both: layers and widths; fresh: designed, random; pretrained: `student.model`; auto: width, else"
+        " both, layers or fresh, the first that this teacher and these sizes allow (`plan` says which, and why)",
     )
     layer_choice: Literal["uniform", "first", "last", "importance"] = Field(
         "uniform", description="which of the teacher's layers are kept"

@@ -42,6 +42,8 @@ def start_student(
             raise UserError("student.start is pretrained but no student.model is named", "give --student FOLDER")
         return AutoModelForCausalLM.from_pretrained(pretrained.path, dtype=torch.float32, use_safetensors=True), {}
     source = check_folder(teacher, name=str(teacher), origin="folder", role="teacher")
+    if ask.start == "auto":
+        raise UserError("student.start is auto, which only a plan resolves", "set it to one of the other starts")
     if ask.start != "fresh":
         return _cut(ask, shape, source, teacher, sample, trimmed)
     special = source.config if trimmed is None else read_json(trimmed / "config.json", what="config.json")
@@ -66,7 +68,8 @@ def _cut(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from edgedistill.distill.prune import Sizes, cut
+    from edgedistill.distill.axes import Sizes
+    from edgedistill.distill.prune import cut
 
     if shape.tie_word_embeddings != source.shape.tie_word_embeddings:
         raise UserError(
