@@ -1,12 +1,13 @@
 """Trains under torchrun: `rank_script.py FOLDER MODE STEPS [STOP_AT]`.
 
-MODE: "ddp" or "fsdp"; with "-shard" the teacher is sharded too, with "-lora" the student has adapters. Rank 0 writes
-losses.json and final.safetensors.
+MODE: "ddp", "fsdp", "zero1", "zero2" or "zero3"; with "-shard" the teacher is sharded too, with "-lora" the student has
+adapters, with "-skip" a step is bad. Rank 0 writes losses.json and final.safetensors.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -24,10 +25,24 @@ from edgedistill.distill.teacher_model import live_teacher
 from edgedistill.recipe import Lora, Teacher
 
 
+def with_a_loss_that_is_no_number(gradients):
+    """The eighth batch's gradients come with a loss of NaN."""
+    calls: list[int] = []
+
+    def spoilt(self, *arguments):
+        calls.append(1)
+        sums, valid = gradients(self, *arguments)
+        return {**sums, "loss": math.nan if len(calls) == 8 else sums["loss"]}, valid
+
+    return spoilt
+
+
 def main() -> None:
     folder, mode, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     stop_at = int(sys.argv[4]) if len(sys.argv) > 4 else None
     torch.set_num_threads(1)
+    if mode.startswith("zero"):
+        os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": mode[4]}
     if mode.startswith("fsdp"):
         os.environ["ACCELERATE_USE_FSDP"] = "true"
     ranks = ranks_here()
@@ -41,6 +56,8 @@ def main() -> None:
         return original(self, *arguments, **named)
 
     trainer._Step.run = stopping
+    if mode.endswith("-skip"):
+        trainer._Step._gradients = with_a_loss_that_is_no_number(trainer._Step._gradients)
     student = model()
     teacher = model(seed=5, hidden=48)
     signals = LiveSignals(teacher, low_precision=False)
@@ -56,7 +73,7 @@ def main() -> None:
     result = run(
         student, folder / "state", loss=KL, signals=signals,
         ranks=ranks, tokens=16 * 8 * steps, batch_sequences=8, micro_batch_sequences=2, optimizer="adamw",
-        evaluate_every_share=1 / steps, checkpoint_every_s=1e-9,
+        evaluate_every_share=1 / steps, checkpoint_every_s=1e-9, on_bad_step="skip",
     )  # fmt: skip
     weights = whole_parameters(merge_adapters(student, model(seed=9)) if mode.endswith("-lora") else student)
     if ranks.main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -31,7 +32,11 @@ LAUNCHERS = {
     "torchrun": TORCHRUN,
     "accelerate": (*ACCELERATE, "--multi_gpu"),
     "accelerate-fsdp": (*ACCELERATE, "--use_fsdp", "--fsdp_version", "2"),
+    "deepspeed": (*ACCELERATE, "--use_deepspeed", "--zero_stage", "3"),
 }
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install deepspeed"
+)
 WORDS = (
     "-t", "phone", "--set", "teacher.train.tokens=3000", "--set", "distill.teacher_signals=live", "--set",
     "distill.precision=fp32", "--set", "distill.evaluate_every_share=0.2",
@@ -91,7 +96,15 @@ def close(ours: dict[str, Any], reference: dict[str, Any]) -> None:
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "torchrun",
+        "accelerate",
+        "accelerate-fsdp",
+        pytest.param("deepspeed", marks=needs_deepspeed),
+    ],
+)
 def test_two_ranks_leave_the_student_of_one_and_say_everything_once(alone, fresh, launcher):
     code, out, err = finish(launched(fresh, LAUNCHERS[launcher], "distill", alone.recipe(), *SHORT, "--json"))
     assert code == 0, err

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +17,9 @@ from safetensors.torch import load_file
 STEPS = 20
 RELATIVE = 1e-5
 HERE = Path(__file__).parent
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install deepspeed"
+)
 
 
 def launch(folder: Path, mode: str, ranks: int, *, stop_at: int | None = None, steps: int = STEPS) -> None:
@@ -47,7 +52,7 @@ def close(folder: Path, alone: Path) -> None:
     ours, reference = figures(folder), figures(alone)
     assert len(ours) == len(reference) == STEPS
     for row, expected in zip(ours, reference, strict=True):
-        assert row == pytest.approx(expected, rel=RELATIVE)
+        assert row == pytest.approx(expected, rel=RELATIVE, nan_ok=True)
     first, second = load_file(folder / "final.safetensors"), load_file(alone / "final.safetensors")
     assert first.keys() == second.keys()
     for name in first:
@@ -63,6 +68,34 @@ def test_the_reference_learns(alone):
 def test_two_ranks_give_the_losses_of_one(alone, tmp_path, mode):
     launch(tmp_path, mode, 2)
     close(tmp_path, alone)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("mode", ["zero1", "zero2", "zero3"])
+def test_two_ranks_under_deepspeed_give_the_losses_of_one(alone, tmp_path, mode):
+    launch(tmp_path, mode, 2)
+    close(tmp_path, alone)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("before", "after"), [("zero2", "zero2"), ("zero3", "zero3"), ("zero3", "ddp"), ("fsdp", "zero2")]
+)
+def test_deepspeed_resumes_its_own_checkpoints_and_those_of_others(alone, tmp_path, before, after):
+    launch(tmp_path, before, 2, stop_at=9)
+    assert not (tmp_path / "losses.json").exists()
+    launch(tmp_path, after, 2)
+    close(tmp_path, alone)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("mode", ["zero2-skip", "zero3-skip"])
+def test_deepspeed_forgets_the_gradients_of_a_bad_step(tmp_path, mode):
+    launch(tmp_path / "one", "ddp-skip", 1)
+    bad = [number for number, (loss, _) in enumerate(figures(tmp_path / "one")) if math.isnan(loss)]
+    assert bad == [7]
+    launch(tmp_path / "two", mode, 2)
+    close(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.parametrize("mode", ["ddp-shard", "fsdp-shard"])

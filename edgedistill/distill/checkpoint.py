@@ -19,6 +19,7 @@ import torch  # noqa: TID253  this module is imported by training alone
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn  # noqa: TID253
 
+from edgedistill.distill import zero
 from edgedistill.distill.ranks import Ranks
 from edgedistill.errors import UserError
 from edgedistill.store import fsync_folder, fsync_tree
@@ -117,11 +118,13 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
 def whole_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Name → the whole parameter on the CPU, gathered from its shards where it has them (a collective)."""
-    return {name: whole(parameter.detach()) for name, parameter in parameters(model).items()}
+    return {name: whole(parameter) for name, parameter in parameters(model).items()}
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor on the CPU, contiguous; a sharded one gathered from all ranks."""
+    if zero.is_parted(tensor):
+        return zero.gathered(tensor).cpu().contiguous()
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full.detach().cpu().contiguous()
 
@@ -138,6 +141,9 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
 @torch.no_grad()
 def _fill_parameters(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
     for name, parameter in parameters(model).items():
+        if zero.is_kept_twice(parameter):
+            zero.fill_parameter(parameter, stored[name])
+            continue
         parameter.copy_(_like(stored[name], parameter))
 
 
@@ -148,12 +154,18 @@ def _optimizer_state(
     names = {id(parameter): name for name, parameter in parameters(model).items()}
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
+    places: set[int] = set()
     for number, optimizer in enumerate(optimizers):
+        if zero.is_zero(optimizer):
+            return zero.optimizer_state(optimizer, parameters(model)), scalars
         for parameter, state in optimizer.state.items():
             for entry, value in state.items():
                 key = f"{number}|{names[id(parameter)]}|{entry}"
                 if isinstance(value, Tensor):
-                    tensors[key] = whole(value)
+                    kept = whole(value)
+                    # 8-bit states share their tables, which a safetensors file refuses
+                    tensors[key] = kept.clone() if kept.data_ptr() in places else kept
+                    places.add(kept.data_ptr())
                 else:
                     scalars[key] = value
     return tensors, scalars
@@ -163,6 +175,9 @@ def _fill_optimizers(
     model: nn.Module, optimizers: list[torch.optim.Optimizer], stored: Mapping[str, Tensor | Any]
 ) -> None:
     named = parameters(model)
+    if zero.is_zero(optimizers[0]):
+        zero.fill_optimizer(optimizers[0], named, stored)
+        return
     for key, value in stored.items():
         if "|" not in key:
             continue

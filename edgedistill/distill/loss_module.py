@@ -53,8 +53,8 @@ class LossModule(nn.Module):
 
 def wrap(module: LossModule, ranks: Ranks) -> nn.Module:
     """The module as the ranks train it: as it is, data-parallel (DDP), or sharded layer by layer (FSDP2)."""
-    if ranks.world == 1:
-        return module
+    if ranks.world == 1 or ranks.zero:
+        return module  # DeepSpeed's engine wants the optimizer too: see zero.start_engine
     if ranks.sharded:
         shard(module, module.student)
         return module
@@ -85,6 +85,11 @@ def shard(root: nn.Module, model: nn.Module) -> None:
 def local_gradients(module: nn.Module, ranks: Ranks, *, last: bool) -> Iterator[None]:
     """Of an accumulated batch's parts only the last one exchanges gradients between the ranks."""
     if ranks.world == 1:
+        yield
+        return
+    if ranks.zero:
+        engine: Any = module
+        engine.set_gradient_accumulation_boundary(last)
         yield
         return
     if ranks.sharded:

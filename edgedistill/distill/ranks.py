@@ -2,7 +2,8 @@
 
 accelerate sets up the process group, the device and data parallelism; sharding (FSDP2) is torch's own
 `fully_shard`, asked for in accelerate's configuration (`--use_fsdp --fsdp_version 2`, or
-ACCELERATE_USE_FSDP=true), so that one code path runs on GPUs and, with gloo, on CPUs.
+ACCELERATE_USE_FSDP=true), so that one code path runs on GPUs and, with gloo, on CPUs. DeepSpeed's ZeRO likewise
+(`--use_deepspeed`, see `zero`).
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ TIMEOUT = timedelta(hours=6)  # of one collective: rank 0 may be hashing, waitin
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among those that train together. `sharded`: FSDP2 is asked for."""
+    """This process's place among those that train together. `sharded`: FSDP2 is asked for; `zero`: DeepSpeed."""
 
     rank: int
     world: int
     device: torch.device
     sharded: bool
+    zero: bool = False
 
     @property
     def main(self) -> bool:
@@ -68,14 +70,10 @@ class Ranks:
 def ranks_here() -> Ranks:
     """Join the launch's processes (once), or stand alone.
 
-    Raises UserError for DeepSpeed, which is not supported, for FSDP of version 1, and where several processes were
-    asked for in a way that makes each one think it is alone.
+    Raises UserError for FSDP of version 1, and where several processes were asked for in a way that makes each one
+    think it is alone.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise UserError(
-            "accelerate's configuration asks for DeepSpeed, which edgedistill does not drive",
-            "shard with FSDP2 instead: accelerate launch --use_fsdp --fsdp_version 2 -m edgedistill ...",
-        )
+    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if sharded and os.environ.get("FSDP_VERSION", "2") != "2":
         raise UserError(
@@ -88,7 +86,7 @@ def ranks_here() -> Ranks:
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
-    return Ranks(state.process_index, state.num_processes, state.device, sharded=sharded)
+    return Ranks(state.process_index, state.num_processes, state.device, sharded=sharded, zero=zero)
 
 
 def _require_alone() -> None:

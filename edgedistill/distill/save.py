@@ -19,7 +19,7 @@ def save_model(model: Any, folder: Path, ranks: Ranks, *, dtype: Any = None) -> 
     # a gathered tensor is a new one each time, so transformers could not see that two names are one weight
     once = {name for name, _ in model.named_parameters()}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
-    state = {name: whole(tensor) for name, tensor in model.state_dict().items() if name not in tied}
+    state = {name: whole(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied}
     if not ranks.main:
         return
     if dtype is not None:

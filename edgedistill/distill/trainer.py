@@ -17,12 +17,14 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch  # noqa: TID253  this module is imported by training alone
 from numpy.typing import NDArray
 from torch import nn  # noqa: TID253
 
+from edgedistill.distill import zero
 from edgedistill.distill.checkpoint import Position, load_best, load_checkpoint, save_best, save_checkpoint
 from edgedistill.distill.evaluate import perplexity
 from edgedistill.distill.loss_module import LossModule, bare, clip_gradients, local_gradients, wrap
@@ -104,6 +106,9 @@ def train(
     optimizers = make_optimizers(module, settings)
     local = settings.batch_sequences // ranks.world
     position = Position(micro_batch_sequences=min(local, settings.micro_batch_sequences or local), taid_share=taid[0])
+    if ranks.zero and ranks.world > 1:
+        module = zero.start_engine(module, optimizers, settings, position.micro_batch_sequences)
+        optimizers = [module.optimizer]
     resumed = load_checkpoint(state, model=bare(module).student, optimizers=optimizers, ranks=ranks)
     if resumed is not None:
         position = replace(resumed, micro_batch_sequences=min(local, resumed.micro_batch_sequences))
@@ -192,6 +197,8 @@ class _Step:
             # outside of the handler, whose traceback holds on to the tensors of the failed pass
             self._clear()
             micro = self._smaller(micro, message)
+        if zero.is_engine(self.module):
+            return self._engine_step(sums, valid, rate_share, spike), micro
         norm = clip_gradients(self.module, self.settings.clip_norm)
         figures = _figures(sums, norm, valid)
         if figures.finite and figures.loss <= spike:
@@ -200,6 +207,19 @@ class _Step:
                 optimizer.step()
         self._clear()
         return figures, micro
+
+    def _engine_step(self, sums: dict[str, torch.Tensor], valid: int, rate_share: float, spike: float) -> Figures:
+        """DeepSpeed clips and steps at once, and makes no step where the gradient is not finite."""
+        engine: Any = self.module
+        terms = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+        loss = terms.pop("loss")
+        if not (math.isfinite(loss) and loss <= spike):
+            zero.discard_gradients(engine)
+            return Figures(loss, terms, math.nan, valid)
+        set_rates(self.optimizers, rate_share)
+        with clear_errors(self.ranks):
+            engine.step()
+        return Figures(loss, terms, float(engine.get_global_grad_norm()), valid)
 
     def _gradients(
         self, rows: NDArray[np.int64], micro: int, taid_t: float, report_kl: bool
@@ -228,7 +248,11 @@ class _Step:
                 )  # fmt: skip
                 with clear_errors(ranks):
                     # data parallelism and sharding average over the ranks; the batch's own sum is wanted
-                    (value * ranks.world if ranks.world > 1 else value).backward()
+                    whole = value * ranks.world if ranks.world > 1 else value
+                    if zero.is_engine(self.module):
+                        self.module.backward(whole, scale_wrt_gas=False)  # type: ignore[operator]
+                    else:
+                        whole.backward()
             for name, term in {"loss": value.detach(), **terms}.items():
                 sums[name] = sums[name] + term if name in sums else term
             del value, terms, teacher
