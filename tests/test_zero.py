@@ -47,6 +47,12 @@ def test_a_file_gives_zero_alone(monkeypatch, tmp_path):
             asked()
 
 
+def test_one_process_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="there is one process, which trains without it"):
+        ranks_here()
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
 def test_deepspeed_that_is_missing_is_said(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")

@@ -81,6 +81,11 @@ def ranks_here() -> Ranks:
             "edgedistill shards with FSDP2: accelerate launch --use_fsdp --fsdp_version 2 -m edgedistill ...",
         )
     if asked_world() == 1:
+        if zero:
+            raise UserError(
+                "accelerate's configuration asks for DeepSpeed, and there is one process, which trains without it",
+                "start several (--num_processes), or leave --use_deepspeed out",
+            )
         _require_alone()
         return Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), sharded=False)
     from accelerate import PartialState
