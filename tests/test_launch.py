@@ -88,7 +88,8 @@ def close(ours: dict[str, Any], reference: dict[str, Any]) -> None:
     first, second = (document["training"]["history"] for document in (ours, reference))
     assert [row["step"] for row in first] == [row["step"] for row in second]
     for row, expected in zip(first, second, strict=True):
-        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        # a KL of 1e-4 nats is a small difference of large numbers: rounding shows in its fourth digit
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4, abs=1e-6)
         assert row["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
     one, other = (load_file(Path(document["path"]) / "model.safetensors") for document in (ours, reference))
     assert one.keys() == other.keys()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
 from training_models import model, settings
 
 from edgedistill.distill.optimizers import make_optimizers
+from edgedistill.distill.ranks import ranks_here
 from edgedistill.distill.zero import configuration, start_engine
 from edgedistill.errors import UserError
 
@@ -43,6 +45,20 @@ def test_a_file_gives_zero_alone(monkeypatch, tmp_path):
         file.write_text(json.dumps({**given, name: section}))
         with pytest.raises(UserError, match=f"sets {name}, which the recipe decides"):
             asked()
+
+
+def test_one_process_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="there is one process, which trains without it"):
+        ranks_here()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
+def test_deepspeed_that_is_missing_is_said(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"asks for DeepSpeed, which cannot be imported[\s\S]*pip install deepspeed"):
+        ranks_here()
 
 
 def test_what_deepspeed_does_not_train_here_is_refused():

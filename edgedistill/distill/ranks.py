@@ -70,8 +70,8 @@ class Ranks:
 def ranks_here() -> Ranks:
     """Join the launch's processes (once), or stand alone.
 
-    Raises UserError for FSDP of version 1, and where several processes were asked for in a way that makes each one
-    think it is alone.
+    Raises UserError for FSDP of version 1, where DeepSpeed is asked for and not installed, and where several processes
+    were asked for in a way that makes each one think it is alone.
     """
     zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -81,10 +81,19 @@ def ranks_here() -> Ranks:
             "edgedistill shards with FSDP2: accelerate launch --use_fsdp --fsdp_version 2 -m edgedistill ...",
         )
     if asked_world() == 1:
+        if zero:
+            raise UserError(
+                "accelerate's configuration asks for DeepSpeed, and there is one process, which trains without it",
+                "start several (--num_processes), or leave --use_deepspeed out",
+            )
         _require_alone()
         return Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), sharded=False)
     from accelerate import PartialState
 
+    if zero:
+        from edgedistill.distill.zero import load_deepspeed
+
+        load_deepspeed()  # before anything else imports it and has it write to standard output
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
     return Ranks(state.process_index, state.num_processes, state.device, sharded=sharded, zero=zero)
 

@@ -7,8 +7,10 @@ those of every other mode: whole tensors by parameter name.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,20 @@ def configuration(settings: Training, *, micro_batch: int) -> dict[str, Any]:
     }
 
 
+def load_deepspeed() -> Any:
+    """The library, its news on standard error and warnings alone: standard output is for results. UserError."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            import deepspeed
+    except ImportError as error:
+        raise UserError(
+            f"accelerate's configuration asks for DeepSpeed, which cannot be imported: {error}",
+            "pip install deepspeed, or shard with FSDP2: accelerate launch --use_fsdp --fsdp_version 2",
+        ) from error
+    deepspeed.utils.logger.setLevel("WARNING")
+    return deepspeed
+
+
 def start_engine(module: nn.Module, optimizers: list[torch.optim.Optimizer], settings: Training, micro: int) -> Any:
     """The engine around the loss module; `engine.optimizer` takes the optimizer's place. UserError."""
     if settings.optimizer != "adamw":
@@ -73,15 +89,10 @@ def start_engine(module: nn.Module, optimizers: list[torch.optim.Optimizer], set
             "DeepSpeed is asked for, and this student has frozen weights (distill.lora)",
             "train adapters with torchrun, or with FSDP2: accelerate launch --use_fsdp --fsdp_version 2",
         )
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise UserError(
-            f"accelerate's configuration asks for DeepSpeed, which cannot be imported: {error}",
-            "pip install deepspeed, or shard with FSDP2: accelerate launch --use_fsdp --fsdp_version 2",
-        ) from error
+    deepspeed = load_deepspeed()
     ours = configuration(settings, micro_batch=micro)
-    engine, optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizers[0], config=ours)
+    with contextlib.redirect_stdout(sys.stderr):
+        engine, optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizers[0], config=ours)
     for group, before in zip(optimizer.param_groups, optimizers[0].param_groups, strict=True):
         group.setdefault("peak", before["lr"])
     return engine
