@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn  # noqa: TID253
 
 from edgedistill.distill.losses import Head, Teacher, TeacherHead
-from edgedistill.distill.model_parts import final_hidden, head_of
+from edgedistill.distill.model_parts import device_of, final_hidden, head_of
 from edgedistill.distill.signal_cache import CacheReader, Produced, build_cache, open_cache
 from edgedistill.errors import UserError
 from edgedistill.progress import QUIET, Progress
@@ -50,7 +50,7 @@ class LiveSignals:
         self.name = name
         self.teacher = teacher.eval().requires_grad_(False)
         self.low_precision = low_precision
-        self.device = device or _device_of(teacher)
+        self.device = device or device_of(teacher)
         self.kept = kept
         self._head: Head | None = None
         # a sharded teacher gathers its weights in its own forward pass, so the body is called as a module
@@ -85,10 +85,11 @@ class LiveSignals:
                 )
         if attention:
             model.set_attn_implementation("eager")  # the fused kernels do not give their maps
-        extra = {} if positions is None else {"position_ids": positions.to(model.device)}
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=self.low_precision):
+        device = device_of(model)
+        extra = {} if positions is None else {"position_ids": positions.to(device)}
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.low_precision):
             out = model.get_decoder()(
-                input_ids=inputs.to(model.device), use_cache=False, output_hidden_states=bool(hidden),
+                input_ids=inputs.to(device), use_cache=False, output_hidden_states=bool(hidden),
                 output_attentions=bool(attention), **extra,
             )  # fmt: skip
         return (
@@ -178,10 +179,6 @@ def cache_hidden(
         batch_sequences=max(1, CACHE_BATCH_TOKENS // data.context), progress=progress,
     )  # fmt: skip
     return CachedSignals(open_cache(str(folder), key=key, head=head, device=live.device))
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _plain(tensor: Tensor) -> Tensor:
