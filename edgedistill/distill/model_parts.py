@@ -30,6 +30,15 @@ def head_of(model: nn.Module) -> Head:
     return Head(layer.weight, bias=layer.bias, scale=scale, softcap=float(cap) if cap else None)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model runs: where its weights are or, offloaded by accelerate, where its hooks fetch them."""
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    hooks: list[Any] = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    return next(torch.device(hook.execution_device) for hook in hooks if getattr(hook, "execution_device", None))
+
+
 def final_hidden(model: nn.Module, inputs: Tensor, low_precision: bool, positions: Tensor | None = None) -> Tensor:
     """Hidden states after the final norm [S·T, H] of ids [S, T].
 
@@ -40,12 +49,3 @@ def final_hidden(model: nn.Module, inputs: Tensor, low_precision: bool, position
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low_precision):
         hidden: Tensor = model.get_decoder()(input_ids=inputs.to(device), use_cache=False, **extra).last_hidden_state  # type: ignore[operator]
     return hidden.flatten(0, 1)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model runs: where its weights are or, offloaded by accelerate, where its hooks fetch them."""
-    device = next(model.parameters()).device
-    if device.type != "meta":
-        return device
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    return next(torch.device(hook.execution_device) for hook in hooks if getattr(hook, "execution_device", None))

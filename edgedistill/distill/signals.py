@@ -50,7 +50,7 @@ class LiveSignals:
         self.name = name
         self.teacher = teacher.eval().requires_grad_(False)
         self.low_precision = low_precision
-        self.device = device or device_of(teacher)
+        self.device = device or _device_of(teacher)
         self.kept = kept
         self._head: Head | None = None
         # a sharded teacher gathers its weights in its own forward pass, so the body is called as a module
@@ -179,6 +179,10 @@ def cache_hidden(
         batch_sequences=max(1, CACHE_BATCH_TOKENS // data.context), progress=progress,
     )  # fmt: skip
     return CachedSignals(open_cache(str(folder), key=key, head=head, device=live.device))
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _plain(tensor: Tensor) -> Tensor:
