@@ -42,7 +42,8 @@ def emit(as_json: bool, document: Any, text: str) -> None:
 
 
 def progress_of(quiet: bool, verbose: bool) -> Progress:
-    return Progress(level=0 if quiet or is_follower() else 2 if verbose else 1)
+    """Reports as asked; of several ranks the first one reports."""
+    return Progress(level=-1 if is_follower() else 0 if quiet else 2 if verbose else 1)
 
 
 def asked_recipe(recipe: str | None, sets: list[str] | None, **named: Any) -> Any:

@@ -6,6 +6,7 @@ Only safetensors are read (weights.py). Nothing here imports torch or transforme
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,27 +169,48 @@ def vocabulary(folder: Path, role: str = "model") -> dict[str, int]:
     return known
 
 
-def require_same_tokenizer(teacher: Path, student: Path) -> None:
-    """Refuse a student whose tokens are not the teacher's. Padding of the embedding is another matter.
+def kept_tokens(teacher: Path, student: Path) -> list[int] | None:
+    """The teacher's id of each of the student's tokens, by the student's id, where its vocabulary was trimmed.
 
-    Raises UserError naming the first token that differs.
+    None where both have the same tokens. Raises UserError where the student's are not some of the teacher's, in order.
     """
     ours, theirs = vocabulary(teacher, "teacher"), vocabulary(student, "student")
+    if ours == theirs:
+        return None
+    ordered = sorted(theirs.items(), key=lambda item: item[1])
+    found = [ours[token] for token, _ in ordered if token in ours]
+    whole = len(found) == len(ordered) and [index for _, index in ordered] == list(range(len(ordered)))
+    if not whole or any(one >= other for one, other in itertools.pairwise(found)):
+        require_same_tokenizer(teacher, student)
+    return found
+
+
+def require_same_tokenizer(teacher: Path, other: Path, *, role: str = "student") -> None:
+    """Refuse a student, or a further teacher, whose tokens are not the teacher's. Padding is another matter.
+
+    Raises UserError naming the first token that differs; `role` says what the other is.
+    """
+    remedy = (
+        "choose a student of the teacher's family, or start it fresh or from the teacher's layers"
+        if role == "student"
+        else "teachers that teach together share one tokenizer: choose them of one family"
+    )
+    ours, theirs = vocabulary(teacher, "teacher"), vocabulary(other, role)
     if ours == theirs:
         return
     by_id = {index: token for token, index in theirs.items()}
     for token, index in sorted(ours.items(), key=lambda item: item[1]):
-        other = theirs.get(token)
-        if other != index:
-            what = f"is {other} in the student's" if other is not None else "is not in the student's"
+        found = theirs.get(token)
+        if found != index:
+            what = f"is {found} in the {role}'s" if found is not None else f"is not in the {role}'s"
             raise UserError(
-                f"teacher and student do not share a tokenizer: token {token!r} has id {index} in the teacher's"
+                f"teacher and {role} do not share a tokenizer: token {token!r} has id {index} in the teacher's"
                 f" and {what} (id {index} there: {by_id.get(index)!r}; {len(ours):,} against {len(theirs):,} tokens)",
-                "choose a student of the teacher's family, or start it fresh or from the teacher's layers",
+                remedy,
             )
     extra = next(token for token in theirs if token not in ours)
     raise UserError(
-        f"teacher and student do not share a tokenizer: the student's token {extra!r} is not in the teacher's"
+        f"teacher and {role} do not share a tokenizer: the {role}'s token {extra!r} is not in the teacher's"
         f" ({len(ours):,} against {len(theirs):,} tokens)",
-        "choose a student of the teacher's family, or start it fresh or from the teacher's layers",
+        remedy,
     )

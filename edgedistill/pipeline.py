@@ -9,18 +9,18 @@ the tests call alike; each finds its record in the store, or makes it.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgedistill import machine
 from edgedistill.data.prepare import prepare_data
-from edgedistill.errors import GateFailed, LimitBroken, UserError
+from edgedistill.errors import GateFailed, LimitBroken
 from edgedistill.fit import artifacts_of
 from edgedistill.launch import is_follower
-from edgedistill.models import open_model, require_same_tokenizer
-from edgedistill.plan import Plan, plan, refuse_signals
+from edgedistill.plan import Plan, refuse_signals
+from edgedistill.preflight import preflight as preflight
+from edgedistill.preflight import require_usable_cache, with_start
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
 from edgedistill.records import (
@@ -28,13 +28,13 @@ from edgedistill.records import (
     DataResult,
     Latency,
     Retention,
-    Shape,
     SignalsResult,
     StudentResult,
     TeacherResult,
 )
+from edgedistill.refusals import refuse_mixture, refuse_trimming
 from edgedistill.store import Store, Stored
-from edgedistill.targets import Target, parse_artifact
+from edgedistill.targets import Target
 
 
 @dataclass(frozen=True)
@@ -102,35 +102,14 @@ def build(
     return trained, built
 
 
-def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store) -> Plan:
-    """The plan of this recipe on this machine, with what the store already has. Raises UserError."""
-    teacher, parameters = _teacher_sizes(recipe)
-    room = store.root
-    while not room.exists():
-        room = room.parent
-    student = _given_student_shape(recipe)
-    _require_exportable(recipe, targets)
-    sizes_only = plan(recipe, targets, teacher=teacher, teacher_parameters=parameters, student=student)
-    return plan(
-        recipe,
-        targets,
-        teacher=teacher,
-        teacher_parameters=parameters,
-        student=student,
-        store_hits=_store_hits(recipe, sizes_only.student, store),
-        free_disk_bytes=shutil.disk_usage(room).free,
-        machine_memory_bytes=machine.describe()["memory_bytes"],
-        machine_cores=len(machine.usable_cpus()),
-    )
-
-
 def distill(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress: Progress = QUIET) -> Trained:
     """Plan, data, teacher and a student that fits all targets; whatever the store has is reused."""
     from edgedistill.distill.ranks import leave
     from edgedistill.distill.stage import distill as train_student
     from edgedistill.distill.teacher import obtain_teacher
 
-    planned = preflight(recipe, targets, store=store)
+    planned = preflight(recipe, targets, store=store, progress=progress)
+    progress.say(f"plan: the student's start is {planned.start} ({planned.start_because})")
     progress.say(
         f"plan: student of {planned.student_parameters:,} parameters for {', '.join(planned.targets)}"
         f" ({planned.compression:.1f}x smaller than the teacher's {planned.teacher_parameters:,})"
@@ -147,6 +126,7 @@ def distill(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress
         )
     teacher = obtain_teacher(recipe, data=data, store=store, progress=progress)
     progress.say(f"teacher: {teacher.name}, {teacher.parameters:,} parameters")
+    recipe = with_start(recipe, planned)
     student = train_student(recipe, shape=planned.student, teacher=teacher, data=data, store=store, progress=progress)
     _say(progress, student, f"{student.result.parameters:,} parameters")
     leave()
@@ -159,7 +139,12 @@ def cache_teacher(recipe: Recipe, *, store: Store, progress: Progress = QUIET) -
     from edgedistill.distill.stage import cache_signals
     from edgedistill.distill.teacher import obtain_teacher
 
+    used = recipe.distill.model_copy(update={"teacher_signals": "cached"})  # as `distill` will, whatever it says here
+    recipe = recipe.model_copy(update={"distill": used})
     refuse_signals(recipe)
+    require_usable_cache(recipe, store)
+    refuse_mixture(recipe, caching=True)
+    refuse_trimming(recipe)
     data = prepare_data(recipe.data, store=store, progress=progress)
     _say(progress, data, f"{data.result.parts['train'].documents:,} documents")
     teacher = obtain_teacher(recipe, data=data, store=store, progress=progress)
@@ -262,80 +247,6 @@ def bundle(
 def threads_here() -> int:
     """Threads for work that is not being timed: the CPUs that this process may use."""
     return max(1, len(machine.usable_cpus()) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def _teacher_sizes(recipe: Recipe) -> tuple[Shape, int]:
-    if recipe.teacher.model is None:
-        from edgedistill.distill.teacher import teacher_shape
-
-        shape = teacher_shape(recipe.teacher.train)
-        return shape, shape.parameters
-    folder = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
-    return folder.shape, folder.shape.parameters
-
-
-def _require_exportable(recipe: Recipe, targets: Sequence[Target]) -> None:
-    """What the exporters would refuse after hours of training is refused now. UserError."""
-    if recipe.teacher.model is None:
-        return
-    folder = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
-    formats = {parse_artifact(artifact)[0] for target in targets for artifact in artifacts_of(recipe, target)}
-    if "gguf" in formats:
-        from edgedistill.gguf.architectures import rope_of
-        from edgedistill.gguf.tokenizer import read_tokenizer
-
-        read_tokenizer(folder.path, vocab_size=folder.shape.vocab_size)
-        rope_of(folder.config, folder.shape, where=str(folder.path / "config.json"))
-    if "onnx" in formats:
-        from edgedistill.onnx.decoder import require_runnable_heads
-
-        require_runnable_heads(folder.shape, where=str(folder.path))
-
-
-def _given_student_shape(recipe: Recipe) -> Shape | None:
-    """The shape where the recipe leaves nothing to design: a pretrained student, or a cut of the teacher's layers."""
-    if recipe.student.start == "pretrained":
-        if recipe.student.model is None:
-            raise UserError("student.start is pretrained but no student.model is named", "give --student FOLDER")
-        student = open_model(recipe.student.model, revision=recipe.student.revision, role="student")
-        if recipe.teacher.model is not None:
-            named = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
-            require_same_tokenizer(named.path, student.path)
-        return student.shape
-    if recipe.student.start == "layers":
-        teacher, _ = _teacher_sizes(recipe)
-        asked = recipe.student.shape.num_hidden_layers
-        if asked is None:
-            budget = teacher.parameters / recipe.student.compression
-            asked = int((budget - teacher.embedding_parameters - teacher.hidden_size) // teacher.layer_parameters)
-        if not 1 <= asked <= teacher.num_hidden_layers:
-            raise UserError(
-                f"a student of {max(asked, 0)} layers cannot be cut from this teacher of {teacher.num_hidden_layers}:"
-                f" its embedding alone has {teacher.embedding_parameters:,} of {teacher.parameters:,} parameters",
-                f"set student.shape.num_hidden_layers to 1…{teacher.num_hidden_layers}, or student.start=fresh",
-            )
-        return teacher.model_copy(update={"num_hidden_layers": asked})
-    return None
-
-
-def _store_hits(recipe: Recipe, shape: Shape, store: Store) -> dict[str, bool]:
-    """Which stages the store already has, as far as that can be told without doing any."""
-    from edgedistill.data.prepare import find_data
-    from edgedistill.distill.stage import student_inputs
-    from edgedistill.distill.teacher import find_teacher
-    from edgedistill.models import weights_sha256
-
-    data = find_data(recipe.data, store=store)
-    hits = {"data": data is not None, "teacher": False, "student": False}
-    teacher = find_teacher(recipe, data=data, store=store)
-    hits["teacher"] = teacher is not None
-    if data is not None and teacher is not None:
-        pretrained = None
-        if recipe.student.start == "pretrained" and recipe.student.model is not None:
-            pretrained = weights_sha256(open_model(recipe.student.model, revision=recipe.student.revision), store)
-        inputs = student_inputs(recipe, shape=shape, teacher=teacher, data=data.result, pretrained_sha256=pretrained)
-        hits["student"] = store.find("student", inputs, StudentResult) is not None
-    return hits
 
 
 def _say(progress: Progress, stored: Stored[DataResult] | Stored[StudentResult], what: str) -> None:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from edgedistill import sizes
-from edgedistill.distill.design import FILL, design_student, fill_of
+from edgedistill.distill.design import FILL, Cut, design_student, fill_of
 from edgedistill.errors import UserError
 from edgedistill.fit import (
     ArtifactPlan,
@@ -21,14 +21,21 @@ from edgedistill.fit import (
     context_of,
     human_bytes,
 )
-from edgedistill.recipe import Recipe, ShapeAsk, Training
+from edgedistill.recipe import Recipe
 from edgedistill.records import Figure, Record, Shape
+from edgedistill.refusals import refuse_mixture, refuse_trimming
 from edgedistill.targets import Target, parse_artifact
+from edgedistill.training_fit import GENERAL_LOSSES, PROCESS_BYTES, Run, distillation, propose, teacher_training
 
 # Mirzadeh et al. 2020 (teacher assistants); Minitron's two steps: beyond this, one in between pays.
 MOST_COMPRESSION_IN_ONE_STEP = 5.0
 K_QUANT_MULTIPLE = 256
 BLOCK_MULTIPLE = 32
+# What student.start=auto is: the first of these that the teacher and the sizes asked for allow. Their order is that of
+# benchmarks/results/student_start.json.
+AUTO_STARTS = ("width", "both", "layers", "fresh")
+MEASURED_BEST = "the best of benchmarks/student_start.py"
+CUTS: dict[str, Cut] = {"layers": "layers", "width": "width", "both": "both"}
 GGUF_K_QUANTS = ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K")
 # Two checkpoints stand side by side while one replaces the other: weights and two moments in float32 each.
 CHECKPOINT_BYTES_A_PARAMETER = 24
@@ -36,26 +43,31 @@ FINAL_BYTES_A_PARAMETER = 4
 F16_BYTES_A_PARAMETER = 2
 # Text, split parts, tokenized data, reports, golden vectors.
 DISK_FOR_DATA_BYTES = 200_000_000
-# Python, torch and the data beside the tensors.
-NEEDS_ALL_LOGITS = ("reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "taid", "total_variation")
-TRAINING_PROCESS_BYTES = 1_000_000_000
 
 
 class Plan(Record):
-    """What will be built. `sized_by` says what set the student's size."""
+    """What will be built. `sized_by` says what set the student's size, `start_because` what set its start.
+
+    `training_memory_bytes` is the process's peak less what stands after its imports (about 0.4 GB);
+    `training_memory_parts` what lives at that peak.
+    """
 
     recipe: str
     teacher: Shape
     teacher_parameters: int
+    further_teachers: list[Shape]
     student: Shape
     student_parameters: int
     compression: float
     designed: bool
     width_multiple: int
     sized_by: str
+    start: str
+    start_because: str
     targets: list[str]
     artifacts: list[ArtifactPlan]
     training_memory_bytes: Figure
+    training_memory_parts: dict[str, int]
     machine_memory_bytes: int | None
     disk_bytes: Figure
     free_disk_bytes: int | None
@@ -70,6 +82,8 @@ def plan(
     teacher: Shape,
     teacher_parameters: int | None = None,
     student: Shape | None = None,
+    further_teachers: Sequence[Shape] = (),
+    trimmed_tokens: int | None = None,
     store_hits: Mapping[str, bool] | None = None,
     free_disk_bytes: int | None = None,
     machine_memory_bytes: int | None = None,
@@ -77,6 +91,8 @@ def plan(
 ) -> Plan:
     """Sizes, ceilings and warnings of a build; one student for all targets, sized by the tightest.
 
+    `further_teachers` are those that teach beside the first (`teacher.also`). `trimmed_tokens` is the size of a
+    student's trimmed vocabulary: what it saves of the embedding goes into the layers.
     `student` is a given shape (pretrained, or a folder); without it one is designed. `store_hits` says by stage
     ("teacher", "student", ...) what is already in the store. `free_disk_bytes` is that of the store's disk,
     `machine_memory_bytes` and `machine_cores` this machine's; None: not checked.
@@ -87,14 +103,21 @@ def plan(
     if not targets:
         raise UserError("no target", "name one: --target jetson (see `edgedistill targets list`)")
     refuse_signals(recipe)
+    refuse_mixture(recipe, caching=recipe.distill.teacher_signals == "cached")
+    refuse_trimming(recipe)
     parameters = teacher.parameters if teacher_parameters is None else teacher_parameters
     hits = dict(store_hits or {})
     wanted = [(target, *parse_artifact(a)) for target in targets for a in artifacts_of(recipe, target)]
     multiple = K_QUANT_MULTIPLE
-    if student is None:
-        shape, multiple, sized_by = _design(recipe, wanted, teacher)
-    else:
+    designing, designed_from = _with_vocabulary(recipe, teacher, trimmed_tokens)
+    if student is not None:
         shape, sized_by = student, "given"
+        start, because = ("pretrained" if recipe.student.start == "pretrained" else "given"), "the recipe"
+    elif recipe.student.start == "auto":
+        start, because, (shape, multiple, sized_by) = _best_start(designing, wanted, designed_from)
+    else:
+        start, because = recipe.student.start, "the recipe"
+        shape, multiple, sized_by = _design(designing, wanted, designed_from, start)
     if shape.parameters > parameters:
         raise UserError(
             f"the student has {shape.parameters:,} parameters, {shape.parameters - parameters:,} more than its "
@@ -106,29 +129,34 @@ def plan(
         worst = min(breaches, key=lambda breach: breach.scale)
         raise UserError(worst.cause, worst.remedy)
     artifacts = [artifact_plan(shape, recipe, *entry) for entry in wanted]
-    training = _training_memory(recipe, shape, teacher, hits, machine_memory_bytes)
+    training, parts, advice = _training_memory(recipe, shape, teacher, further_teachers, hits, machine_memory_bytes)
     disk = _disk(recipe, parameters, shape, artifacts, hits, free_disk_bytes)
     return Plan(
         recipe=recipe.name,
         teacher=teacher,
         teacher_parameters=parameters,
+        further_teachers=list(further_teachers),
         student=shape,
         student_parameters=shape.parameters,
         compression=parameters / shape.parameters,
         designed=student is None,
         width_multiple=multiple,
         sized_by=sized_by,
+        start=start,
+        start_because=because,
         targets=[target.name for target in targets],
         artifacts=artifacts,
         training_memory_bytes=training,
+        training_memory_parts=parts,
         machine_memory_bytes=machine_memory_bytes,
         disk_bytes=disk,
         free_disk_bytes=free_disk_bytes,
         store_hits=hits,
-        warnings=_warnings(
-            recipe, targets, wanted, shape, teacher, parameters, student is None, training, machine_memory_bytes,
-            machine_cores,
-        ),
+        warnings=[
+            *([f"the student's start is {start}: {because}"] if because not in ("the recipe", MEASURED_BEST) else []),
+            *_warnings(recipe, targets, wanted, shape, teacher, parameters, student is None, machine_cores),
+            *advice,
+        ],
     )  # fmt: skip
 
 
@@ -141,7 +169,7 @@ def refuse_signals(recipe: Recipe) -> None:
     settings = recipe.distill
     if settings.teacher_signals != "cached" or settings.cache.kind not in ("sampled", "topk"):
         return
-    others = [name for name in NEEDS_ALL_LOGITS if getattr(settings, name) > 0]
+    others = [name for name in GENERAL_LOSSES if getattr(settings, name) > 0]
     if others:
         raise UserError(
             f"distill.cache.kind is {settings.cache.kind}, which serves forward_kl and cross_entropy alone, and"
@@ -159,6 +187,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
     rows = [
         ("teacher", _sizes_text(plan.teacher), "", f"{plan.teacher_parameters:,} parameters"),
         ("student", _sizes_text(plan.student), "", f"{plan.student_parameters:,} parameters, sized by {plan.sized_by}"),
+        ("student's start", plan.start, "", plan.start_because),
         ("compression", f"{plan.compression:.2f}x", "derived", "teacher's parameters / student's"),
     ]
     for artifact in plan.artifacts:
@@ -174,31 +203,53 @@ def plan_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def _design(recipe: Recipe, wanted: list[Wanted], teacher: Shape) -> tuple[Shape, int, str]:
+def _with_vocabulary(recipe: Recipe, teacher: Shape, tokens: int | None) -> tuple[Recipe, Shape]:
+    """What is designed from: the teacher as it would be with the trimmed vocabulary, and the budget unchanged."""
+    if tokens is None:
+        return recipe, teacher
+    trimmed = teacher.model_copy(update={"vocab_size": tokens})
+    compression = max(1.0, recipe.student.compression * trimmed.parameters / teacher.parameters)
+    student = recipe.student.model_copy(update={"compression": compression})
+    return recipe.model_copy(update={"student": student}), trimmed
+
+
+def _best_start(recipe: Recipe, wanted: list[Wanted], teacher: Shape) -> tuple[str, str, tuple[Shape, int, str]]:
+    """The best start that this teacher and these sizes allow, why it is that one, and what `_design` gives for it."""
+    refused: UserError | None = None
+    for start in AUTO_STARTS[:-1]:
+        try:
+            designed = _design(recipe, wanted, teacher, start)
+        except UserError as error:
+            refused = refused or error
+            continue
+        return start, MEASURED_BEST if refused is None else refused.cause, designed
+    last = AUTO_STARTS[-1]
+    designed = _design(recipe, wanted, teacher, last)
+    return last, MEASURED_BEST if refused is None else refused.cause, designed
+
+
+def _design(recipe: Recipe, wanted: list[Wanted], teacher: Shape, start: str) -> tuple[Shape, int, str]:
     """The largest student in the teacher's proportions that every target can run: shape, multiple, what sized it.
 
     The width multiple is 256 where a K-quant will be used. Elsewhere it is 256 too where that leaves no more than a
     fifth of the budget unused, so that a later target with K-quants reuses the student; else 32.
     """
-    ask = recipe.student.shape
-    if recipe.student.start == "layers":
-        # Cut out of the teacher: every width is the teacher's, only depth is free.
-        ask = ShapeAsk(**{**_widths(teacher), **ask.model_dump(exclude_none=True)})
     k_quants = any(format_ == "gguf" and quantization in GGUF_K_QUANTS for _, format_, quantization in wanted)
+    cut: Cut | None = CUTS.get(start)
     try:
-        shape, sized_by = _fit(recipe, wanted, teacher, ask, K_QUANT_MULTIPLE)
+        shape, sized_by = _fit(recipe, wanted, teacher, K_QUANT_MULTIPLE, cut)
         budget = int(teacher.parameters / recipe.student.compression)
-        if k_quants or recipe.student.start == "layers" or sized_by != "compression" or fill_of(shape, budget) >= FILL:
+        if k_quants or cut == "layers" or sized_by != "compression" or fill_of(shape, budget) >= FILL:
             return shape, K_QUANT_MULTIPLE, sized_by
     except UserError:
         # Narrow teachers, or a budget below one 256-wide layer: fall back to blocks of 32, with a warning.
-        if recipe.student.start == "layers":
+        if cut == "layers":
             raise
-    shape, sized_by = _fit(recipe, wanted, teacher, ask, BLOCK_MULTIPLE)
+    shape, sized_by = _fit(recipe, wanted, teacher, BLOCK_MULTIPLE, cut)
     return shape, BLOCK_MULTIPLE, sized_by
 
 
-def _fit(recipe: Recipe, wanted: list[Wanted], teacher: Shape, ask: ShapeAsk, multiple: int) -> tuple[Shape, str]:
+def _fit(recipe: Recipe, wanted: list[Wanted], teacher: Shape, multiple: int, cut: Cut | None) -> tuple[Shape, str]:
     """Design, and shrink the allowance until no target's limit is broken."""
     most: int | None = None
     sized_by = "compression"
@@ -208,9 +259,10 @@ def _fit(recipe: Recipe, wanted: list[Wanted], teacher: Shape, ask: ShapeAsk, mu
             shape = design_student(
                 teacher,
                 compression=recipe.student.compression,
-                ask=ask,
+                ask=recipe.student.shape,
                 width_multiple=multiple,
                 max_parameters=most,
+                from_teacher=cut,
             )
         except UserError as error:
             if blamed is None:
@@ -227,38 +279,46 @@ def _fit(recipe: Recipe, wanted: list[Wanted], teacher: Shape, ask: ShapeAsk, mu
 
 
 def _training_memory(
-    recipe: Recipe, student: Shape, teacher: Shape, hits: Mapping[str, bool], machine: int | None
-) -> Figure:
-    """The larger of what is still to be trained: the student beside its teacher, and the teacher itself."""
-    runs: list[tuple[str, Training, Shape, Shape | None]] = []
+    recipe: Recipe, student: Shape, teacher: Shape, further: Sequence[Shape], hits: Mapping[str, bool],
+    machine: int | None,
+) -> tuple[Figure, dict[str, int], list[str]]:  # fmt: skip
+    """The larger of what is still to be trained, its parts, and for what does not fit here the settings that do.
+
+    Raises UserError where no settings fit this machine's memory.
+    """
+    runs: list[Run] = []
     if not hits.get("student"):
-        runs.append(("distillation", recipe.distill, student, teacher))
+        runs.append(distillation(student, teacher, further))
     if recipe.teacher.model is None and not hits.get("teacher"):
-        runs.append(("the teacher's training", recipe.teacher.train, teacher, None))
-    most, source = 0, "nothing is left to train"
-    for what, training, shape, teaching in runs:
-        sequences = training.micro_batch_sequences or training.batch_sequences
+        runs.append(teacher_training(teacher))
+    most = Figure(value=0, unit="B", basis="derived", source="nothing is left to train")
+    parts: dict[str, int] = {}
+    advice = []
+    for run in runs:
+        found = run.predict(recipe)
+        needed = PROCESS_BYTES + found.bytes
+        if machine is not None and needed > machine:
+            advice.append(_advice(run, recipe, needed, machine))
+        if found.bytes > most.value:
+            source = f"{run.what}, beside {human_bytes(PROCESS_BYTES)} for the process: {found.text}"
+            most = Figure(value=found.bytes, unit="B", basis="derived", source=source)
+            parts = found.components
+    return most, parts, advice
 
-        def needs(
-            count: int, training: Training = training, shape: Shape = shape, teaching: Shape | None = teaching
-        ) -> int:
-            return TRAINING_PROCESS_BYTES + sizes.training_bytes(
-                shape, sequences=count, context_tokens=training.context_tokens, teacher=teaching
-            )
 
-        if machine is not None and needs(1) > machine:
-            raise UserError(
-                f"{what} needs about {human_bytes(needs(1))} of memory with one sequence a step, "
-                f"{human_bytes(needs(1) - machine)} more than this machine's {human_bytes(machine)}",
-                "use a machine with more memory, a smaller teacher or student, or a shorter context_tokens",
-            )
-        if needs(sequences) > most:
-            most = needs(sequences)
-            source = (
-                f"{what}: weights, gradients, two optimizer moments, teacher, activations and logits of "
-                f"{sequences} x {training.context_tokens} tokens"
-            )
-    return Figure(value=most, unit="B", basis="derived", source=source)
+def _advice(run: Run, recipe: Recipe, needed: int, machine: int) -> str:
+    what = f"{run.what} needs about {human_bytes(needed)} of memory"
+    fitting = propose(run, recipe, machine)
+    if fitting is None:
+        raise UserError(
+            f"{what}, and no settings make it fit this machine's {human_bytes(machine)}",
+            "use a machine with more memory, a smaller teacher or student, or a shorter context_tokens",
+        )
+    words = " ".join(f"--set {word}" for word in fitting.words)
+    return (
+        f"{what}, this machine has {human_bytes(machine)}: {words} would need {human_bytes(fitting.bytes)}; the batch"
+        " stays what it is"
+    )
 
 
 def _disk(
@@ -292,7 +352,7 @@ def _disk(
 
 def _warnings(
     recipe: Recipe, targets: Sequence[Target], wanted: list[Wanted], student: Shape, teacher: Shape,
-    teacher_parameters: int, designed: bool, training: Figure, machine_memory: int | None, machine_cores: int | None,
+    teacher_parameters: int, designed: bool, machine_cores: int | None,
 ) -> list[str]:  # fmt: skip
     found = []
     compression = teacher_parameters / student.parameters
@@ -312,6 +372,7 @@ def _warnings(
         found.append(
             f"{100 * student.embedding_parameters / student.parameters:.0f} % of the student is its embedding of "
             f"{student.vocab_size:,} entries; a teacher with a smaller vocabulary leaves more for layers"
+            + ("" if recipe.student.trim_vocabulary else ", and so may student.trim_vocabulary")
         )
     for quantization in dict.fromkeys(q for _, format_, q in wanted if format_ == "gguf"):
         count = sizes.k_quant_fallbacks(student, quantization)
@@ -339,22 +400,7 @@ def _warnings(
             f"this machine has {machine_cores} cores, fewer than the {threads_here} threads of the bench: "
             "its figures will differ"
         )
-    if machine_memory is not None and training.value > machine_memory:
-        found.append(
-            f"training may need {human_bytes(training.value)}, this machine has {human_bytes(machine_memory)}: set "
-            "distill.micro_batch_sequences (and teacher.train.micro_batch_sequences) to a smaller number"
-        )
     return found
-
-
-def _widths(shape: Shape) -> dict[str, int]:
-    return {
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_key_value_heads,
-        "head_dim": shape.head_dim,
-    }
 
 
 def _sizes_text(shape: Shape) -> str:

@@ -14,7 +14,7 @@ LIVE_EVERY_S = 0.2
 
 
 class Progress:
-    """Reports of one command. `level`: 0 quiet, 1 normal, 2 verbose."""
+    """Reports of one command. `level`: -1 silent, 0 quiet (warnings alone), 1 normal, 2 verbose."""
 
     def __init__(self, stream: TextIO | None = None, level: int = 1) -> None:
         self.stream = stream if stream is not None else sys.stderr
@@ -33,6 +33,8 @@ class Progress:
 
     def warn(self, text: str) -> None:
         """Something the user should know; shown even with -q."""
+        if self.level < 0:
+            return
         self._close_line()
         print(f"[{self._clock()}] warning: {text}", file=self.stream, flush=True)
 

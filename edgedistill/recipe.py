@@ -93,6 +93,16 @@ class TeacherTraining(Training):
     shape: ShapeAsk = ShapeAsk()
 
 
+class AlsoTeacher(Section):
+    """A further teacher, with the first one's tokenizer."""
+
+    model: str = Field(description="folder or hub id")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    weight: float = Field(
+        1.0, gt=0, le=1e6, description="its share of the mean, before the shares are made to sum to 1"
+    )
+
+
 class Teacher(Section):
     """The large model."""
 
@@ -106,21 +116,28 @@ class Teacher(Section):
         "auto",
         description="auto: beside the student; offload: on the CPU, layer by layer; shard: over the ranks (FSDP)",
     )
+    weight: float = Field(1.0, gt=0, le=1e6, description="its share of the mean where `also` names others")
+    also: list[AlsoTeacher] = Field(
+        [], description="teachers beside it: the student learns the mean of all their probabilities, by weight"
+    )
     train: TeacherTraining = TeacherTraining()
 
 
 class Student(Section):
     """The small model."""
 
-    start: Literal["fresh", "pretrained", "layers", "width", "both"] = Field(
-        "fresh",
-        description="fresh: designed; pretrained: `student.model`; layers: some of the teacher's; width: its widths"
-        " pruned by activation importance; both: layers and widths",
+    start: Literal["auto", "fresh", "pretrained", "layers", "width", "both"] = Field(
+        "auto",
+        description="width: all of the teacher's layers, their widths pruned by activation importance; layers: some of"
+        " its layers; both: layers and widths; fresh: designed, random; pretrained: `student.model`; auto: width, else"
+        " both, layers or fresh, the first that this teacher and these sizes allow (`plan` says which, and why)",
     )
     layer_choice: Literal["uniform", "first", "last", "importance"] = Field(
         "uniform", description="which of the teacher's layers are kept"
     )
-    trim_vocabulary: bool = Field(False, description="keep only the tokens that the data uses (cut starts)")
+    trim_vocabulary: bool = Field(
+        False, description="keep only the tokens that the text uses, all three parts of it; not with pretrained"
+    )
     model: str | None = Field(None, description="folder or hub id of a pretrained student")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     compression: float = Field(4.0, ge=1, le=10000, description="teacher's parameters ÷ student's, at least")

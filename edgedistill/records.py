@@ -94,6 +94,22 @@ class DataResult(Record):
     sha256: str
 
 
+class VocabularyResult(Record):
+    """A tokenizer trimmed to what the text uses: `path` is its folder, with a config.json of the new ids.
+
+    `used_tokens` are those in the documents, `only_held_out_tokens` those of them that the held-out part alone has;
+    `kept_sha256` is that of the kept ids of the teacher, ascending, as little-endian int64.
+    """
+
+    path: str
+    tokens: int
+    teacher_tokens: int
+    used_tokens: int
+    only_held_out_tokens: int
+    kept_sha256: str
+    tokenizer_sha256: str
+
+
 class TrainResult(Record):
     """How a training run went."""
 
@@ -121,6 +137,19 @@ class SignalsResult(Record):
     bytes_per_token: float
 
 
+class FurtherTeacher(Record):
+    """A teacher beside the first: what it is, where its weights lie, and its share before normalising."""
+
+    name: str
+    origin: Literal["folder", "hub"]
+    path: str
+    shape: Shape
+    parameters: int
+    weights_sha256: str
+    tokenizer_sha256: str
+    weight: float
+
+
 class TeacherResult(Record):
     """The teacher: where its weights lie and what they are. `path` is a local folder."""
 
@@ -133,6 +162,8 @@ class TeacherResult(Record):
     tokenizer_sha256: str
     training: TrainResult | None = None
     adopted: bool = False
+    weight: float = 1.0
+    also: list[FurtherTeacher] = []
 
 
 class StudentResult(Record):
@@ -146,6 +177,7 @@ class StudentResult(Record):
     weights_sha256: str
     tokenizer_sha256: str
     teacher_weights_sha256: str | None = None
+    further_teachers: list[FurtherTeacher] = []
     signals: str = "none"
     training: TrainResult | None = None
     adopted: bool = False
@@ -256,6 +288,12 @@ class Retention(Record):
     retention: Scored
     agreement: Agreement
     tokenizer: TokenizerCheck
+    kept_tokens: int | None = Field(
+        default=None,
+        description="tokens of a trimmed vocabulary: KL is then over these, the teacher's probabilities renormalised"
+        " (its own KL is the mean of −log of what it gives them in all); perplexity and choices are over all tokens"
+        " that each model has; null: not trimmed",
+    )
     gate: Gate
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)

@@ -62,8 +62,8 @@ def recipe_page() -> str:
             (
                 f"`{path}.{name}`" if path else f"`{name}`",
                 field_type(field),
-                _yaml(field.get_default()),
-                *(_yaml(value) if value != field.get_default() else "" for value in (getattr(c, name) for c in chosen)),
+                "required" if field.is_required() else _yaml(field.get_default()),
+                *(_other_value(c, name, field) for c in chosen),
                 field.description or "",
             )
             for name, field in section.model_fields.items()
@@ -130,14 +130,33 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 
 
 def _sections(
-    section: type[BaseModel], chosen: Sequence[BaseModel], path: str
-) -> Iterator[tuple[str, type[BaseModel], Sequence[BaseModel]]]:
-    """Path and class of a section and all sections in it, with what the built-in recipes have there."""
+    section: type[BaseModel], chosen: Sequence[BaseModel | None], path: str
+) -> Iterator[tuple[str, type[BaseModel], Sequence[BaseModel | None]]]:
+    """Path and class of a section and all sections in it, with what the built-in recipes have there.
+
+    A list's sections stand as `path[]`; no built-in recipe has one (None).
+    """
     yield path, section, chosen
     for name, field in section.model_fields.items():
         if _is_section(field):
             inner: type[BaseModel] = field.annotation  # type: ignore[assignment]
             yield from _sections(inner, [getattr(c, name) for c in chosen], f"{path}.{name}" if path else name)
+        elif (listed := _listed_section(field)) is not None:
+            yield from _sections(listed, [None for _ in chosen], f"{path}.{name}[]")
+
+
+def _listed_section(field: FieldInfo) -> type[BaseModel] | None:
+    """The class of a list's sections, where a field is such a list."""
+    if get_origin(field.annotation) is not list:
+        return None
+    kind = get_args(field.annotation)[0]
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _other_value(chosen: BaseModel | None, name: str, field: FieldInfo) -> str:
+    """What a built-in recipe has in a field where that is not the default."""
+    value = getattr(chosen, name, None)
+    return "" if chosen is None or value == field.get_default() else _yaml(value)
 
 
 def _is_section(field: FieldInfo) -> bool:
@@ -152,6 +171,8 @@ def _kind(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         values = [f"`{value}`" for value in get_args(annotation)]
         return f"one of {', '.join(values)}" if len(values) > 1 else values[0]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
     if get_origin(annotation) is list:
         return f"list of {_kind(get_args(annotation)[0])}"
     return TYPES[annotation]

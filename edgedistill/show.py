@@ -189,6 +189,11 @@ def retention_text(retention: Retention) -> str:
             table("", header, rows),
             f"{retention.examples:,} tokens of {retention.documents} documents, windows of {retention.context_tokens};"
             " intervals: 95 %, paired bootstrap over documents",
+            *(
+                []
+                if retention.kept_tokens is None
+                else [f"vocabulary trimmed to {retention.kept_tokens:,} tokens: KL is over these, perplexity over all"]
+            ),
             f"tokenizer: {check.texts - check.mismatches} of {check.texts} texts as the original",
             f"gate: {gate.min_retention:g} at the interval's lower end {'passed' if gate.passed else 'FAILED'}",
         ]

@@ -12,7 +12,7 @@ from edgedistill import machine
 from edgedistill.data.documents import in_pieces, read_documents
 from edgedistill.data.split import blocks_of
 from edgedistill.errors import GateFailed, UserError
-from edgedistill.models import open_model, require_same_tokenizer
+from edgedistill.models import kept_tokens, open_model
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
 from edgedistill.records import Artifact, Latency, Retention
@@ -112,7 +112,7 @@ def verify(
     exported = open_artifact(artifact)
     student_folder = open_model(student, role="student")
     teacher_folder = open_model(teacher or student, role="teacher")
-    require_same_tokenizer(teacher_folder.path, student_folder.path)
+    kept_tokens(teacher_folder.path, student_folder.path)  # refused now rather than after the text was read
     documents = read_documents(recipe.data.source, recipe.data)
     running = in_pieces(recipe.data.source, recipe.data)
     blocks = blocks_of(documents, recipe.data.min_document_chars) if running else [[text] for text in documents]

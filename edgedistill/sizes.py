@@ -1,4 +1,4 @@
-"""Bytes of artifacts, of the KV cache, and of training, computed from a Shape. Everything here is `derived`.
+"""Bytes of artifacts and of the KV cache, computed from a Shape. Everything here is `derived`.
 
 GGUF follows llama.cpp's own choice of a type a tensor (src/llama-quant.cpp, without an importance matrix);
 tests/test_sizes.py holds it to files that llama.cpp quantized.
@@ -43,9 +43,6 @@ ONNX_BYTES_A_TOKEN = 65
 GGUF_KV_BYTES = 2
 # llama.cpp's prompt batch: its compute buffer holds the logits of so many tokens in float32.
 LLAMA_UBATCH = 512
-ADAM_BYTES_A_PARAMETER = 16
-# naive float32 KL over a vocabulary: both logits, their softmaxes, the gradient
-KL_BYTES_A_LOGIT = 28
 
 
 class Tensor(NamedTuple):
@@ -156,26 +153,6 @@ def compute_buffer_bytes(shape: Shape, context_tokens: int) -> int:
     """The runtime's scratch for a prompt batch: float32 logits, and the widest activations."""
     batch = min(LLAMA_UBATCH, context_tokens)
     return batch * 4 * (shape.vocab_size + 2 * shape.intermediate_size + 4 * shape.hidden_size)
-
-
-def training_bytes(shape: Shape, *, sequences: int, context_tokens: int, teacher: Shape | None) -> int:
-    """Peak memory of training in float32 with AdamW under bf16 autocast; with a teacher, distillation's.
-
-    Weights, gradients, two moments (16 bytes a parameter) and their bf16 copies; the teacher's float32 weights with
-    bf16 copies; activations kept for the backward pass; 28 bytes a logit for the loss. An estimate, within a factor
-    of about 1.5.
-    """
-    tokens = sequences * context_tokens
-    query = shape.num_attention_heads * shape.head_dim
-    key_value = shape.num_key_value_heads * shape.head_dim
-    # Kept a token and layer: norms' inputs and outputs, q, k, v, attention's output, gate, up, their product (bf16),
-    # and the float32 residual stream twice.
-    a_layer = (
-        2 * (4 * shape.hidden_size + 2 * query + 2 * key_value + 4 * shape.intermediate_size) + 8 * shape.hidden_size
-    )
-    state = (ADAM_BYTES_A_PARAMETER + 2) * shape.parameters
-    teacher_state = 6 * teacher.parameters if teacher else 0
-    return state + teacher_state + tokens * (shape.num_hidden_layers * a_layer + KL_BYTES_A_LOGIT * shape.vocab_size)
 
 
 def _matmul_weights(shape: Shape) -> int:

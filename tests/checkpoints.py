@@ -127,14 +127,10 @@ def torch_greedy(model: Any, tokens: list[int], new_tokens: int) -> list[int]:
     import torch
 
     ids = list(tokens)
-    cache = None
     with torch.inference_mode():
-        step = torch.tensor([ids])
         for _ in range(new_tokens):
-            answer = model(input_ids=step, past_key_values=cache, use_cache=True)
-            cache = answer.past_key_values
-            ids.append(int(answer.logits[0, -1].argmax()))
-            step = torch.tensor([ids[-1:]])
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits
+            ids.append(int(logits[0, -1].argmax()))
     return ids[len(tokens) :]
 
 

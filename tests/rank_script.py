@@ -1,6 +1,7 @@
 """Trains under torchrun: `rank_script.py FOLDER MODE STEPS [STOP_AT]`.
 
-Rank 0 writes losses.json and final.safetensors.
+MODE: "ddp" or "fsdp"; with "-shard" the teacher is sharded too, with "-lora" the student has adapters. Rank 0 writes
+losses.json and final.safetensors.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from training_models import KL, model, run
 
 from edgedistill.distill import trainer
 from edgedistill.distill.checkpoint import whole_parameters
+from edgedistill.distill.lora import add_adapters, merge_adapters
 from edgedistill.distill.ranks import leave, ranks_here
 from edgedistill.distill.signals import LiveSignals
+from edgedistill.distill.teacher_model import live_teacher
+from edgedistill.recipe import Lora, Teacher
 
 
 def main() -> None:
     folder, mode, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     stop_at = int(sys.argv[4]) if len(sys.argv) > 4 else None
     torch.set_num_threads(1)
-    if mode == "fsdp":
+    if mode.startswith("fsdp"):
         os.environ["ACCELERATE_USE_FSDP"] = "true"
     ranks = ranks_here()
     original = trainer._Step.run
@@ -38,12 +42,23 @@ def main() -> None:
 
     trainer._Step.run = stopping
     student = model()
+    teacher = model(seed=5, hidden=48)
+    signals = LiveSignals(teacher, low_precision=False)
+    if mode.endswith("-shard"):
+        if ranks.main:
+            teacher.save_pretrained(folder / "teacher")
+        ranks.barrier()
+        signals = live_teacher(folder / "teacher", Teacher(placement="shard"), low_precision=False, ranks=ranks)
+        rows = sum(p.to_local().numel() for p in signals.teacher.parameters())
+        assert rows < 0.6 * sum(p.numel() for p in teacher.parameters()), "this rank holds more than its share"
+    if mode.endswith("-lora"):
+        student = add_adapters(student, Lora(rank=4), folder=folder, device=ranks.device, seed=0, sharded=ranks.sharded)
     result = run(
-        student, folder / "state", loss=KL, signals=LiveSignals(model(seed=5, hidden=48), low_precision=False),
+        student, folder / "state", loss=KL, signals=signals,
         ranks=ranks, tokens=16 * 8 * steps, batch_sequences=8, micro_batch_sequences=2, optimizer="adamw",
         evaluate_every_share=1 / steps, checkpoint_every_s=1e-9,
     )  # fmt: skip
-    weights = whole_parameters(student)
+    weights = whole_parameters(merge_adapters(student, model(seed=9)) if mode.endswith("-lora") else student)
     if ranks.main:
         (folder / "losses.json").write_text(json.dumps([[row["loss"], row["perplexity"]] for row in result.history]))
         save_file(weights, folder / "final.safetensors")

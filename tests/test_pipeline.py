@@ -230,6 +230,25 @@ def test_students_cut_from_layers_and_pretrained(built):
     assert more["student"]["training"]["history"][-1]["perplexity"] < 100
 
 
+@pytest.mark.parametrize("start", ["width", "both"])
+def test_a_bundle_of_a_student_cut_out_of_its_teacher(built, start):
+    words = ("--set", f"student.start={start}", "--set", "student.compression=2.5", "--out", f"cut-{start}")
+    document = built.json("build", built.recipe(), *TARGETS, *words)
+    student = document["student"]
+    assert student["start"] == start
+    assert student["shape"]["num_hidden_layers"] == 2
+    assert student["shape"]["hidden_size"] == 32
+    assert student["shape"]["head_dim"] == 16
+    assert student["start_details"]["method"] == "activation importance"
+    rungs = {r["rung"]: r["perplexity"] for r in document["bundles"][0]["artifacts"][0]["retention"]["rungs"]}
+    # 40,000 tokens of a small grammar: far from the 320 of a student that knows nothing, as in the shipped bytes
+    assert rungs["student"] < 60
+    assert rungs["shipped"] == pytest.approx(rungs["student"], rel=0.1)
+    assert built("bundle", "verify", str(built.folder / f"cut-{start}" / "tiny-phone-arm64-high")).returncode == 0
+    again = built.json("distill", built.recipe(), *TARGETS, *words[:4])
+    assert again["student"]["reused"] is True
+
+
 def test_losses_can_be_mixed(built):
     words = ("--set", "distill.cross_entropy=0.5", "--set", "distill.temperature=2", "--set", "distill.tokens=5000")
     mixed = built.json("distill", built.recipe(), *TARGETS, *words)

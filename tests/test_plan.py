@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import pytest
 from edgedistill import sizes
 from edgedistill.errors import UserError
 from edgedistill.fit import artifacts_of, context_of, decode_ceiling, human_bytes
-from edgedistill.plan import Plan, plan, plan_rows
+from edgedistill.plan import AUTO_STARTS, Plan, plan, plan_rows
 from edgedistill.recipe import Recipe, parse_recipe
 from edgedistill.records import Shape
 from edgedistill.targets import Target, load_target, targets_list
+from edgedistill.training_fit import PROCESS_BYTES, _relaxed, distillation, predict_distillation, propose
 
 TEACHER = Shape(vocab_size=4096, hidden_size=512, intermediate_size=1536, num_hidden_layers=6,
                 num_attention_heads=8, num_key_value_heads=4, head_dim=64)  # fmt: skip
@@ -39,11 +42,11 @@ def _plan(*targets: Target, recipe: Recipe | None = None, teacher: Shape = TEACH
 
 def test_figures_add_up_and_are_derived() -> None:
     planned = _plan(JETSON)
-    assert planned.student_parameters == planned.student.parameters == 4_983_552
-    assert planned.compression == pytest.approx(20_978_176 / 4_983_552)
+    assert planned.student_parameters == planned.student.parameters == 4_590_848
+    assert planned.compression == pytest.approx(20_978_176 / 4_590_848)
     (artifact,) = planned.artifacts
     assert (artifact.target, artifact.artifact, artifact.context_tokens) == ("jetson-orin-nano", "gguf:Q4_K_M", 2048)
-    cache = 2 * 5 * 2 * 64 * 2048 * 2
+    cache = 2 * 6 * 2 * 64 * 2048 * 2
     assert artifact.kv_cache_bytes.value == cache
     assert artifact.artifact_bytes.value == sizes.artifact_bytes(planned.student, "gguf", "Q4_K_M")
     assert artifact.memory_bytes.value == artifact.artifact_bytes.value + cache + artifact.runtime_bytes.value
@@ -189,18 +192,83 @@ def test_disk() -> None:
     assert trained_here.disk_bytes.value >= needed + 4 * TEACHER.parameters
 
 
-def test_training_memory() -> None:
-    recipe = _recipe("distill.batch_sequences=16", "distill.context_tokens=512")
-    needed = int(_plan(JETSON, recipe=recipe).training_memory_bytes.value)
-    assert not any("micro_batch" in w for w in _plan(JETSON, recipe=recipe, machine_memory_bytes=needed).warnings)
-    warned = _plan(JETSON, recipe=recipe, machine_memory_bytes=needed - 1).warnings
-    assert any("distill.micro_batch_sequences" in warning for warning in warned)
-    smaller = _plan(JETSON, recipe=_recipe("distill.micro_batch_sequences=1")).training_memory_bytes.value
-    assert smaller < needed
-    assert _plan(JETSON, recipe=_recipe("distill.micro_batch_sequences=1"), machine_memory_bytes=int(smaller))
-    with pytest.raises(UserError, match=r"distillation needs about .* with one sequence a step, 1 B more than"):
-        _plan(JETSON, recipe=recipe, machine_memory_bytes=int(smaller) - 1)
-    assert _plan(JETSON, store_hits={"student": True}, machine_memory_bytes=1).training_memory_bytes.value == 0
+def _whole(planned: Plan) -> int:
+    """The training process's bytes: the peak, and what stands after its imports."""
+    return PROCESS_BYTES + int(planned.training_memory_bytes.value)
+
+
+def test_training_memory_is_predicted_with_its_parts() -> None:
+    planned = _plan(JETSON)
+    expected = predict_distillation(_recipe(), planned.student, TEACHER)
+    assert planned.training_memory_bytes.value == expected.bytes == sum(planned.training_memory_parts.values())
+    assert planned.training_memory_parts == expected.components
+    assert "teacher 83.9 MB" in planned.training_memory_bytes.source
+    assert "distillation, beside 450 MB for the process" in planned.training_memory_bytes.source
+    done = _plan(JETSON, store_hits={"student": True}, machine_memory_bytes=1)
+    assert done.training_memory_bytes.value == 0
+    assert done.training_memory_parts == {}
+    here = plan(Recipe(), [JETSON], teacher=LLAMA_8B, store_hits={"student": True})
+    assert here.training_memory_bytes.source.startswith("the teacher's training")
+
+
+def test_settings_that_fit_are_proposed_in_turn() -> None:
+    """At each limit the nearest settings are named, with --set words that do fit when they are taken."""
+    recipe = _recipe("distill.batch_sequences=8", "distill.context_tokens=1024", "distill.precision=fp32")
+    asked = _plan(JETSON, recipe=recipe)
+    assert not any("--set" in w for w in _plan(JETSON, recipe=recipe, machine_memory_bytes=_whole(asked)).warnings)
+    limit, seen = _whole(asked) - 1, []
+    while True:
+        try:
+            (advice,) = [w for w in _plan(JETSON, recipe=recipe, machine_memory_bytes=limit).warnings if "--set" in w]
+        except UserError as error:
+            assert "no settings make it fit this machine's" in error.cause
+            assert f"distillation needs about {human_bytes(_whole(asked))}" in error.cause
+            break
+        words = re.findall(r"--set (\S+)", advice)
+        taken = _plan(JETSON, recipe=parse_recipe("teacher: {model: some-folder}", where="test", overrides=[
+            "distill.batch_sequences=8", "distill.context_tokens=1024", "distill.precision=fp32", *words]))  # fmt: skip
+        assert _whole(taken) <= limit
+        assert f"would need {human_bytes(_whole(taken))}" in advice
+        seen.append(words)
+        limit = _whole(taken) - 1
+    assert seen[0] == ["distill.micro_batch_sequences=7"]
+    steps = ["micro_batch_sequences", "activation_checkpointing=true", "optimizer=adamw8bit", "teacher_signals=cached",
+             "teacher.precision=bf16", "teacher.precision=int8", "teacher.precision=nf4"]  # fmt: skip
+    first = [next((i for i, words in enumerate(seen) if any(step in w for w in words)), None) for step in steps]
+    known = [place for place in first if place is not None]
+    assert None not in first[:3], (first, seen)
+    assert known == sorted(known), (first, seen)
+    # each relaxation keeps those before it
+    own = [[w for w in words if "activation" in w or "optimizer" in w] for words in seen]
+    assert all(after[: len(before)] == before for before, after in itertools.pairwise(own)), seen
+
+
+def test_a_proposal_for_other_losses_asks_for_exact_states() -> None:
+    student = _plan(JETSON).student
+    recipe = _recipe("distill.forward_kl=0", "distill.reverse_kl=1")
+    run = distillation(student, LLAMA_8B)
+    cached = min(
+        run.needs(_recipe("distill.forward_kl=0", "distill.reverse_kl=1", "distill.micro_batch_sequences=1",
+                          "distill.activation_checkpointing=true", "distill.optimizer=adamw8bit",
+                          "distill.teacher_signals=cached", "distill.cache.kind=hidden", f"teacher.precision={p}"))
+        for p in ("bf16", "int8", "nf4"))  # fmt: skip
+    found = propose(run, recipe, cached)
+    assert found is not None
+    assert found.bytes <= cached
+    assert found.words[:2] == ("distill.activation_checkpointing=true", "distill.optimizer=adamw8bit")
+    assert propose(run, recipe, cached // 4) is None
+    ways = [words for _, words in _relaxed(run, recipe)]
+    assert ways[3][2:] == ("distill.teacher_signals=cached", "distill.cache.kind=hidden")
+    plain = [words for _, words in _relaxed(run, _recipe())]
+    assert plain[3][2:] == ("distill.teacher_signals=cached",)
+    assert plain[-1][-1] == "teacher.precision=nf4"
+
+
+def test_the_teachers_own_training_is_proposed_for() -> None:
+    recipe = Recipe()
+    needed = _whole(plan(recipe, [JETSON], teacher=LLAMA_8B, store_hits={"student": True}))
+    planned = plan(recipe, [JETSON], teacher=LLAMA_8B, store_hits={"student": True}, machine_memory_bytes=needed - 1)
+    assert any("--set teacher.train.micro_batch_sequences=" in warning for warning in planned.warnings)
 
 
 def test_threads_are_warned_about() -> None:
@@ -237,7 +305,7 @@ def test_no_target() -> None:
 def test_rows_for_people() -> None:
     rows = plan_rows(_plan(JETSON, PHONE, store_hits={"teacher": True, "student": False}))
     table = {what: (value, basis, source) for what, value, basis, source in rows}
-    assert table["student"][2].startswith("4,983,552 parameters, sized by compression")
+    assert table["student"][2].startswith("4,590,848 parameters, sized by compression")
     assert table["jetson-orin-nano gguf:Q4_K_M: decode at most"][1] == "derived"
     assert table["store: teacher"][0] == "ready"
     assert table["store: student"][0] == "to be made"
@@ -263,4 +331,123 @@ def test_the_teacher_at_hand(test_data: Path) -> None:
     folder = test_data / "weights" / "teacher-tinystories-21m"
     teacher = shape_from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")), where="teacher")
     planned = _plan(JETSON, PHONE, SERVER, teacher=teacher)
-    assert (planned.student.hidden_size, planned.student.num_hidden_layers, planned.compression > 4) == (256, 5, True)
+    assert (planned.student.hidden_size, planned.student.num_hidden_layers, planned.compression > 4) == (256, 6, True)
+
+
+def _cut_of(student: Shape, teacher: Shape) -> bool:
+    """Whether a cut can give this student: nothing larger, its heads' size, no larger groups, the head tied alike."""
+    sizes_ = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    same = ("head_dim", "vocab_size", "tie_word_embeddings", "family", "attention_bias", "qk_norm")
+    group = student.num_attention_heads / student.num_key_value_heads
+    return (
+        all(getattr(student, name) <= getattr(teacher, name) for name in sizes_)
+        and all(getattr(student, name) == getattr(teacher, name) for name in same)
+        and group == int(group) <= teacher.num_attention_heads // teacher.num_key_value_heads
+    )
+
+
+QWEN_HALF = Shape(family="qwen2", attention_bias=True, vocab_size=151936, hidden_size=896, intermediate_size=4864,
+                  num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, head_dim=64,
+                  max_position_embeddings=32768)  # fmt: skip
+NARROW = Shape(vocab_size=512, hidden_size=64, intermediate_size=172, num_hidden_layers=5, num_attention_heads=8,
+               num_key_value_heads=4, head_dim=8)  # fmt: skip
+
+
+@pytest.mark.parametrize("teacher", [TEACHER, LLAMA_8B, QWEN_HALF, NARROW], ids=["21m", "8b", "qwen", "narrow"])
+@pytest.mark.parametrize("start", ["width", "both"])
+def test_cut_students_are_cuts_of_their_teacher(start: str, teacher: Shape) -> None:
+    for target in (JETSON, PHONE):
+        for compression in (1, 1.5, 2, 3, 4):
+            recipe = _recipe(f"student.start={start}", f"student.compression={compression}")
+            planned = _plan(target, recipe=recipe, teacher=teacher)
+            assert planned.start == start
+            assert _cut_of(planned.student, teacher), planned.student
+            assert planned.student.parameters <= teacher.parameters / compression
+            assert planned.student.parameters > 0.4 * teacher.parameters / max(compression, 3)
+            if start == "width":
+                assert planned.student.num_hidden_layers == teacher.num_hidden_layers
+    whole = _plan(SERVER, recipe=_recipe(f"student.start={start}", "student.compression=1"), teacher=teacher)
+    assert whole.student == teacher
+
+
+def test_width_gives_up_neurons_before_channels() -> None:
+    """256 wide in the teacher's proportions is too large at six layers; with fewer neurons it fits, and K-quants do."""
+    planned = _plan(JETSON, recipe=_recipe("student.start=width"))
+    assert (planned.student.hidden_size, planned.student.intermediate_size) == (256, 512)
+    assert planned.width_multiple == 256
+    assert planned.artifacts[0].k_quant_fallbacks == 0
+
+
+@pytest.mark.parametrize("start", ["layers", "width", "both"])
+def test_the_tightest_target_sizes_a_cut_too(start: str) -> None:
+    small = _limited(PHONE, max_artifact_bytes=1_500_000_000)
+    recipe = _recipe(f"student.start={start}", "student.compression=2")
+    planned = _plan(SERVER, small, teacher=LLAMA_8B, recipe=recipe)
+    assert planned.sized_by == "limits of phone-arm64-high"
+    assert planned.student.parameters < _plan(SERVER, teacher=LLAMA_8B, recipe=recipe).student.parameters
+    assert _cut_of(planned.student, LLAMA_8B)
+    used = {artifact.target: artifact.artifact_bytes.value for artifact in planned.artifacts}["phone-arm64-high"]
+    assert 0.6 * 1_500_000_000 < used <= 1_500_000_000
+    with pytest.raises(UserError, match="no student of this teacher fits phone-arm64-high"):
+        _plan(_limited(PHONE, max_artifact_bytes=1_000_000), teacher=LLAMA_8B, recipe=recipe)
+
+
+@pytest.mark.parametrize(
+    ("start", "asked", "message"),
+    [
+        (
+            "width",
+            "num_hidden_layers=3",
+            "num_hidden_layers is 3, and a student whose start is width has the teacher's 6",
+        ),
+        ("both", "head_dim=32", "head_dim is 32, and a student whose start is both has the teacher's 64"),
+        (
+            "both",
+            "hidden_size=768",
+            "hidden_size is 768, and a student whose start is both has at most the teacher's 512",
+        ),
+        ("layers", "intermediate_size=768", "intermediate_size is 768, and .* layers has the teacher's 1536"),
+        (
+            "width",
+            "num_key_value_heads=1,num_attention_heads=4",
+            "4 heads over 1 .* the teacher has 2 a key/value head",
+        ),
+        ("width", "num_attention_heads=7", "no heads of a llama teacher's 8 over 4 go with"),
+    ],
+)
+def test_cuts_that_cannot_be_had_are_refused(start: str, asked: str, message: str) -> None:
+    sizes_ = [f"student.shape.{size}" for size in asked.split(",")]
+    with pytest.raises(UserError, match=message) as caught:
+        _plan(JETSON, recipe=_recipe(f"student.start={start}", *sizes_))
+    assert "student.start=fresh" in caught.value.remedy
+
+
+def test_asked_sizes_of_a_cut_are_kept() -> None:
+    recipe = _recipe("student.start=both", "student.shape.num_hidden_layers=4", "student.shape.num_attention_heads=4",
+                     "student.shape.num_key_value_heads=4", "student.shape.intermediate_size=896")  # fmt: skip
+    student = _plan(JETSON, recipe=recipe).student
+    assert (student.num_hidden_layers, student.intermediate_size) == (4, 896)
+    assert (student.num_attention_heads, student.num_key_value_heads) == (4, 4)
+
+
+def test_the_default_start_is_said_and_so_is_why_it_is_another() -> None:
+    best, second, last = AUTO_STARTS[0], AUTO_STARTS[1], AUTO_STARTS[-1]
+    assert _recipe().student.start == "auto"
+    planned = _plan(JETSON)
+    assert (planned.start, planned.start_because) == (best, "the best of benchmarks/student_start.py")
+    assert planned.student == _plan(JETSON, recipe=_recipe(f"student.start={best}")).student
+    assert not any("start is" in warning for warning in planned.warnings)
+    shallow = "student.shape.num_hidden_layers=3"
+    other = _plan(JETSON, recipe=_recipe(shallow))
+    assert other.start == second
+    assert other.student == _plan(JETSON, recipe=_recipe(shallow, f"student.start={second}")).student
+    assert any(f"the student's start is {second}: student.shape.num_hidden_layers is 3" in w for w in other.warnings)
+    asked = "student.shape.head_dim=32"
+    fresh = _plan(JETSON, recipe=_recipe(asked))
+    assert fresh.start == last == "fresh"
+    assert fresh.student == _plan(JETSON, recipe=_recipe("student.start=fresh", asked)).student
+    assert any("the student's start is fresh: student.shape.head_dim is 32" in w for w in fresh.warnings)
+    assert ("student's start", "fresh", "", fresh.start_because) in plan_rows(fresh)
+    with pytest.raises(UserError, match="head_dim is 32"):
+        _plan(JETSON, recipe=_recipe(f"student.start={best}", asked))
+    assert _plan(JETSON, student=TEACHER).start == "given"

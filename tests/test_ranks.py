@@ -65,6 +65,27 @@ def test_two_ranks_give_the_losses_of_one(alone, tmp_path, mode):
     close(tmp_path, alone)
 
 
+@pytest.mark.parametrize("mode", ["ddp-shard", "fsdp-shard"])
+def test_a_sharded_teacher_gives_the_losses_of_a_whole_one(alone, tmp_path, mode):
+    launch(tmp_path, mode, 2)
+    close(tmp_path, alone)
+
+
+@pytest.fixture(scope="module")
+def alone_with_adapters(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    launch(folder, "ddp-lora", 1)
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["ddp-lora", "fsdp-lora"])
+def test_adapters_on_two_ranks_give_the_losses_and_the_merged_student_of_one(alone_with_adapters, tmp_path, mode):
+    losses = figures(alone_with_adapters)
+    assert losses[-1][0] < losses[0][0]
+    launch(tmp_path, mode, 2)
+    close(tmp_path, alone_with_adapters)
+
+
 @pytest.mark.parametrize(("mode", "before", "after"), [("ddp", 2, 1), ("fsdp", 2, 1), ("fsdp", 1, 2)])
 def test_resuming_with_another_number_of_ranks_gives_the_same_losses(alone, tmp_path, mode, before, after):
     launch(tmp_path, mode, before, stop_at=9)

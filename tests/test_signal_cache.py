@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -10,6 +11,7 @@ import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -17,8 +19,10 @@ from safetensors import safe_open
 from training_models import VOCAB, model, packed
 
 from edgedistill.distill import signal_cache
-from edgedistill.distill.losses import SparseTargets, TeacherHead, TeacherLogits
-from edgedistill.distill.signal_cache import KINDS, build_cache, open_cache, sample_multisets
+from edgedistill.distill.cache_files import cache_exists
+from edgedistill.distill.cache_reader import open_cache
+from edgedistill.distill.losses import Head, LossSpec, SparseTargets, TeacherHead, TeacherLogits, head_loss
+from edgedistill.distill.signal_cache import KINDS, build_cache, sample_multisets
 from edgedistill.distill.signals import LiveSignals, produce_from
 from edgedistill.errors import UserError
 
@@ -100,6 +104,36 @@ def test_samples_follow_the_teacher_at_the_temperature(tmp_path, small_shards):
     assert reader.bytes_per_token < 60
 
 
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [("hidden", "forward_kl"), ("hidden", "jsd"), ("dense", "forward_kl"), ("dense", "jsd"), ("topk", "forward_kl")],
+)
+def test_a_temperature_in_the_loss_is_that_of_the_live_teacher(tmp_path, kind, loss):
+    """Kept logits and states are at T = 1, kept probabilities at the loss's; all give its gradient at T = 2."""
+    spec = LossSpec({loss: 1.0}, temperature=TEMPERATURE, vocab=VOCAB)
+    build(tmp_path / "c", kind, top_k=VOCAB)
+    kept = open_cache(str(tmp_path / "c"), key=KEY, head=head()).batch(ROWS)
+    ids = torch.from_numpy(packed().sequence_ids(ROWS))
+    live = LiveSignals(model(seed=5, hidden=48), low_precision=False).batch(ROWS, ids[:, :-1])
+    student = Head(model(seed=9).get_output_embeddings().weight.detach())
+
+    def of(teacher, temperature=TEMPERATURE):
+        hidden = torch.randn(len(ROWS) * 16, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        chosen = dataclasses.replace(spec, temperature=temperature)
+        value, _ = head_loss(
+            20 * hidden, student, teacher, ids[:, 1:].reshape(-1), chosen, valid_total=64, low_precision=False
+        )
+        value.backward()
+        return value.item(), hidden.grad
+
+    value, gradient = of(live)
+    got, found = of(kept)
+    assert got == pytest.approx(value, rel=5e-3)
+    assert ((found - gradient).norm() / gradient.norm()) < 0.01
+    _, other = of(kept if kind != "topk" else live, 1.0)
+    assert ((other - gradient).norm() / gradient.norm()) > 0.1
+
+
 def test_inverting_the_distribution_draws_what_it_says():
     """Against the draws taken one by one; ends of the distribution included."""
     g = torch.Generator().manual_seed(0)
@@ -136,6 +170,28 @@ def test_ranks_write_the_same_bytes_as_one_process(tmp_path, kind, small_shards)
     assert len([p for p in one if p.name.startswith("shard")]) > 2
     for a, b in zip(one, three, strict=True):
         assert a.read_bytes() == b.read_bytes()
+
+
+def test_ranks_run_a_sharded_teacher_together_to_the_end(tmp_path, small_shards):
+    """A sharded teacher's pass gathers its weights from every rank: one that is called alone waits for ever."""
+    build(tmp_path / "one", "hidden")
+    (tmp_path / "three").mkdir()
+    for name in ("shard-00000.safetensors", "shard-00002.safetensors"):  # of an earlier try
+        shutil.copy(tmp_path / "one" / name, tmp_path / "three" / name)
+    (tmp_path / "three" / "building.json").write_text(json.dumps(KEY, sort_keys=True))
+    barrier, gather, given = threading.Barrier(3, timeout=120), threading.Barrier(3, timeout=120), produce()
+
+    def collective(rows):
+        gather.wait()
+        return given(rows)
+
+    def write(rank):
+        build(tmp_path / "three", "hidden", produce=collective, rank=rank, world=3, barrier=barrier.wait)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, range(3)))
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "three" / path.name).read_bytes()
 
 
 def test_a_build_that_was_killed_goes_on_with_its_whole_shards(tmp_path, small_shards):
@@ -281,14 +337,25 @@ def test_a_url_is_built_and_read_through_fsspec(tmp_path, small_shards):
     reader = open_cache(url, key=KEY, local=tmp_path / "elsewhere")
     here = open_cache(str(tmp_path / "plain"), key=KEY)
     assert torch.equal(reader.batch(ROWS).ids, here.batch(ROWS).ids)
-    assert signal_cache.cache_exists(url)
-    assert not signal_cache.cache_exists(url + "-not")
+    assert cache_exists(url)
+    assert not cache_exists(url + "-not")
     with pytest.raises(UserError, match="no cache of teacher signals"):
         open_cache(url + "-not", key=KEY, local=tmp_path / "elsewhere")
     victim = next((tmp_path / "elsewhere").rglob("shard*"))
     victim.write_bytes(b"torn")
     again = open_cache(url, key=KEY, local=tmp_path / "elsewhere")
     assert torch.equal(again.batch(ROWS).weights, here.batch(ROWS).weights)
+
+
+def test_a_url_that_was_emptied_is_built_anew_whatever_lies_staged(tmp_path, small_shards):
+    url, other = f"memory://again-{os.getpid()}", {**KEY, "temperature": 1.0}
+    build(url, "sampled", local=tmp_path)
+    files, path = fsspec.core.url_to_fs(url)
+    files.rm(path, recursive=True)
+    build(url, "sampled", key=other, temperature=1.0, local=tmp_path)
+    build(tmp_path / "plain", "sampled", key=other, temperature=1.0)
+    for shard in (tmp_path / "plain").glob("shard*"):
+        assert files.cat_file(f"{path}/{shard.name}") == shard.read_bytes()
 
 
 def test_a_full_disk_says_so_and_keeps_what_was_written(tmp_path, small_shards, monkeypatch):

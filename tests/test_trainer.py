@@ -284,6 +284,29 @@ def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path, monkeypatch):
         run(model(), tmp_path, ranks=replace(ranks_here(), world=3))
 
 
+def test_what_is_masked_is_the_token_that_is_predicted(tmp_path):
+    """DistillKit masks logits[t] by labels[t], one too early."""
+    data = pack(documents(6), context=16, seed=1, eos=None, bos=None)
+    teacher, student = model(seed=5, hidden=48), model(seed=7)
+    rows = next(data.batches(4, 0))
+    ids, positions = data.sequence_ids(rows), torch.from_numpy(data.positions(rows))
+    with torch.no_grad():
+        # with a cache, transformers does not see that documents are packed
+        inputs = {"input_ids": torch.from_numpy(ids[:, :-1]), "position_ids": positions, "use_cache": False}
+        p, q = (each.eval()(**inputs).logits.log_softmax(-1) for each in (teacher, student))
+    kl = (p.exp() * (p - q)).sum(-1)
+    firsts = set(data.starts.tolist())
+    predicts_a_first = torch.tensor([[int(row) * 16 + t + 1 in firsts for t in range(16)] for row in rows])
+    is_a_first = torch.tensor([[int(row) * 16 + t in firsts for t in range(16)] for row in rows])
+    assert 0 < predicts_a_first.sum() < 8
+    result = run(
+        model(seed=7), tmp_path, loss=KL, signals=LiveSignals(teacher, low_precision=False), data=data, tokens=16 * 4,
+        attention="documents",
+    )  # fmt: skip
+    assert result.history[0]["loss"] == pytest.approx(float(kl[~predicts_a_first].mean()), rel=1e-4)
+    assert float(kl[~is_a_first].mean()) != pytest.approx(float(kl[~predicts_a_first].mean()), rel=1e-3)
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's inductor warns of torch itself
 def test_a_compiled_body_trains_the_same_and_is_compiled_once(tmp_path):

@@ -36,7 +36,16 @@ from edgedistill.bundle.samples import write_samples
 from edgedistill.bundle.sbom import sbom_text
 from edgedistill.errors import UserError
 from edgedistill.recipe import Recipe
-from edgedistill.records import Artifact, DataResult, FileEntry, Latency, Retention, StudentResult, TeacherResult
+from edgedistill.records import (
+    Artifact,
+    DataResult,
+    FileEntry,
+    FurtherTeacher,
+    Latency,
+    Retention,
+    StudentResult,
+    TeacherResult,
+)
 from edgedistill.report.html import render
 from edgedistill.store import (
     Store,
@@ -297,7 +306,8 @@ def _manifest(
         limits={**target.limits.model_dump(mode="json"), "context_tokens": bundled[0].context_tokens},
         recipe=_recipe_note(recipe),
         seeds={"recipe": recipe.seed},
-        teacher=_teacher_note(teacher),
+        teacher=None if teacher is None else _teacher_note(teacher),
+        further_teachers=[_teacher_note(each) for each in teacher.also] if teacher is not None else [],
         student=ModelNote(
             name=recipe.name,
             origin=student.start + (", adopted from another version" if student.adopted else ""),
@@ -328,6 +338,8 @@ def _recipe_note(recipe: Recipe) -> dict[str, Any]:
     for section, field in RECIPE_PATHS:
         if note[section][field] is not None:
             note[section][field] = without_folders(note[section][field])
+    for further in note["teacher"]["also"]:
+        further["model"] = without_folders(further["model"])
     return note
 
 
@@ -347,9 +359,7 @@ def _data_note(data: DataResult | None) -> DataNote | None:
     )
 
 
-def _teacher_note(teacher: TeacherResult | None) -> ModelNote | None:
-    if teacher is None:
-        return None
+def _teacher_note(teacher: TeacherResult | FurtherTeacher) -> ModelNote:
     return ModelNote(
         name=PurePath(teacher.name).name if teacher.origin == "folder" else without_folders(teacher.name),
         origin=teacher.origin,

@@ -52,6 +52,10 @@ def notice_text(found: Path | None, manifest: Manifest) -> str:
     if manifest.teacher is not None:
         teacher = manifest.teacher
         lines.append(f"Teacher: {_plain(teacher.name)} ({teacher.origin}), weights sha256 {teacher.weights_sha256}.")
+        lines += [
+            f"Further teacher: {_plain(each.name)} ({each.origin}), weights sha256 {each.weights_sha256}."
+            for each in manifest.further_teachers
+        ]
     else:
         lines.append("Teacher: unknown; the student was given.")
     if manifest.data is not None:
@@ -93,6 +97,10 @@ def _body(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]
     parts.append(f"A language model of {student.parameters:,} parameters for {_target(manifest)}.")
     if teacher is not None:
         parts.append(f"Distilled from {_md(teacher.name)} ({teacher.parameters:,} parameters, {teacher.origin}).")
+        parts += [
+            f"Beside it taught {_md(each.name)} ({each.parameters:,} parameters, {each.origin})."
+            for each in manifest.further_teachers
+        ]
     else:
         parts.append("Its teacher is unknown: the student was given.")
     parts += ["", "## Intended use", "", TO_FILL, "", "## Out of scope, risks, bias", ""]
@@ -140,6 +148,12 @@ def _retention(name: str, retention: Retention) -> list[str]:
             if rung.basis == basis
         ]
         lines.append("")
+    if retention.kept_tokens is not None:
+        lines += [
+            f"Its vocabulary was trimmed to {retention.kept_tokens:,} tokens, by what the text uses, the held-out text"
+            " included: its perplexity is over those, the teacher's over all of its own. Other text takes more tokens.",
+            "",
+        ]
     return lines
 
 

@@ -233,6 +233,7 @@ class Manifest(Record):
     recipe: dict[str, Any]
     seeds: dict[str, int]
     teacher: ModelNote | None
+    further_teachers: list[ModelNote] = Field(default=[], description="those that taught beside it")
     student: ModelNote
     data: DataNote | None
     tool_versions: dict[str, str]

@@ -20,6 +20,10 @@ The rule, exactly:
    but where no untied student fits, tied ones are tried before giving up.
 6. Sizes that the user asks for are taken as they are; multiples, proportions and the teacher's size do not bind
    them, the budget does.
+7. A student that is cut out of its teacher (`from_teacher`) has no width above the teacher's, its head size, at most
+   its queries a key/value head, and its embedding tied or not as there. At the teacher's own width nothing is rounded.
+   With "width" the depth is the teacher's, and the feed-forward ratio may fall to half of the teacher's: neurons are
+   what a teacher misses least. With "layers" every width is the teacher's.
 
 More compression never gives more parameters.
 """
@@ -27,6 +31,7 @@ More compression never gives more parameters.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from edgedistill.errors import UserError
 from edgedistill.recipe import ShapeAsk
@@ -35,6 +40,8 @@ from edgedistill.records import Shape
 FILL = 0.8
 MOST_QUERY_ERROR = 1 / 8
 MIN_HALVED_HEAD_DIM = 32
+Cut = Literal["layers", "width", "both"]
+WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 
 def design_student(
@@ -44,6 +51,7 @@ def design_student(
     ask: ShapeAsk | None = None,
     width_multiple: int,
     max_parameters: int | None = None,
+    from_teacher: Cut | None = None,
 ) -> Shape:
     """The student's shape by the rule above; deterministic, and never above the budget.
 
@@ -56,19 +64,21 @@ def design_student(
     if width_multiple < 1:
         raise UserError(f"width_multiple is {width_multiple}", "use 256 for K-quants, 32 otherwise")
     _refuse_contradictions(teacher, ask)
+    if from_teacher is not None:
+        ask = _cut_ask(teacher, ask, from_teacher)
     by_compression = int(teacher.parameters / compression)
     budget = by_compression if max_parameters is None else min(by_compression, max_parameters)
     deepest = ask.num_hidden_layers or teacher.num_hidden_layers
-    for tied in dict.fromkeys((teacher.tie_word_embeddings, True)):
-        blocks = list(_single_layer_shapes(teacher, ask, width_multiple, tied))
+    for tied in dict.fromkeys((teacher.tie_word_embeddings, from_teacher is None or teacher.tie_word_embeddings)):
+        blocks = list(_single_layer_shapes(teacher, ask, width_multiple, tied, from_teacher))
         if not blocks:
-            raise _no_width(teacher, ask, width_multiple)
+            raise _no_width(teacher, ask, width_multiple, from_teacher)
         shallowest = deepest if ask.num_hidden_layers else 1
         best = _choose(blocks, deepest, shallowest, budget)
         if best is not None:
             return best
     smallest = min((_with_depth(block, shallowest) for block in blocks), key=lambda shape: shape.parameters)
-    raise _nothing_fits(teacher, smallest, budget, compression, by_compression, ask)
+    raise _nothing_fits(teacher, smallest, budget, compression, by_compression, ask, from_teacher)
 
 
 def fill_of(student: Shape, budget: int) -> float:
@@ -99,23 +109,26 @@ def _with_depth(block: Shape, depth: int) -> Shape:
     return block.model_copy(update={"num_hidden_layers": depth})
 
 
-def _single_layer_shapes(teacher: Shape, ask: ShapeAsk, multiple: int, tied: bool) -> Iterator[Shape]:
+def _single_layer_shapes(teacher: Shape, ask: ShapeAsk, multiple: int, tied: bool, cut: Cut | None) -> Iterator[Shape]:
     """Every candidate of one layer: widths ascending, both roundings of the feed-forward width."""
     if ask.hidden_size is not None:
         widths = [ask.hidden_size]
     else:
         widths = list(range(multiple, teacher.hidden_size + 1, multiple))
+        if cut is not None and teacher.hidden_size % multiple:
+            widths.append(teacher.hidden_size)
         if not widths:
             raise UserError(
                 f"the teacher's hidden size {teacher.hidden_size} is below the width multiple {multiple}",
                 f"use a smaller multiple (32), or fix student.shape.hidden_size (at most {teacher.hidden_size})",
             )
     for width in widths:
-        attention = _attention(teacher, ask, width, multiple)
+        choose = _attention if cut is None else _cut_attention
+        attention = choose(teacher, ask, width, multiple)
         if attention is None:
             continue
         heads, kv_heads, head_dim = attention
-        for feed_forward in _feed_forward_widths(teacher, ask, width, multiple):
+        for feed_forward in _feed_forward_widths(teacher, ask, width, multiple, cut):
             yield teacher.model_copy(
                 update={
                     "hidden_size": width,
@@ -129,13 +142,22 @@ def _single_layer_shapes(teacher: Shape, ask: ShapeAsk, multiple: int, tied: boo
             )
 
 
-def _feed_forward_widths(teacher: Shape, ask: ShapeAsk, width: int, multiple: int) -> list[int]:
+def _feed_forward_widths(teacher: Shape, ask: ShapeAsk, width: int, multiple: int, cut: Cut | None) -> list[int]:
     if ask.intermediate_size is not None:
         return [ask.intermediate_size]
     # Whole-number arithmetic: width * ratio / multiple, rounded down and up.
     below = width * teacher.intermediate_size // (teacher.hidden_size * multiple) * multiple
     exact = below * teacher.hidden_size == width * teacher.intermediate_size
-    return [max(below, multiple)] if exact or below == 0 else [below, below + multiple]
+    widths = [max(below, multiple)] if exact or below == 0 else [below, below + multiple]
+    if cut is None:
+        return widths
+    most = teacher.intermediate_size
+    if width == teacher.hidden_size:
+        widths = [most]
+    if cut == "width":
+        half = width * most // (2 * teacher.hidden_size)
+        widths = [*range(-(-half // multiple) * multiple, widths[0], multiple), *widths]
+    return [feed_forward for feed_forward in widths if feed_forward <= most]
 
 
 def _attention(teacher: Shape, ask: ShapeAsk, width: int, multiple: int) -> tuple[int, int, int] | None:
@@ -164,6 +186,53 @@ def _attention(teacher: Shape, ask: ShapeAsk, width: int, multiple: int) -> tupl
         return None
     heads = min(possible, key=lambda n: (abs(n - exact), n))
     return heads, ask.num_key_value_heads or _divisor_near(heads, heads / group), head_dim
+
+
+def _cut_attention(teacher: Shape, ask: ShapeAsk, width: int, multiple: int) -> tuple[int, int, int] | None:
+    """As `_attention`, of heads that can be cut: the teacher's size, no more of them, no larger groups."""
+    size, most = teacher.head_dim, teacher.num_attention_heads
+    group = most // teacher.num_key_value_heads
+    exact = width * most / teacher.hidden_size
+    possible = [
+        (heads, kv_heads)
+        for heads in ([ask.num_attention_heads] if ask.num_attention_heads else range(1, most + 1))
+        for kv_heads in ([ask.num_key_value_heads] if ask.num_key_value_heads else range(1, heads + 1))
+        if heads % kv_heads == 0 and heads // kv_heads <= group and kv_heads <= teacher.num_key_value_heads
+        and heads_divide(teacher.family, width, heads)
+    ]  # fmt: skip
+    if not possible:
+        return None
+
+    def badness(pair: tuple[int, int]) -> tuple[bool, float, float]:
+        heads, kv_heads = pair
+        near = abs(heads - exact) <= MOST_QUERY_ERROR * exact
+        return not (near and heads * size % multiple == 0), abs(heads - exact), group - heads / kv_heads
+
+    return (*min(possible, key=badness), size)
+
+
+def _cut_ask(teacher: Shape, ask: ShapeAsk, cut: Cut) -> ShapeAsk:
+    """What a cut leaves open, the rest fixed. UserError for sizes that no cut gives."""
+    asked = ask.model_dump(exclude_none=True)
+    for name, value in asked.items():
+        most = getattr(teacher, name)
+        fixed = name == "head_dim" or name in (WIDTHS if cut == "layers" else ["num_hidden_layers"] * (cut == "width"))
+        if value > most or (fixed and value != most):
+            raise UserError(
+                f"student.shape.{name} is {value}, and a student whose start is {cut} has"
+                f" {'the' if fixed else 'at most the'} teacher's {most}",
+                f"leave student.shape.{name} open, or set student.start=fresh",
+            )
+    heads, kv_heads = ask.num_attention_heads, ask.num_key_value_heads
+    group = teacher.num_attention_heads // teacher.num_key_value_heads
+    if heads is not None and kv_heads is not None and heads // kv_heads > group:
+        raise UserError(
+            f"student.shape: {heads} heads over {kv_heads} key/value heads, and the teacher has {group} a key/value"
+            " head: a cut cannot give it more",
+            f"ask for at least {-(-heads // group)} key/value heads, or set student.start=fresh",
+        )
+    fixed_sizes = {"layers": WIDTHS, "width": ("num_hidden_layers", "head_dim"), "both": ("head_dim",)}[cut]
+    return ShapeAsk(**{**asked, **{name: getattr(teacher, name) for name in fixed_sizes}})
 
 
 def heads_divide(family: str, hidden_size: int, heads: int) -> bool:
@@ -208,7 +277,13 @@ def _refuse_contradictions(teacher: Shape, ask: ShapeAsk) -> None:
         )
 
 
-def _no_width(teacher: Shape, ask: ShapeAsk, multiple: int) -> UserError:
+def _no_width(teacher: Shape, ask: ShapeAsk, multiple: int, cut: Cut | None) -> UserError:
+    if cut is not None:
+        return UserError(
+            f"student.start is {cut}, and no heads of a {teacher.family} teacher's {teacher.num_attention_heads} over"
+            f" {teacher.num_key_value_heads} go with the widths asked for",
+            "leave the sizes in student.shape open, or set student.start=fresh",
+        )
     heads = ask.num_attention_heads or ask.num_key_value_heads
     width = ask.hidden_size or f"up to {teacher.hidden_size} in steps of {multiple}"
     return UserError(
@@ -218,7 +293,13 @@ def _no_width(teacher: Shape, ask: ShapeAsk, multiple: int) -> UserError:
 
 
 def _nothing_fits(
-    teacher: Shape, smallest: Shape, budget: int, compression: float, by_compression: int, ask: ShapeAsk
+    teacher: Shape,
+    smallest: Shape,
+    budget: int,
+    compression: float,
+    by_compression: int,
+    ask: ShapeAsk,
+    cut: Cut | None,
 ) -> UserError:
     over = smallest.parameters - budget
     share = f" ({100 * over / budget:.0f} %)" if budget > over / 10 else ""
@@ -226,6 +307,8 @@ def _nothing_fits(
         f"no student fits {budget:,} parameters: the smallest possible has {smallest.parameters:,}, "
         f"{over:,} more{share}; its embedding alone has {smallest.embedding_parameters:,}"
     )
+    if cut is not None:
+        cause = f"student.start is {cut}, and {cause}"
     if smallest.parameters > teacher.parameters:
         return UserError(cause, f"it is larger than its teacher ({teacher.parameters:,}): ask for smaller sizes")
     if budget < by_compression:
@@ -237,4 +320,6 @@ def _nothing_fits(
     # Rounded down, so that what is recommended works.
     fits = int(1000 * teacher.parameters / smallest.parameters) / 1000
     asked = ", or ask for smaller sizes in student.shape" if ask != ShapeAsk() else ""
+    if cut is not None:
+        asked = f", or use another student.start than {cut}"
     return UserError(cause, f"set student.compression to at most {fits:g} (it is {compression:g}){asked}")

@@ -12,17 +12,29 @@ from typing import Any
 import torch  # noqa: TID253  this module is imported by training alone
 from torch import Tensor, nn  # noqa: TID253
 
+from edgedistill.distill.axes import NormKind
+
 BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm, and over which kind of axis it goes: "hidden", or (OLMo 2) "q" or "kv" over all heads."""
+
+    over: str
+    kind: NormKind
 
 
 @dataclass
 class Importance:
     """Sums over the sample's tokens; larger is more important.
 
-    `hidden` [H]: |norm outputs| over all norms. `squares` name of a norm → [H] mean square of its input channels.
+    `hidden` [H]: |norm outputs| over all norms of the residual stream. `squares` name of a norm → sum of the squares
+    of its input channels (of their distance from the mean, for a LayerNorm).
     `ffn` [L, F]: |input of the down projection|. `heads` [L, A]: L2 of a head's output into the output projection.
     """
 
+    norms: dict[str, Norm]
     hidden: Tensor | None = None
     squares: dict[str, Tensor] = field(default_factory=dict)
     ffn: dict[int, Tensor] = field(default_factory=dict)
@@ -34,28 +46,28 @@ def measure(
     model: nn.Module,
     sample: Tensor,
     *,
-    norms: list[str],
+    norms: dict[str, Norm],
     down: dict[int, str],
     output: dict[int, str],
     heads: int,
-    on_norm_outputs: bool = True,
 ) -> Importance:
     """Run the sample [S, T] through the model and sum activations.
 
-    `norms`: names of the norms over the residual stream; `down`, `output`: layer → name of the module that takes the
+    `norms` by name; `down`, `output`: layer → name of the module that takes the
     feed-forward's neurons, and of the one that takes the heads' outputs.
     """
-    found = Importance()
+    found = Importance(norms)
     modules = dict(model.named_modules())
     hooks = []
 
-    def on_norm(name: str) -> Callable[..., None]:
+    def on_norm(name: str, norm: Norm) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> None:
             x = arguments[0].float().flatten(0, -2)
-            if x.shape[-1] == out.shape[-1]:
-                found.squares[name] = found.squares.get(name, 0) + x.square().sum(0)
-            y = out.float().flatten(0, -2).abs().sum(0)
-            found.hidden = y if found.hidden is None else found.hidden + y
+            x = x - x.mean(-1, keepdim=True) if norm.kind.centered else x
+            found.squares[name] = found.squares.get(name, 0) + x.square().sum(0)
+            if norm.over == "hidden":
+                y = out.float().flatten(0, -2).abs().sum(0)
+                found.hidden = y if found.hidden is None else found.hidden + y
 
         return hook
 
@@ -67,8 +79,8 @@ def measure(
 
         return hook
 
-    for name in norms:
-        hooks.append(modules[name].register_forward_hook(on_norm(name)))
+    for name, norm in norms.items():
+        hooks.append(modules[name].register_forward_hook(on_norm(name, norm)))
     for layer, name in down.items():
         hooks.append(modules[name].register_forward_pre_hook(on_input(found.ffn, layer, by_head=False)))
     for layer, name in output.items():
@@ -88,7 +100,7 @@ def layer_damage(model: nn.Module, sample: Tensor, layers: nn.ModuleList) -> lis
     base = next_token_loss(model, sample)
     damage = []
     for layer in layers:
-        handle = layer.register_forward_hook(_skip)
+        handle = layer.register_forward_hook(_skip, with_kwargs=True)
         try:
             damage.append(next_token_loss(model, sample) - base)
         finally:
@@ -112,8 +124,8 @@ def body(model: nn.Module) -> Any:
     return model.get_decoder()  # type: ignore[operator]
 
 
-def _skip(module: nn.Module, arguments: tuple[Any, ...], out: Any) -> Any:
-    given = arguments[0]
+def _skip(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], out: Any) -> Any:
+    given = arguments[0] if arguments else named["hidden_states"]
     return (given, *out[1:]) if isinstance(out, tuple) else given
 
 

@@ -8,16 +8,20 @@ from typing import Any
 import torch  # noqa: TID253  this module is imported by training alone
 from torch import Tensor, nn  # noqa: TID253
 
+from edgedistill.distill.checkpoint import whole
 from edgedistill.distill.teacher_model import load_quantized
 from edgedistill.errors import UserError
 from edgedistill.recipe import Lora
 
 
-def add_adapters(model: nn.Module, ask: Lora, *, folder: Path, device: torch.device, seed: int) -> nn.Module:
+def add_adapters(
+    model: nn.Module, ask: Lora, *, folder: Path, device: torch.device, seed: int, sharded: bool = False
+) -> nn.Module:
     """The student with trainable adapters and everything else frozen.
 
     With a quantized base the start is written to `folder` and read back as bitsandbytes' INT8 or NF4.
-    Raises UserError where peft is missing or no linear layer bears a name of `targets`.
+    Raises UserError where peft is missing, no linear layer bears a name of `targets`, or a quantized base is to be
+    sharded.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -26,16 +30,31 @@ def add_adapters(model: nn.Module, ask: Lora, *, folder: Path, device: torch.dev
             f"distill.lora.rank is {ask.rank}, and peft is not installed",
             "pip install 'edgedistill[train]', or set distill.lora.rank=0",
         ) from error
+    from transformers.pytorch_utils import Conv1D
+
     names = sorted({name.rpartition(".")[2] for name, _ in linear_layers(model)})
     unknown = [target for target in ask.targets if target not in names]
     if unknown:
         raise UserError(f"distill.lora.targets names {', '.join(unknown)}", f"this student has {', '.join(names)}")
+    if ask.base != "fp32" and sharded:
+        raise UserError(
+            f"distill.lora.base is {ask.base}, whose layers FSDP cannot shard",
+            "set distill.lora.base=fp32, or train without --use_fsdp",
+        )
     if ask.base != "fp32":
         model.save_pretrained(folder)  # type: ignore[operator]
-        model = load_quantized(folder, ask.base, device)
+        model = load_quantized(folder, ask.base, device, frozen=False)
     model.requires_grad_(False)
     config = LoraConfig(
-        r=ask.rank, lora_alpha=ask.alpha, lora_dropout=ask.dropout, target_modules=list(ask.targets or names)
+        r=ask.rank,
+        lora_alpha=ask.alpha,
+        lora_dropout=ask.dropout,
+        # full names: a bare one would match the output head too, where that bears the name of a layer
+        target_modules=[
+            name for name, _ in linear_layers(model) if not ask.targets or name.rpartition(".")[2] in ask.targets
+        ],
+        # GPT-2's weights lie the other way round
+        fan_in_fan_out=any(isinstance(module, Conv1D) for _, module in linear_layers(model)),
     )
     torch.manual_seed(seed)
     adapted: nn.Module = inject_adapter_in_model(config, model)
@@ -62,9 +81,11 @@ def linear_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def merge_adapters(model: nn.Module, start: nn.Module) -> nn.Module:
     """A plain fp32 student: frozen weights as training saw them (dequantized) plus alpha/rank · B A.
 
-    `start` is a model of the same shape without adapters; its weights are overwritten and it is returned.
+    `start` is a model of the same shape without adapters; its weights are overwritten and it is returned. A sharded
+    student is gathered: all ranks call it.
     """
     from peft.tuners.lora import LoraLayer
+    from transformers.pytorch_utils import Conv1D
 
     adapted: dict[str, Any] = dict(model.named_modules())
     for name, module in start.named_modules():
@@ -73,12 +94,17 @@ def merge_adapters(model: nn.Module, start: nn.Module) -> nn.Module:
         twin = adapted[name]
         delta = None
         if isinstance(twin, LoraLayer):
-            delta = twin.get_delta_weight("default").float().cpu()
+            up, down = (whole(part["default"].weight).float() for part in (twin.lora_B, twin.lora_A))
+            delta = twin.scaling["default"] * (up @ down)  # [out, in]
             twin = twin.get_base_layer()
         for leaf, parameter in module.named_parameters(recurse=False):
-            value = _plain_weight(twin) if leaf == "weight" else getattr(twin, leaf).detach().float().cpu()
+            value = _plain_weight(twin) if leaf == "weight" else whole(getattr(twin, leaf).detach()).float()
+            if leaf == "weight" and isinstance(module, Conv1D) and not isinstance(twin, Conv1D):
+                value = value.T  # a quantized layer is [out, in] whatever it was made of
             if leaf == "weight" and delta is not None:
-                value = value + delta.reshape(value.shape)
+                value = value + (delta.T if isinstance(module, Conv1D) else delta)
+            if value.shape != parameter.shape:
+                raise ValueError(f"{name}.{leaf}: {tuple(value.shape)} for {tuple(parameter.shape)}")
             parameter.copy_(value.to(parameter.device))
     return start
 
@@ -94,4 +120,4 @@ def _plain_weight(module: Any) -> Tensor:
         scales = weight.SCB if weight.SCB is not None else module.state.SCB
         data = weight.data if weight.CB is None else weight.CB
         return (data.float() * (scales.float().unsqueeze(1) / 127.0)).cpu()  # type: ignore[no-any-return]
-    return weight.detach().float().cpu()  # type: ignore[no-any-return]
+    return whole(weight.detach()).float()

@@ -3,13 +3,15 @@
 Of a token's sample only which ids were drawn, and how often, matters. Its k distinct ids are a k-subset of V and its
 counts a composition of n into k positive parts, that is, a subset of k − 1 cut places among n − 1. Coded as
 
-    k − 1        in the fewest bits that hold it; all tokens' of a sequence stand first
+    k − 1        all tokens' of a sequence first, as a Rice code (Rice and Plaunt 1971) whose parameter r stands before
+                 them: the low r bits of each, then the high parts in unary; or plainly, in the fewest bits that hold it
     counts       the rank of the cuts among all C(n−1, k−1), in ⌈log2 C(n−1, k−1)⌉ bits (combinatorial number system)
     ids          the rank of the subset among all C(V, k) where k · C(V, k) < 2^63; else Elias–Fano (Elias 1974, Fano
                  1971): the low l bits of each sorted id, and their high parts in unary
 
 so that a token's length is a function of (n, V, k) alone and all tokens decode side by side. No alignment: a sequence
-is one run of bits, the least significant of a word first. Vocabularies of up to 64 rank every subset.
+is one run of bits, the least significant of a word first. Vocabularies of up to 64 rank every subset. Bit by bit, with
+an example: docs/signal-cache.md.
 
 Legend: N tokens, n draws, V vocabulary, k distinct ids of a token, K the largest k of a batch.
 """
@@ -27,11 +29,17 @@ I64 = NDArray[np.int64]
 MAX_DRAWS = 64
 MAX_VOCAB = 1 << 20
 WORD = 64
+RICE_BITS = 3  # of a sequence's Rice parameter: k − 1 has at most 6 bits
 
 
 def k_bits(draws: int, vocab: int) -> int:
     """Bits of k − 1, which is below both draws and vocabulary."""
     return (min(draws, vocab) - 1).bit_length()
+
+
+def rice_parameter(k: I64, draws: int, vocab: int) -> int:
+    """The r that codes a sequence's k [N] in the fewest bits, the smallest of equals; k_bits says "plainly"."""
+    return min(range(k_bits(draws, vocab) + 1), key=lambda r: _distinct_bits(k, r, draws, vocab))
 
 
 def low_bits(vocab: int, k: int) -> int:
@@ -63,17 +71,22 @@ def entropy_bound_bits(k: I64, *, draws: int, vocab: int, with_k: bool = True) -
 
 
 def encode(ids: I64, counts: I64, *, draws: int, vocab: int) -> tuple[U64, int]:
-    """Words and length in bits of one sequence's N multisets: all k first, then token after token.
+    """Words and length in bits of one sequence's N multisets: r, all k, then token after token.
 
     `ids` [N, K] ascending where `counts` [N, K] is above 0; the used entries stand first. Raises ValueError where
     counts do not sum to `draws` or ids are out of order or range.
     """
     _check(ids, counts, draws, vocab)
     k = (counts > 0).sum(1)
-    width = k_bits(draws, vocab)
-    ends = len(k) * width + np.cumsum(payload_bits(draws, vocab)[k])
+    r = rice_parameter(k, draws, vocab)
+    head = RICE_BITS + _distinct_bits(k, r, draws, vocab)
+    ends = head + np.cumsum(payload_bits(draws, vocab)[k])
     words = np.zeros(int(ends[-1]) // WORD + 2, dtype=np.uint64)
-    _put(words, np.arange(len(k)) * width, (k - 1).astype(np.uint64), np.full(len(k), width))
+    words[0] = r
+    _put(words, RICE_BITS + np.arange(len(k)) * r, ((k - 1) & ((1 << r) - 1)).astype(np.uint64), np.full(len(k), r))
+    if r < k_bits(draws, vocab):
+        # unary: a token's one stands after as many zeros as its high part says
+        _set(words, RICE_BITS + len(k) * r + np.cumsum((k - 1 >> r) + 1) - 1)
     at = ends - payload_bits(draws, vocab)[k]
     for value in np.unique(k):
         rows, kk = np.flatnonzero(k == value), int(value)
@@ -88,8 +101,7 @@ def encode(ids: I64, counts: I64, *, draws: int, vocab: int) -> tuple[U64, int]:
         places = begin[:, None] + np.arange(kk) * low
         _put(words, places.ravel(), (chosen & ((1 << low) - 1)).ravel().astype(np.uint64), np.full(chosen.size, low))
         # unary: the j-th id's one stands at its high part plus j
-        ones = (begin[:, None] + kk * low + (chosen >> low) + np.arange(kk)).ravel()
-        np.bitwise_or.at(words, ones >> 6, np.uint64(1) << (ones & 63).astype(np.uint64))
+        _set(words, (begin[:, None] + kk * low + (chosen >> low) + np.arange(kk)).ravel())
     return words[: -(-int(ends[-1]) // WORD)], int(ends[-1])
 
 
@@ -99,15 +111,13 @@ def decode(words: U64, first_bits: I64, tokens: int, *, draws: int, vocab: int) 
     `first_bits` [S]: where each begins. Raises ValueError where the bits are no such code.
     """
     padded = np.concatenate([words, np.zeros(2, dtype=np.uint64)])
-    width = k_bits(draws, vocab)
     last = len(words) * WORD
-    if (first_bits < 0).any() or (first_bits + tokens * width > last).any():
+    if (first_bits < 0).any() or (first_bits + RICE_BITS > last).any():
         raise ValueError("a sequence begins outside of its shard")
-    k = _get(padded, (first_bits[:, None] + np.arange(tokens) * width).ravel(), width).astype(np.int64) + 1
-    if (k > min(draws, vocab)).any():
-        raise ValueError(f"a token has {k.max()} distinct ids of {draws} draws over {vocab} tokens")
+    heads = [_distinct(padded, int(at), last, tokens, draws, vocab) for at in first_bits]
+    k = np.concatenate([each for each, _ in heads])
     sizes = payload_bits(draws, vocab)[k].reshape(-1, tokens)
-    starts = (first_bits[:, None] + tokens * width + np.cumsum(sizes, axis=1) - sizes).ravel()
+    starts = (np.array([end for _, end in heads])[:, None] + np.cumsum(sizes, axis=1) - sizes).ravel()
     if (starts + sizes.ravel() > last).any():
         raise ValueError("a sequence ends outside of its shard")
     counts, columns = _decode_counts(padded, starts, k, draws)
@@ -122,7 +132,30 @@ def decode(words: U64, first_bits: I64, tokens: int, *, draws: int, vocab: int) 
     rows = np.flatnonzero(coded)
     if len(rows):
         ids[rows] = _elias_fano(padded, begin[rows], k[rows], vocab, columns)
+    if (ids >= vocab).any():
+        raise ValueError(f"an id of {ids.max()} among {vocab} tokens")
     return ids, counts
+
+
+def _distinct(words: U64, first: int, last: int, tokens: int, draws: int, vocab: int) -> tuple[I64, int]:
+    """k [tokens] of the sequence that begins at bit `first`, and the bit after them; `last` ends the words."""
+    r = int(_get(words, np.array([first]), RICE_BITS)[0])
+    width, most = k_bits(draws, vocab), min(draws, vocab)
+    begin, end = first + RICE_BITS, first + RICE_BITS + tokens * r
+    if r > width or end > last:
+        raise ValueError(f"distinct ids coded with parameter {r}")
+    k = _get(words, begin + np.arange(tokens) * r, r).astype(np.int64) + 1
+    if r < width:
+        longest = min(last, end + tokens * (1 + (most - 1 >> r)))
+        bits = np.unpackbits(words[end >> 6 : (longest + 63) >> 6].view(np.uint8), bitorder="little")
+        ones = np.flatnonzero(bits[end & 63 : longest - (end & ~63)])[:tokens]
+        if len(ones) < tokens:
+            raise ValueError("a sequence's distinct ids end outside of its shard")
+        k += np.diff(ones, prepend=-1) - 1 << r
+        end += int(ones[-1]) + 1
+    if (k > most).any():
+        raise ValueError(f"a token has {k.max()} distinct ids of {draws} draws over {vocab} tokens")
+    return k, end
 
 
 def _decode_counts(words: U64, starts: I64, k: I64, draws: int) -> tuple[I64, int]:
@@ -150,17 +183,23 @@ def _elias_fano(words: U64, begin: I64, k: I64, vocab: int, columns: int) -> I64
     by_k = np.array([0] + [low_bits(vocab, kk) for kk in range(1, columns + 1)])
     low, total = by_k[k], int(k.sum())
     owner = np.repeat(np.arange(len(k)), k)
-    column = np.arange(total) - np.repeat(np.cumsum(k) - k, k)
-    lows = _get_many(words, begin[owner] + column * low[owner], low[owner]).astype(np.int64)
-    length = k + ((vocab - 1) >> low)
-    bits_owner = np.repeat(np.arange(len(k)), length)
-    offset = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
-    place = (begin + k * low)[bits_owner] + offset
-    ones = np.flatnonzero((words[place >> 6] >> (place & 63).astype(np.uint64)) & np.uint64(1))
-    if len(ones) != total or not (bits_owner[ones] == owner).all():
+    column = np.arange(total) - (np.cumsum(k) - k)[owner]
+    lows = _get_many(words, (begin[owner] + column * low[owner]), low[owner]).astype(np.int64)
+    # the unary parts, 63 bits to a word: all of them unpack in one call
+    length = k + (vocab - 1 >> low)
+    pieces = -(-int(length.max()) // 63)
+    high = np.zeros((len(k), pieces), dtype=np.uint64)
+    for piece in range(pieces):
+        size = np.clip(length - 63 * piece, 0, 63)
+        high[:, piece] = _get_many(words, np.where(size > 0, begin + k * low + 63 * piece, 0), size)
+    ones = np.flatnonzero(np.unpackbits(high.view(np.uint8).ravel(), bitorder="little").view(np.bool_))
+    if len(ones) != total:
+        raise ValueError("a token's ids are damaged")
+    offset = ones - owner * (WORD * pieces)
+    if (offset < 0).any() or (offset >= WORD * pieces).any():
         raise ValueError("a token's ids are damaged")
     out = np.zeros((len(k), columns), dtype=np.int64)
-    out[owner, column] = ((offset[ones] - column) << low[owner]) + lows
+    out[owner, column] = ((offset - (offset >> 6) - column) << low[owner]) + lows
     return out
 
 
@@ -174,6 +213,11 @@ def _check(ids: I64, counts: I64, draws: int, vocab: int) -> None:
         raise ValueError(f"an id is outside of 0 … {vocab - 1}")
     if (used[:, 1:] & ~used[:, :-1]).any() or (np.diff(ids, axis=1)[used[:, 1:]] <= 0).any():
         raise ValueError("ids must ascend, used entries first")
+
+
+def _distinct_bits(k: I64, r: int, draws: int, vocab: int) -> int:
+    """Bits of a sequence's k with Rice parameter r."""
+    return len(k) * r + (int((k - 1 >> r).sum()) + len(k) if r < k_bits(draws, vocab) else 0)
 
 
 def _count_bits(draws: int, k: int) -> int:
@@ -257,6 +301,11 @@ def _put(words: U64, at: I64, values: U64, sizes: I64) -> None:
     np.bitwise_or.at(words, word, values << shift)
     spills = (shift.astype(np.int64) + sizes) > WORD
     np.bitwise_or.at(words, word[spills] + 1, values[spills] >> (np.uint64(WORD) - shift[spills]))
+
+
+def _set(words: U64, at: I64) -> None:
+    """Set the bits `at`."""
+    np.bitwise_or.at(words, at >> 6, np.uint64(1) << (at & 63).astype(np.uint64))
 
 
 def _get_many(words: U64, at: I64, sizes: I64) -> U64:

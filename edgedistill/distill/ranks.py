@@ -8,6 +8,7 @@ ACCELERATE_USE_FSDP=true), so that one code path runs on GPUs and, with gloo, on
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,7 +68,8 @@ class Ranks:
 def ranks_here() -> Ranks:
     """Join the launch's processes (once), or stand alone.
 
-    Raises UserError for DeepSpeed, which is not supported, and for FSDP of version 1.
+    Raises UserError for DeepSpeed, which is not supported, for FSDP of version 1, and where several processes were
+    asked for in a way that makes each one think it is alone.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise UserError(
@@ -81,11 +83,30 @@ def ranks_here() -> Ranks:
             "edgedistill shards with FSDP2: accelerate launch --use_fsdp --fsdp_version 2 -m edgedistill ...",
         )
     if asked_world() == 1:
+        _require_alone()
         return Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), sharded=False)
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
     return Ranks(state.process_index, state.num_processes, state.device, sharded=sharded)
+
+
+def _require_alone() -> None:
+    """Without WORLD_SIZE this process trains everything: refuse where a launcher was asked for more. UserError."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    several = "start the processes with torchrun --nproc-per-node N -m edgedistill ..."
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if int(os.environ.get(name, "1")) > 1:
+            raise UserError(
+                f"{os.environ[name]} processes were started by MPI, which edgedistill does not join", several
+            )
+    # accelerate sets the address for several processes, and with --cpu starts a single one
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ:
+        raise UserError(
+            "accelerate launch --cpu was asked for several processes, and started one",
+            f"{several}, or accelerate launch with --multi_gpu (without GPUs it trains on the CPU)",
+        )
 
 
 def leave() -> None:
@@ -108,11 +129,16 @@ def clear_errors(ranks: Ranks) -> Iterator[None]:
         text = str(error)
         if ranks.world > 1 and any(sign in text for sign in ("Connection", "closed", "timed out", "NCCL", "gloo")):
             raise EdgedistillError(
-                f"rank {ranks.rank} of {ranks.world} lost another rank: {text.splitlines()[0][:160]}",
+                f"rank {ranks.rank} of {ranks.world} lost another rank: {_in_short(text)}",
                 "look for the first error among the ranks' output; the last checkpoint is kept, the same command"
                 " goes on from it, with any number of ranks",
             ) from error
         raise
+
+
+def _in_short(text: str) -> str:
+    """The first sentence, without the place in gloo's or NCCL's source that it begins with."""
+    return re.sub(r"^\[\S+\] ", "", text.splitlines()[0]).split(". ")[0][:160]
 
 
 def run_together(
@@ -127,13 +153,19 @@ def run_together(
     """`Store.run` for all ranks: rank 0 holds the lock and writes the record, the others build beside it."""
     if ranks.world == 1:
         return store.run(stage, inputs, build, result_type, on_wait)
+
+    def together(work: Work) -> R:
+        # data parallelism and sharding exchange in many places: whichever notices first
+        with clear_errors(ranks):
+            return build(work)
+
     if ranks.main:
         told: list[bool] = []
 
         def lead(work: Work) -> R:
             told.append(True)
             ranks.broadcast({"out": str(work.out), "state": str(work.state), "key": work.key})
-            return build(work)
+            return together(work)
 
         stored = store.run(stage, inputs, lead, result_type, on_wait)
         if not told:
@@ -142,7 +174,7 @@ def run_together(
         return stored
     place = ranks.broadcast(None)
     if place is not None:
-        build(Work(out=Path(place["out"]), state=Path(place["state"]), key=place["key"]))
+        together(Work(out=Path(place["out"]), state=Path(place["state"]), key=place["key"]))
     ranks.barrier()
     found = store.find(stage, inputs, result_type)
     if found is None:

@@ -13,10 +13,13 @@ if TYPE_CHECKING:
 
 
 def save_model(model: Any, folder: Path, ranks: Ranks, *, dtype: Any = None) -> None:
-    """The model as transformers writes it, by rank 0; a sharded one is gathered."""
+    """The model as transformers writes it, by rank 0; a sharded one is gathered, and tied weights are written once."""
     from edgedistill.distill.checkpoint import whole
 
-    state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    # a gathered tensor is a new one each time, so transformers could not see that two names are one weight
+    once = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+    state = {name: whole(tensor) for name, tensor in model.state_dict().items() if name not in tied}
     if not ranks.main:
         return
     if dtype is not None:

@@ -1,11 +1,10 @@
-"""The teacher's signals on disk: written once in parallel, resumable; read memory-mapped. Format: docs/signal-cache.md.
+"""The teacher's signals written to disk, once, in parallel, resumable; `cache_reader` reads. See docs/signal-cache.md.
 
 Legend: S sequences of T tokens, N = S · T, H_t the teacher's width, V real tokens, K kept entries.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,30 +20,37 @@ from safetensors.torch import save_file
 from torch import Tensor  # noqa: TID253
 
 from edgedistill.distill import multiset
-from edgedistill.distill.losses import Head, SparseTargets, Teacher, TeacherHead, TeacherLogits, finish_logits
+from edgedistill.distill.cache_files import (
+    KINDS,
+    SCHEMA,
+    is_remote,
+    local_copy,
+    read_record,
+    upload,
+)
+from edgedistill.distill.losses import Head, finish_logits
 from edgedistill.errors import UserError
 from edgedistill.progress import QUIET, Progress
 from edgedistill.store import fsync_folder, sha256_of, write_durably
 
-SCHEMA = "edgedistill.signal-cache/1"
-KINDS = ("sampled", "topk", "dense", "hidden")
 SHARD_BYTES = 64 << 20  # about; a shard is whole sequences
 LOGITS_BYTES = 128 << 20  # of fp32 logits made at a time while writing
-MAX_HEADER_BYTES = 1 << 20
-DTYPES = {"U64": np.uint64, "I64": np.int64, "I32": np.int32, "F64": np.float64, "F32": np.float32, "F16": np.float16,
-          "BF16": np.int16}  # fmt: skip
 Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Produced:
-    """What the teacher says of some sequences: final states [S, T, H_t], its head, chosen layers, what counts."""
+    """What the teacher says of some sequences: final states [S, T, H_t], its head, chosen layers, what counts.
+
+    `logits`, where several teachers are mixed: (slice of the S · T tokens, V) → their logits [n, V], fp32.
+    """
 
     hidden: Tensor
     head: Head
     layers: Mapping[int, Tensor]
     attentions: Mapping[int, Tensor]
     counted: Tensor
+    logits: Callable[[slice, int], Tensor] | None = None
 
 
 def estimate_bytes(kind: str, *, vocab: int, width: int, draws: int, top_k: int) -> float:
@@ -53,16 +59,6 @@ def estimate_bytes(kind: str, *, vocab: int, width: int, draws: int, top_k: int)
         k = max(1, min(draws, vocab) // 2)
         return float(multiset.payload_bits(draws, vocab)[k] + multiset.k_bits(draws, vocab)) / 8
     return float({"topk": 6 * top_k + 4, "dense": 2 * vocab, "hidden": 2 * width}[kind])
-
-
-def cache_exists(url: str) -> bool:
-    """Whether a whole cache lies there: its cache.json is written last."""
-    if _is_remote(url):
-        import fsspec
-
-        files, path = fsspec.core.url_to_fs(url)
-        return bool(files.exists(f"{path}/cache.json"))
-    return (Path(url) / "cache.json").is_file()
 
 
 def build_cache(
@@ -95,23 +91,29 @@ def build_cache(
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}: one of {', '.join(KINDS)}")
-    folder = _local_copy(url, local) if _is_remote(url) else Path(url)
+    folder = local_copy(url, local) if is_remote(url) else Path(url)
     folder.mkdir(parents=True, exist_ok=True)
     first = produce(np.arange(1))
     per_token = estimate_bytes(kind, vocab=vocab, width=first.hidden.shape[-1], draws=draws, top_k=top_k)
     per_token += sum(2 * t.numel() / context for t in (*first.layers.values(), *first.attentions.values()))
     size = max(1, min(sequences, int(SHARD_BYTES / max(1.0, per_token * context))))
     names = [f"shard-{number:05d}.safetensors" for number in range(-(-sequences // size))]
-    _claim(folder, key, rank)
+    if rank == 0:
+        _claim(folder, key, staged=is_remote(url))
     barrier()
     _require_room(folder, int(per_token * context * sequences))
     writer = _Writer(kind, vocab, context, temperature, draws, top_k, seed, produce, batch_sequences)
-    for number in range(rank, len(names), world):
-        path = folder / names[number]
-        if not path.is_file():
-            rows = np.arange(number * size, min((number + 1) * size, sequences))
-            _write(path, writer.tensors(rows), rank)
-        progress.step("teacher signals", min((number + 1) * size, sequences), sequences)
+    missing = [number for number, name in enumerate(names) if not (folder / name).is_file()]
+    barrier()  # all ranks have looked before the first one writes
+    passes = [0] * world
+    for number in missing:
+        rows = np.arange(number * size, min((number + 1) * size, sequences))
+        passes[number % world] += -(-len(rows) // batch_sequences)
+        if number % world == rank:
+            _write(folder / names[number], writer.tensors(rows), rank)
+            progress.step("teacher signals", int(rows[-1]) + 1, sequences)
+    for _ in range(max(passes) - passes[rank]):
+        produce(np.arange(1))  # a sharded teacher's pass needs every rank, also those that have no shard left
     barrier()
     if rank == 0:
         record = {
@@ -132,201 +134,11 @@ def build_cache(
                 for name in names
             ],
         }
-        (folder / "building.json").unlink(missing_ok=True)
         write_durably(folder / "cache.json", json.dumps(record, indent=1))
-        if _is_remote(url):
-            _upload(folder, url, names)
+        (folder / "building.json").unlink(missing_ok=True)
+        if is_remote(url):
+            upload(folder, url, names)
     barrier()
-
-
-def open_cache(
-    url: str,
-    *,
-    key: Mapping[str, Any],
-    head: Head | None = None,
-    device: torch.device | None = None,
-    local: Path | None = None,
-    verify: bool = False,
-) -> CacheReader:
-    """The cache at a folder or URL, after it was checked against `key`.
-
-    `head` is the teacher's output head, needed for kind hidden. `local` is where a URL's files are kept. `verify`
-    hashes every shard. Raises UserError naming the first fields that differ, a shard that is cut short or changed, a
-    header that lies.
-    """
-    folder = _download(url, local) if _is_remote(url) else Path(url)
-    record = read_record(folder, url)
-    found = record["key"]
-    differing = [name for name in sorted({*key, *found}) if key.get(name) != found.get(name)]
-    if differing:
-        shown = "; ".join(f"{name} is {found.get(name)!r} there and {key.get(name)!r} here" for name in differing[:3])
-        raise UserError(
-            f"the cache of teacher signals at {url} was made for something else: {shown}",
-            "name another place in distill.cache.url, or remove that cache and build it again",
-        )
-    for shard in record["shards"]:
-        path = folder / shard["name"]
-        size = path.stat().st_size if path.is_file() else -1
-        if size != shard["bytes"] or (verify and sha256_of(path) != shard["sha256"]):
-            what = "missing" if size < 0 else f"{size:,} bytes, not {shard['bytes']:,}" if size != shard["bytes"] else (
-                "changed")  # fmt: skip
-            raise UserError(
-                f"the cache of teacher signals at {url} is damaged: {shard['name']} is {what}",
-                "remove the cache and build it again",
-            )
-    if record["kind"] == "hidden" and head is None:
-        raise ValueError("a cache of hidden states needs the teacher's head")
-    return CacheReader(folder, record, head, device or torch.device("cpu"))
-
-
-def read_record(folder: Path, url: str) -> dict[str, Any]:
-    """cache.json, its shape checked. UserError where it is missing, of another version, or names paths."""
-    try:
-        record = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
-        if record["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {record['schema']!r}, not {SCHEMA!r}")
-        sizes = [record[name] for name in ("vocab", "sequences", "context", "shard_sequences")]
-        if record["kind"] not in KINDS or not all(isinstance(v, int) and v > 0 for v in sizes):
-            raise ValueError("its sizes are wrong")
-        names = [shard["name"] for shard in record["shards"]]
-        if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
-            raise ValueError("it names files outside of its folder")
-        if len(names) != -(-record["sequences"] // record["shard_sequences"]):
-            raise ValueError(f"it has {len(names)} shards")
-        if not isinstance(record["key"], dict):
-            raise ValueError("its key is no mapping")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"there is no cache of teacher signals at {url}: {error}", "build it: edgedistill teacher cache"
-        ) from error
-    return record  # type: ignore[no-any-return]
-
-
-class CacheReader:
-    """Signals by sequence number. Shards are mapped when they are first read."""
-
-    def __init__(self, folder: Path, record: dict[str, Any], head: Head | None, device: torch.device) -> None:
-        self.folder, self.record, self.head, self.device = folder, record, head, device
-        self.kind: str = record["kind"]
-        self._shards: dict[int, dict[str, NDArray[Any]]] = {}
-
-    @property
-    def bytes(self) -> int:
-        return sum(int(shard["bytes"]) for shard in self.record["shards"])
-
-    @property
-    def bytes_per_token(self) -> float:
-        return float(self.bytes / (self.record["sequences"] * self.record["context"]))
-
-    def batch(self, rows: Rows) -> Teacher:
-        """What the loss needs of the sequences `rows`: N = len(rows) · T tokens."""
-        if self.kind == "sampled":
-            return self._sampled(rows)
-        if self.kind == "topk":
-            ids = self._gather("ids", rows).astype(np.int64).reshape(-1, self.record["top_k"])
-            weights = self._gather("probabilities", rows).astype(np.float32).reshape(ids.shape)
-            tail = self._gather("tail", rows).reshape(-1)
-            return SparseTargets(*(torch.from_numpy(each).to(self.device) for each in (ids, weights, tail)))
-        values = self._bf16(self.kind if self.kind == "hidden" else "logits", rows).flatten(0, 1)
-        if self.kind == "dense":
-            return TeacherLogits(values)
-        assert self.head is not None
-        return TeacherHead(values, self.head)
-
-    def layer(self, name: str, rows: Rows) -> Tensor:
-        """ "hidden.3" [S, T, H_t] or "attention.2" [S, heads, T, T] of the sequences `rows`, bf16."""
-        return self._bf16(name, rows)
-
-    def distinct(self, rows: Rows) -> Rows:
-        """Distinct ids a token of a sampled cache."""
-        found: Rows = (self._multisets(rows)[1] > 0).sum(1)
-        return found
-
-    def _sampled(self, rows: Rows) -> SparseTargets:
-        ids, counts = self._multisets(rows)
-        entropy = np.repeat(self._gather("entropy", rows), self.record["context"])
-        return SparseTargets(
-            torch.from_numpy(ids).to(self.device),
-            torch.from_numpy(counts.astype(np.float32) / self.record["draws"]).to(self.device),
-            entropy=torch.from_numpy(entropy.astype(np.float32)).to(self.device),
-        )
-
-    def _multisets(self, rows: Rows) -> tuple[Rows, Rows]:
-        pieces, first_bits, used = [], [], 0
-        for row in rows:
-            shard, place = self._find(int(row))
-            begin, end = (int(v) for v in shard["first_bit"][place : place + 2])
-            if not 0 <= begin < end <= 64 * len(shard["words"]):
-                raise self._damaged("a sequence lies outside of its shard")
-            piece = np.array(shard["words"][begin >> 6 : (end + 63) >> 6])
-            pieces.append(piece)
-            first_bits.append(64 * used + (begin & 63))
-            used += len(piece)
-        try:
-            return multiset.decode(
-                np.concatenate(pieces), np.array(first_bits), self.record["context"], draws=self.record["draws"],
-                vocab=self.record["vocab"],
-            )  # fmt: skip
-        except ValueError as error:
-            raise self._damaged(str(error)) from error
-
-    def _bf16(self, name: str, rows: Rows) -> Tensor:
-        return torch.from_numpy(self._gather(name, rows)).view(torch.bfloat16).to(self.device)
-
-    def _gather(self, name: str, rows: Rows) -> NDArray[Any]:
-        parts = []
-        for row in rows:
-            shard, place = self._find(int(row))
-            if name not in shard:
-                raise UserError(
-                    f"the cache of teacher signals at {self.folder} holds no {name}: it has {', '.join(shard)}",
-                    "name the layer in distill.cache.hidden_layers or attention_layers, and build it again",
-                )
-            parts.append(shard[name][place])
-        return np.stack(parts)
-
-    def _find(self, row: int) -> tuple[dict[str, NDArray[Any]], int]:
-        size = self.record["shard_sequences"]
-        number, place = divmod(row, size)
-        if not 0 <= row < self.record["sequences"]:
-            raise IndexError(f"sequence {row} of {self.record['sequences']}")
-        if number not in self._shards:
-            held = min(size, self.record["sequences"] - number * size)
-            self._shards[number] = self._map(self.folder / self.record["shards"][number]["name"], held)
-        return self._shards[number], place
-
-    def _map(self, path: Path, held: int) -> dict[str, NDArray[Any]]:
-        """The tensors of a safetensors file, mapped; every claim of its header is checked."""
-        total = path.stat().st_size
-        try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                if not 2 <= length <= min(MAX_HEADER_BYTES, total - 8):
-                    raise ValueError(f"a header of {length} bytes")
-                header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            made: dict[str, NDArray[Any]] = {}
-            for name, entry in header.items():
-                dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(int(v) for v in entry["shape"])
-                begin, end = (int(v) for v in entry["data_offsets"])
-                count = int(np.prod(shape, dtype=object)) if shape else 1
-                if min(shape, default=0) < 0 or begin < 0 or end - begin != count * dtype.itemsize:
-                    raise ValueError(f"{name} of {shape} in bytes {begin} to {end}")
-                if 8 + length + end > total:
-                    raise ValueError(f"{name} ends beyond the file")
-                if name not in ("words", "first_bit") and shape[0] != held:
-                    raise ValueError(f"{name} holds {shape[0]} sequences, not {held}")
-                made[name] = np.memmap(path, dtype=dtype, mode="r", offset=8 + length + begin, shape=shape)
-            if self.kind == "sampled" and (len(made["first_bit"]) != held + 1 or made["words"].ndim != 1):
-                raise ValueError("places of another number of sequences")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(f"{path.name}: {error}") from error
-        return made
-
-    def _damaged(self, what: str) -> UserError:
-        return UserError(
-            f"the cache of teacher signals at {self.folder} is damaged: {what}", "remove the cache and build it again"
-        )
 
 
 @dataclass(frozen=True)
@@ -363,7 +175,7 @@ class _Writer:
             return {"hidden": made.hidden.to(torch.bfloat16)}
         hidden = made.hidden.flatten(0, 1)
         size = max(1, LOGITS_BYTES // (4 * self.vocab))
-        pieces = [self._of_logits(self._logits(hidden[i : i + size], made.head), rows, i) for i in
+        pieces = [self._of_logits(self._logits(hidden, slice(i, i + size), made), rows, i) for i in
                   range(0, len(hidden), size)]  # fmt: skip
         joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
         if self.kind != "sampled":
@@ -375,11 +187,14 @@ class _Writer:
         entropy = joined["entropy"].reshape(len(rows), -1).double() * counted
         return {"entropy": entropy.sum(1) / counted.sum(1).clamp_min(1)}
 
-    def _logits(self, hidden: Tensor, head: Head) -> Tensor:
+    def _logits(self, hidden: Tensor, tokens: slice, made: Produced) -> Tensor:
+        if made.logits is not None:
+            return made.logits(tokens, self.vocab)
+        head = made.head
         weight = head.weight[: self.vocab]
         bias = None if head.bias is None else head.bias[: self.vocab]
         # states are kept, and so used, in bf16: every kind sees the same teacher
-        states = hidden.to(torch.bfloat16).to(weight.dtype)
+        states = hidden[tokens].to(torch.bfloat16).to(weight.dtype)
         return finish_logits((states @ weight.T).float(), bias, head)
 
     def _of_logits(self, logits: Tensor, rows: Rows, first: int) -> dict[str, Tensor]:
@@ -463,64 +278,22 @@ def _no_room(folder: Path, needed: int) -> UserError:
     )
 
 
-def _claim(folder: Path, key: Mapping[str, Any], rank: int) -> None:
-    """Shards of an unfinished build are kept only where they are of the same key."""
-    mark = folder / "building.json"
-    if rank != 0 or (folder / "cache.json").is_file():
-        return
+def _claim(folder: Path, key: Mapping[str, Any], *, staged: bool) -> None:
+    """Shards of an unfinished build are kept only where they are of the same key.
+
+    Others are refused, or removed where the folder is but the staging place of a URL, which may hold what was there
+    before.
+    """
+    mark, done = folder / "building.json", folder / "cache.json"
     text = json.dumps(dict(key), sort_keys=True)
-    if any(folder.glob("shard-*.safetensors")) and (not mark.is_file() or mark.read_text(encoding="utf-8") != text):
-        raise UserError(
-            f"an unfinished cache of other signals lies at {folder}", "remove that folder, or name another place"
-        )
-    write_durably(mark, text)
-
-
-def _is_remote(url: str) -> bool:
-    return "://" in url
-
-
-def _local_copy(url: str, local: Path | None) -> Path:
-    if local is None:
-        raise ValueError(f"a cache at {url} needs a local folder to work in")
-    return local / hashlib.sha256(url.encode()).hexdigest()[:24]
-
-
-def _upload(folder: Path, url: str, names: Sequence[str]) -> None:
-    import fsspec
-
-    files, path = fsspec.core.url_to_fs(url)
-    files.makedirs(path, exist_ok=True)
-    for name in [*names, "cache.json"]:  # cache.json last: what is there is whole
-        files.put_file(str(folder / name), f"{path}/{name}")
-
-
-def _download(url: str, local: Path | None) -> Path:
-    """The files of a remote cache, each fetched once; those that lie here with the hash named are kept."""
-    import fsspec
-
-    folder = _local_copy(url, local)
-    folder.mkdir(parents=True, exist_ok=True)
-    files, path = fsspec.core.url_to_fs(url)
-    try:
-        files.get_file(f"{path}/cache.json", str(folder / "cache.json"))
-    except (OSError, KeyError) as error:
-        raise UserError(
-            f"no cache of teacher signals at {url}: {error}", "build it: edgedistill teacher cache"
-        ) from error
-    for shard in read_record(folder, url)["shards"]:
-        target = folder / shard["name"]
-        if target.is_file() and target.stat().st_size == shard["bytes"] and sha256_of(target) == shard["sha256"]:
-            continue
-        try:
-            files.get_file(f"{path}/{shard['name']}", str(target))
-        except (OSError, KeyError) as error:
+    found = mark.read_text(encoding="utf-8") if mark.is_file() else ""
+    if done.is_file():
+        found = json.dumps(read_record(folder, str(folder))["key"], sort_keys=True)
+    if found != text and (done.is_file() or any(folder.glob("shard-*.safetensors"))):
+        if not staged:
             raise UserError(
-                f"the cache of teacher signals at {url} is damaged: {shard['name']}: {error}", "build it again"
-            ) from error
-        if sha256_of(target) != shard["sha256"]:
-            target.unlink()
-            raise UserError(
-                f"the cache of teacher signals at {url} is damaged: {shard['name']} has another hash", "build it again"
+                f"an unfinished cache of other signals lies at {folder}", "remove that folder, or name another place"
             )
-    return folder
+        for path in [*folder.glob("shard-*.safetensors"), done]:
+            path.unlink(missing_ok=True)
+    write_durably(mark, text)

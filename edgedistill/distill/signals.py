@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,9 +16,10 @@ import torch  # noqa: TID253  this module is imported by training alone
 from numpy.typing import NDArray
 from torch import Tensor, nn  # noqa: TID253
 
-from edgedistill.distill.losses import Head, Teacher, TeacherHead
+from edgedistill.distill.cache_reader import CacheReader, open_cache
+from edgedistill.distill.losses import Head, Teacher, TeacherHead, finish_logits
 from edgedistill.distill.model_parts import device_of, final_hidden, head_of
-from edgedistill.distill.signal_cache import CacheReader, Produced, build_cache, open_cache
+from edgedistill.distill.signal_cache import Produced, build_cache
 from edgedistill.errors import UserError
 from edgedistill.progress import QUIET, Progress
 from edgedistill.tasks.causal_lm import IGNORED, Packed
@@ -31,12 +33,17 @@ class Signals(Protocol):
     name: str
 
     def batch(self, rows: NDArray[np.int64], inputs: Tensor, positions: Tensor | None = None) -> Teacher:
-        """`rows`: numbers of the packed sequences; `inputs` [S, T] their ids; `positions` [S, T] within documents."""
+        """`rows`: numbers of the packed sequences; `inputs` [S, T] their ids in the student's vocabulary; `positions`
+        [S, T] within documents."""
         ...
 
 
 class LiveSignals:
-    """The teacher itself, frozen and in eval, on its own device; its hidden states go to the student's."""
+    """The teacher itself, frozen and in eval, on its own device; its hidden states go to the student's.
+
+    `kept` [V] are the teacher's ids of the student's tokens where the student's vocabulary was trimmed: inputs are
+    turned into them, and the head has their rows alone, so that its probabilities are renormalised over them.
+    """
 
     def __init__(
         self,
@@ -58,12 +65,17 @@ class LiveSignals:
 
     @torch.no_grad()
     def batch(self, rows: NDArray[np.int64], inputs: Tensor, positions: Tensor | None = None) -> TeacherHead:
+        inputs = self.own_ids(inputs)
         hidden = (
             self.body(inputs, positions, self.low_precision)
             if self.body is not None
             else final_hidden(self.teacher, inputs, self.low_precision, positions)
         )
         return TeacherHead(hidden.to(self.device), self.head())
+
+    def own_ids(self, inputs: Tensor) -> Tensor:
+        """The student's ids [S, T] as the teacher's."""
+        return inputs if self.kept is None else self.kept.to(inputs.device)[inputs]
 
     @torch.no_grad()
     def layers(
@@ -75,6 +87,7 @@ class LiveSignals:
         """
         if not hidden and not attention:
             return {}, {}
+        inputs = self.own_ids(inputs)
         model: Any = self.teacher if self.body is None else self.teacher.student
         count = int(model.config.num_hidden_layers)
         for what, asked, last in (("hidden_layers", hidden, count), ("attention_layers", attention, count - 1)):
@@ -128,33 +141,74 @@ class CachedSignals:
 
 
 class MixedSignals:
-    """Several teachers at once: the mean of their probabilities, by weight."""
+    """Several teachers at once: the mean of their probabilities at the loss's temperature, by weight.
+
+    Weights are shares: they are divided by their sum. Raises ValueError where one is not above 0.
+    """
 
     def __init__(self, parts: Sequence[tuple[LiveSignals, float]]) -> None:
-        self.parts = list(parts)
+        if not parts or min(weight for _, weight in parts) <= 0:
+            raise ValueError(f"weights {[weight for _, weight in parts]}: each is above 0")
+        total = sum(weight for _, weight in parts)
+        self.parts = [(part, weight / total) for part, weight in parts]
         self.name = " + ".join(f"{weight:g}·{part.name}" for part, weight in self.parts)
 
-    def batch(self, rows: NDArray[np.int64], inputs: Tensor, positions: Tensor | None = None) -> Teacher:
+    def batch(
+        self, rows: NDArray[np.int64], inputs: Tensor, positions: Tensor | None = None
+    ) -> tuple[tuple[TeacherHead, float], ...]:
         return tuple((part.batch(rows, inputs, positions), weight) for part, weight in self.parts)
 
 
+def mixed_logits(parts: Sequence[tuple[TeacherHead, float]], *, vocab: int, temperature: float) -> Tensor:
+    """Logits [N, V] fp32 whose softmax at `temperature` is the teachers' mean there: T · log Σ share · softmax(z / T).
+
+    They say nothing of the mean at another temperature.
+    """
+    mixed: Tensor | None = None
+    for part, share in parts:
+        weight = part.head.weight[:vocab]
+        bias = None if part.head.bias is None else part.head.bias[:vocab]
+        # as in a cache of one teacher: states count as bf16 keeps them
+        states = part.hidden.to(torch.bfloat16).to(weight.dtype)
+        logits = finish_logits((states @ weight.T).float(), bias, part.head)
+        each = torch.log_softmax(logits / temperature, -1) + math.log(share)
+        mixed = each if mixed is None else torch.logaddexp(mixed, each)
+    assert mixed is not None
+    return temperature * mixed
+
+
 def produce_from(
-    teacher: LiveSignals,
+    teacher: LiveSignals | MixedSignals,
     data: Packed,
     *,
     documents: bool,
+    temperature: float = 1.0,
     hidden_layers: Sequence[int] = (),
     attention_layers: Sequence[int] = (),
 ) -> Callable[[NDArray[np.int64]], Produced]:
     """What a cache is built from: rows → the teacher's final hidden states, its head, chosen layers, what counts.
 
-    Layer 0 of `hidden_layers` is the embedding, layer i the output of the i-th; `attention_layers` count from 0.
+    Of several teachers there are no common states: their mixed logits at `temperature` are made instead, a slice of
+    the tokens at a time, and no layers can be kept. Layer 0 of `hidden_layers` is the embedding, layer i the output of
+    the i-th; `attention_layers` count from 0.
     """
 
     def produce(rows: NDArray[np.int64]) -> Produced:
         inputs = torch.from_numpy(data.sequence_ids(rows)[:, :-1])
         targets = torch.from_numpy(data.targets(rows, documents=documents))
         positions = torch.from_numpy(data.positions(rows)) if documents else None
+        if isinstance(teacher, MixedSignals):
+            parts = teacher.batch(rows, inputs, positions)
+
+            def logits(tokens: slice, vocab: int) -> Tensor:
+                cut = [(TeacherHead(part.hidden[tokens], part.head), share) for part, share in parts]
+                return mixed_logits(cut, vocab=vocab, temperature=temperature)
+
+            first = parts[0][0]
+            return Produced(
+                hidden=first.hidden.view(len(rows), data.context, -1), head=first.head, layers={}, attentions={},
+                counted=targets != IGNORED, logits=logits,
+            )  # fmt: skip
         layers, attentions = teacher.layers(inputs, positions, hidden_layers, attention_layers)
         given = teacher.batch(rows, inputs, positions)
         hidden = given.hidden.view(len(rows), data.context, -1)

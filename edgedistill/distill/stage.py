@@ -12,6 +12,7 @@ import numpy as np
 from edgedistill.distill.device import device_kind
 from edgedistill.distill.save import save_model, weights_digest
 from edgedistill.distill.student import start_student
+from edgedistill.distill.teacher import mixture_key
 from edgedistill.distill.text import Text, training_text
 from edgedistill.errors import UserError
 from edgedistill.models import (
@@ -24,13 +25,13 @@ from edgedistill.models import (
 )
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Cache, Distill, Recipe
-from edgedistill.records import DataResult, Shape, SignalsResult, StudentResult, TeacherResult
+from edgedistill.records import DataResult, Shape, SignalsResult, StudentResult, TeacherResult, VocabularyResult
 from edgedistill.store import Store, Stored, Work, versions, write_durably
 
 if TYPE_CHECKING:
     from edgedistill.distill.losses import LossSpec
     from edgedistill.distill.ranks import Ranks
-    from edgedistill.distill.signals import Signals
+    from edgedistill.distill.signals import LiveSignals, MixedSignals, Signals
 
 MAX_CACHE_BYTES = 16 << 30
 EPOCHS_FOR_CACHE = 1.5  # below, writing the cache costs more than it saves
@@ -52,6 +53,7 @@ def student_inputs(
         "pretrained": pretrained_sha256,
         "shape": shape.model_dump(mode="json"),
         "teacher": teacher.weights_sha256,
+        "further_teachers": mixture_key(teacher),
         "teacher_precision": recipe.teacher.precision,
         "tokenizer": teacher.tokenizer_sha256,
         "data": data.sha256,
@@ -72,10 +74,17 @@ def distill(
 ) -> Stored[StudentResult]:
     """The student of this recipe and shape: found in the store, or trained there by all ranks.
 
-    Raises UserError where tokenizers differ or the start does not fit, before anything is trained.
+    Raises UserError where tokenizers differ or the start does not fit, before anything is trained. A trimmed
+    vocabulary is found in the store, or made, first.
     """
     from edgedistill.distill.ranks import ranks_here, run_together
 
+    trimmed = trimmed_vocabulary(recipe, teacher, data, store, progress)
+    if trimmed is not None and trimmed.result.tokens != shape.vocab_size:
+        raise UserError(
+            f"the student's shape has {shape.vocab_size:,} tokens, its trimmed vocabulary {trimmed.result.tokens:,}",
+            "leave the vocabulary's size to the plan",
+        )
     pretrained = None
     if recipe.student.start == "pretrained":
         if recipe.student.model is None:
@@ -95,10 +104,21 @@ def distill(
         store,
         "student",
         inputs,
-        lambda work: _train(recipe, shape, teacher, data, pretrained, work, store, ranks, progress),
+        lambda work: _train(recipe, shape, teacher, data, pretrained, trimmed, work, store, ranks, progress),
         StudentResult,
         progress.say,
     )
+
+
+def trimmed_vocabulary(
+    recipe: Recipe, teacher: TeacherResult, data: Stored[DataResult], store: Store, progress: Progress = QUIET
+) -> Stored[VocabularyResult] | None:
+    """The student's own vocabulary where `student.trim_vocabulary` asks for one. UserError where there can be none."""
+    if not recipe.student.trim_vocabulary:
+        return None
+    from edgedistill.distill.vocabulary import obtain_vocabulary
+
+    return obtain_vocabulary(Path(teacher.path), data=data, store=store, progress=progress)
 
 
 def loss_of(settings: Distill, vocab: int) -> LossSpec:
@@ -120,6 +140,7 @@ def _train(
     teacher: TeacherResult,
     data: Stored[DataResult],
     pretrained: ModelFolder | None,
+    trimmed: Stored[VocabularyResult] | None,
     work: Work,
     store: Store,
     ranks: Ranks,
@@ -132,25 +153,31 @@ def _train(
 
     settings = recipe.distill
     teacher_folder = Path(teacher.path)
-    text = training_text(teacher_folder, data, settings, seed=recipe.seed, share=settings.documents_share)
+    trimmed_folder = None if trimmed is None else trimmed.directory / trimmed.result.path
+    tokenizer_folder = trimmed_folder or teacher_folder
+    text = training_text(tokenizer_folder, data, settings, seed=recipe.seed, share=settings.documents_share)
     sample = torch.from_numpy(
         text.packed.sequence_ids(np.arange(min(text.packed.sequences, SAMPLE_TOKENS // settings.context_tokens + 1)))
     )[:, :-1]
 
     def start() -> tuple[Any, dict[str, Any]]:
         return start_student(
-            recipe.student, shape, teacher=teacher_folder, pretrained=pretrained, seed=recipe.seed, sample=sample
-        )
+            recipe.student, shape, teacher=teacher_folder, pretrained=pretrained, seed=recipe.seed, sample=sample,
+            trimmed=trimmed_folder,
+        )  # fmt: skip
 
     model, kept = start()
     if settings.lora.rank:
         model = add_adapters(
-            model, settings.lora, folder=work.state / f"start-{ranks.rank}", device=ranks.device, seed=recipe.seed
-        )
+            model, settings.lora, folder=work.state / f"start-{ranks.rank}", device=ranks.device, seed=recipe.seed,
+            sharded=ranks.sharded,
+        )  # fmt: skip
     if not settings.lora.rank or settings.lora.base == "fp32":
         model.to(ranks.device)
     loss = loss_of(settings, text.tokenizer.vocab)
-    signals = _signals(recipe, teacher, data.result, text, work, store, ranks, progress) if loss.needs_teacher else None
+    signals = None
+    if loss.needs_teacher:
+        signals = _signals(recipe, teacher, data.result, text, trimmed, work, store, ranks, progress)
     progress.say(
         f"distill: {shape.parameters:,} parameters, {len(text.packed.stream):,} tokens of text,"
         f" teacher signals {signals.name if signals else 'none'}, on {ranks.device.type}"
@@ -175,17 +202,18 @@ def _train(
     folder = work.out / "model"
     save_model(model, folder, ranks)
     if ranks.main:
-        copy_tokenizer(teacher_folder if pretrained is None else pretrained.path, folder)
+        copy_tokenizer(tokenizer_folder if pretrained is None else pretrained.path, folder)
     ranks.barrier()
     return StudentResult(
         path="model",
         start=recipe.student.start,
-        start_details=kept,
+        start_details=kept | ({} if trimmed is None else {"vocabulary": trimmed.result.model_dump(exclude={"path"})}),
         shape=shape,
         parameters=shape.parameters,
         weights_sha256=weights_digest(folder),
         tokenizer_sha256=tokenizer_sha256(folder),
         teacher_weights_sha256=teacher.weights_sha256,
+        further_teachers=teacher.also,
         signals=signals.name if signals else "none",
         training=result,
     )
@@ -196,6 +224,7 @@ def _signals(
     teacher: TeacherResult,
     data: DataResult,
     text: Text,
+    trimmed: Stored[VocabularyResult] | None,
     work: Work,
     store: Store,
     ranks: Ranks,
@@ -204,26 +233,53 @@ def _signals(
     """The teacher live, or a cache: the recipe's choice, or the exact cache where it pays and fits."""
     from edgedistill.distill.signals import LiveSignals
     from edgedistill.distill.teacher_cache import cache_key, hidden_in, obtain_cache
-    from edgedistill.distill.teacher_model import live_teacher
     from edgedistill.distill.trainer import total_steps
 
     settings = recipe.distill
+    kept = None if trimmed is None else trimmed.result.kept_sha256
 
-    def load() -> LiveSignals:
-        return live_teacher(Path(teacher.path), recipe.teacher, low_precision=settings.precision == "bf16", ranks=ranks)
+    def load() -> LiveSignals | MixedSignals:
+        return load_teachers(recipe, teacher, ranks, trimmed)
 
     if settings.teacher_signals == "cached":
         return obtain_cache(
             recipe, teacher=teacher, data=data, tokenizer=text.tokenizer, packed=text.packed, load=load, store=store,
-            ranks=ranks, progress=progress,
+            ranks=ranks, kept_sha256=kept, progress=progress,
         )  # fmt: skip
     epochs = total_steps(settings, text.packed) * settings.batch_sequences / text.packed.sequences
     size = 2 * text.packed.sequences * text.packed.context * teacher.shape.hidden_size
-    if not ranks.broadcast(_cache_pays(settings, epochs=epochs, size=size, state=work.state)):
+    # several teachers have no states in common to keep
+    if teacher.also or not ranks.broadcast(_cache_pays(settings, epochs=epochs, size=size, state=work.state)):
         return load()
+    live = load()
+    assert isinstance(live, LiveSignals)
     hidden = recipe.model_copy(update={"distill": settings.model_copy(update={"cache": Cache(kind="hidden")})})
-    key = cache_key(hidden, teacher=teacher, data=data, tokenizer=text.tokenizer, packed=text.packed, ranks=ranks)
-    return hidden_in(work.state / "signals", live=load(), packed=text.packed, key=key, ranks=ranks, progress=progress)
+    key = cache_key(
+        hidden, teacher=teacher, data=data, tokenizer=text.tokenizer, packed=text.packed, ranks=ranks, kept_sha256=kept
+    )
+    return hidden_in(work.state / "signals", live=live, packed=text.packed, key=key, ranks=ranks, progress=progress)
+
+
+def load_teachers(
+    recipe: Recipe, teacher: TeacherResult, ranks: Ranks, trimmed: Stored[VocabularyResult] | None = None
+) -> LiveSignals | MixedSignals:
+    """The teacher in memory, ready to teach; with `teacher.also`, all of them. `trimmed`: the student's vocabulary."""
+    from edgedistill.distill.signals import MixedSignals
+    from edgedistill.distill.teacher_model import live_teacher
+
+    low = recipe.distill.precision == "bf16"
+    folders = [(Path(teacher.path), teacher.weight), *((Path(each.path), each.weight) for each in teacher.also)]
+    kept = None
+    if trimmed is not None:
+        from edgedistill.distill.vocabulary import kept_rows
+
+        kept = kept_rows(Path(teacher.path), trimmed.directory / trimmed.result.path).to(ranks.device)
+    apart = recipe.distill.attention == "documents"
+    live = [
+        (live_teacher(path, recipe.teacher, low_precision=low, ranks=ranks, kept=kept, documents=apart), weight)
+        for path, weight in folders
+    ]
+    return live[0][0] if len(live) == 1 else MixedSignals(live)
 
 
 def cache_signals(
@@ -231,20 +287,17 @@ def cache_signals(
 ) -> tuple[str, SignalsResult]:
     """The cache that `distill` will read: found or made by all ranks. Where it lies, and its size."""
     from edgedistill.distill.ranks import ranks_here
-    from edgedistill.distill.signals import LiveSignals
     from edgedistill.distill.teacher_cache import obtain_cache
-    from edgedistill.distill.teacher_model import live_teacher
 
     settings = recipe.distill
     ranks = ranks_here()
-    text = training_text(Path(teacher.path), data, settings, seed=recipe.seed, share=settings.documents_share)
-
-    def load() -> LiveSignals:
-        return live_teacher(Path(teacher.path), recipe.teacher, low_precision=settings.precision == "bf16", ranks=ranks)
-
+    trimmed = trimmed_vocabulary(recipe, teacher, data, store, progress)
+    folder = Path(teacher.path) if trimmed is None else trimmed.directory / trimmed.result.path
+    text = training_text(folder, data, settings, seed=recipe.seed, share=settings.documents_share)
     made = obtain_cache(
-        recipe, teacher=teacher, data=data.result, tokenizer=text.tokenizer, packed=text.packed, load=load,
-        store=store, ranks=ranks, progress=progress,
+        recipe, teacher=teacher, data=data.result, tokenizer=text.tokenizer, packed=text.packed,
+        load=lambda: load_teachers(recipe, teacher, ranks, trimmed), store=store, ranks=ranks,
+        kept_sha256=None if trimmed is None else trimmed.result.kept_sha256, progress=progress,
     )  # fmt: skip
     tokens = text.packed.sequences * text.packed.context
     per_token = made.reader.bytes_per_token

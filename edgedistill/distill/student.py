@@ -10,6 +10,7 @@ from edgedistill.models import ModelFolder, check_folder
 from edgedistill.recipe import Student
 from edgedistill.records import Shape
 from edgedistill.shapes import config_from_shape
+from edgedistill.weights import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,11 +24,13 @@ def start_student(
     pretrained: ModelFolder | None,
     seed: int,
     sample: Tensor | None = None,
+    trimmed: Path | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The student before training, fp32, as a transformers model, and what of the teacher it kept.
 
     `teacher` is the teacher's folder (a fresh student keeps its rotary base, norms and special tokens); `pretrained`
-    the student's own where ask.start is "pretrained"; `sample` [S, T] ids on which importance is measured.
+    the student's own where ask.start is "pretrained"; `sample` [S, T] ids on which importance is measured. `trimmed` is
+    the folder of the trimmed tokenizer, whose tokens the shape and the sample then have.
     Raises UserError where the start does not fit the shape.
     """
     import torch
@@ -39,15 +42,18 @@ def start_student(
             raise UserError("student.start is pretrained but no student.model is named", "give --student FOLDER")
         return AutoModelForCausalLM.from_pretrained(pretrained.path, dtype=torch.float32, use_safetensors=True), {}
     source = check_folder(teacher, name=str(teacher), origin="folder", role="teacher")
+    if ask.start == "auto":
+        raise UserError("student.start is auto, which only a plan resolves", "set it to one of the other starts")
     if ask.start != "fresh":
-        return _cut(ask, shape, source, teacher, sample)
+        return _cut(ask, shape, source, teacher, sample, trimmed)
+    special = source.config if trimmed is None else read_json(trimmed / "config.json", what="config.json")
     rope = source.config.get("rope_parameters") or {}
     base = rope.get("rope_theta") or source.config.get("rope_theta") or 10000.0
     config_dict = config_from_shape(
         shape,
-        bos_token_id=source.config.get("bos_token_id"),
-        eos_token_id=source.config.get("eos_token_id"),
-        pad_token_id=source.config.get("pad_token_id"),
+        bos_token_id=special.get("bos_token_id"),
+        eos_token_id=special.get("eos_token_id"),
+        pad_token_id=special.get("pad_token_id"),
         rms_norm_eps=source.config.get("rms_norm_eps", 1e-6),
         rope_theta=float(base),
     )
@@ -57,12 +63,13 @@ def start_student(
 
 
 def _cut(
-    ask: Student, shape: Shape, source: ModelFolder, teacher: Path, sample: Tensor | None
+    ask: Student, shape: Shape, source: ModelFolder, teacher: Path, sample: Tensor | None, trimmed: Path | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from edgedistill.distill.prune import Sizes, cut
+    from edgedistill.distill.axes import Sizes
+    from edgedistill.distill.prune import cut
 
     if shape.tie_word_embeddings != source.shape.tie_word_embeddings:
         raise UserError(
@@ -70,6 +77,10 @@ def _cut(
             "lower student.compression, or use student.start=fresh, which may tie it to the embedding",
         )
     original = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32, use_safetensors=True).eval()
+    if trimmed is not None:
+        from edgedistill.distill.vocabulary import trim_rows
+
+        trim_rows(original, trimmed, teacher)
     wanted = Sizes(
         hidden=shape.hidden_size,
         ffn=shape.intermediate_size,

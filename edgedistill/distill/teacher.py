@@ -10,10 +10,10 @@ from edgedistill.distill.device import device_kind
 from edgedistill.distill.save import save_model, weights_digest
 from edgedistill.distill.text import training_text
 from edgedistill.errors import UserError
-from edgedistill.models import ModelFolder, open_model, tokenizer_sha256, weights_sha256
+from edgedistill.models import ModelFolder, open_model, require_same_tokenizer, tokenizer_sha256, weights_sha256
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe, TeacherTraining
-from edgedistill.records import DataResult, Shape, TeacherResult
+from edgedistill.records import DataResult, FurtherTeacher, Shape, TeacherResult
 from edgedistill.shapes import config_from_shape
 from edgedistill.store import Store, Stored, Work, versions
 
@@ -46,10 +46,9 @@ def teacher_shape(train: TeacherTraining) -> Shape:
 def obtain_teacher(
     recipe: Recipe, *, data: Stored[DataResult] | None, store: Store, progress: Progress = QUIET
 ) -> TeacherResult:
-    """The recipe's teacher: a checked folder (`teacher.model`), or one trained on the data and kept."""
+    """The recipe's teacher: a checked folder (`teacher.model`) with those beside it, or one trained on the data."""
     if recipe.teacher.model is not None:
-        folder = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
-        return describe(folder, store)
+        return _given(recipe, store)
     if data is None:
         raise UserError("no teacher is named and there is no data to train one on", "give --teacher or --data")
     from edgedistill.distill.ranks import ranks_here, run_together
@@ -70,7 +69,7 @@ def obtain_teacher(
 def find_teacher(recipe: Recipe, *, data: Stored[DataResult] | None, store: Store) -> TeacherResult | None:
     """The teacher where it exists already; nothing is trained."""
     if recipe.teacher.model is not None:
-        return describe(open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher"), store)
+        return _given(recipe, store)
     stored = None if data is None else store.find("teacher", teacher_inputs(recipe, data), TeacherResult)
     return None if stored is None else stored.result
 
@@ -84,6 +83,44 @@ def teacher_inputs(recipe: Recipe, data: Stored[DataResult]) -> dict[str, Any]:
         "data": data.result.sha256,
         "versions": versions("torch", "transformers", "tokenizers", "edgedistill"),
     }
+
+
+def open_further(recipe: Recipe, first: ModelFolder) -> list[ModelFolder]:
+    """The teachers of `teacher.also`, checked. UserError where one has another tokenizer than the first."""
+    folders = []
+    for ask in recipe.teacher.also:
+        folder = open_model(ask.model, revision=ask.revision, role="teacher")
+        require_same_tokenizer(first.path, folder.path, role=f"further teacher {ask.model}")
+        folders.append(folder)
+    return folders
+
+
+def mixture_key(teacher: TeacherResult) -> list[list[str | float]]:
+    """Weights' hash and normalised share of every teacher where several teach together; empty for one alone."""
+    if not teacher.also:
+        return []
+    all_of_them = [(teacher.weights_sha256, teacher.weight), *((t.weights_sha256, t.weight) for t in teacher.also)]
+    total = sum(weight for _, weight in all_of_them)
+    return [[sha256, weight / total] for sha256, weight in all_of_them]
+
+
+def _given(recipe: Recipe, store: Store) -> TeacherResult:
+    assert recipe.teacher.model is not None
+    first = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
+    also = [
+        FurtherTeacher(
+            name=folder.name,
+            origin="hub" if folder.origin == "hub" else "folder",
+            path=str(folder.path),
+            shape=folder.shape,
+            parameters=folder.shape.parameters,
+            weights_sha256=weights_sha256(folder, store),
+            tokenizer_sha256=tokenizer_sha256(folder.path),
+            weight=ask.weight,
+        )
+        for ask, folder in zip(recipe.teacher.also, open_further(recipe, first), strict=True)
+    ]
+    return describe(first, store).model_copy(update={"weight": recipe.teacher.weight, "also": also})
 
 
 def describe(folder: ModelFolder, store: Store) -> TeacherResult:

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edgedistill.distill.cache_files import cache_exists, recipe_key
+from edgedistill.distill.cache_reader import CacheReader, open_cache
 from edgedistill.distill.ranks import Ranks, run_together
-from edgedistill.distill.signal_cache import CacheReader, build_cache, open_cache
-from edgedistill.distill.signals import CACHE_BATCH_TOKENS, CachedSignals, LiveSignals, produce_from
+from edgedistill.distill.signal_cache import build_cache
+from edgedistill.distill.signals import CACHE_BATCH_TOKENS, CachedSignals, LiveSignals, MixedSignals, produce_from
+from edgedistill.distill.teacher import mixture_key
 from edgedistill.distill.teacher_model import precision_of
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
@@ -19,32 +22,26 @@ from edgedistill.tasks.causal_lm import Packed, TextTokenizer
 
 
 def cache_key(
-    recipe: Recipe, *, teacher: TeacherResult, data: DataResult, tokenizer: TextTokenizer, packed: Packed, ranks: Ranks
-) -> dict[str, Any]:
-    """Everything that the signals depend on; a cache of another key is refused with what differs."""
-    ask = recipe.distill
-    kind = ask.cache.kind
-    return {
-        "kind": kind,
+    recipe: Recipe, *, teacher: TeacherResult, data: DataResult, tokenizer: TextTokenizer, packed: Packed, ranks: Ranks,
+    kept_sha256: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that the signals depend on; a cache of another key is refused with what differs.
+
+    `kept_sha256` is that of the teacher's ids that a trimmed vocabulary keeps: signals are over those alone.
+    """
+    return recipe_key(recipe) | {
         "teacher_weights_sha256": teacher.weights_sha256,
+        "further_teachers": mixture_key(teacher),
         "teacher_precision": precision_of(recipe.teacher, ranks.device),
-        "autocast": ask.precision,
         "tokenizer_sha256": teacher.tokenizer_sha256,
+        "kept_sha256": kept_sha256,
         "data_sha256": data.sha256,
-        "documents_share": ask.documents_share,
         "context_tokens": packed.context,
         "sequences": packed.sequences,
         "packing_seed": packed.seed,
-        "attention": ask.attention,
         "bos": tokenizer.bos,
         "eos": tokenizer.eos,
         "vocab": tokenizer.vocab,
-        "temperature": ask.temperature if kind in ("sampled", "topk") else 1.0,
-        "draws": ask.cache.draws if kind == "sampled" else 0,
-        "top_k": ask.cache.top_k if kind == "topk" else 0,
-        "seed": recipe.seed,
-        "hidden_layers": list(ask.cache.hidden_layers),
-        "attention_layers": list(ask.cache.attention_layers),
     }
 
 
@@ -55,9 +52,10 @@ def obtain_cache(
     data: DataResult,
     tokenizer: TextTokenizer,
     packed: Packed,
-    load: Callable[[], LiveSignals],
+    load: Callable[[], LiveSignals | MixedSignals],
     store: Store,
     ranks: Ranks,
+    kept_sha256: str | None = None,
     progress: Progress = QUIET,
 ) -> CachedSignals:
     """The cache of this recipe, in the store or at `distill.cache.url`; built by all ranks where it is missing.
@@ -65,12 +63,14 @@ def obtain_cache(
     `load` brings the teacher into memory. Raises UserError where a cache at the URL has another key or is damaged,
     and where the disk does not hold it.
     """
-    key = cache_key(recipe, teacher=teacher, data=data, tokenizer=tokenizer, packed=packed, ranks=ranks)
+    key = cache_key(
+        recipe, teacher=teacher, data=data, tokenizer=tokenizer, packed=packed, ranks=ranks, kept_sha256=kept_sha256
+    )
     url = recipe.distill.cache.url
     # the hidden kind remakes logits with the teacher's head; the others need no teacher once they stand
-    live: list[LiveSignals] = []
+    live: list[LiveSignals | MixedSignals] = []
 
-    def teacher_now() -> LiveSignals:
+    def teacher_now() -> LiveSignals | MixedSignals:
         if not live:
             live.append(load())
         return live[0]
@@ -78,12 +78,21 @@ def obtain_cache(
     local = store.root / "downloads"
 
     def reader(place: str) -> CacheReader:
-        head = teacher_now().head() if key["kind"] == "hidden" else None
+        head = None
+        if key["kind"] == "hidden":
+            single = teacher_now()
+            assert isinstance(single, LiveSignals)  # the plan refuses states of several teachers
+            head = single.head()
         return open_cache(place, key=key, head=head, device=ranks.device, local=local)
 
     if url is not None:
-        fill(url, key, teacher_now, packed, ranks, progress)
-        return CachedSignals(reader(url), url=url)
+        fill(url, key, teacher_now, packed, ranks, progress, local=local)
+        if not ranks.main:
+            ranks.barrier()  # the first rank fetches a remote cache, the others find it here
+        found = reader(url)
+        if ranks.main:
+            ranks.barrier()
+        return CachedSignals(found, url=url)
 
     def build(work: Work) -> SignalsResult:
         folder = work.state / "cache"
@@ -104,12 +113,14 @@ def obtain_cache(
 
 
 def fill(
-    url: str, key: dict[str, Any], teacher: Callable[[], LiveSignals], packed: Packed, ranks: Ranks, progress: Progress
-) -> None:
-    """Build the cache at a folder or URL, unless it stands there whole; an unfinished one is gone on with."""
-    from edgedistill.distill.signal_cache import cache_exists
+    url: str, key: dict[str, Any], teacher: Callable[[], LiveSignals | MixedSignals], packed: Packed, ranks: Ranks,
+    progress: Progress, local: Path | None = None,
+) -> None:  # fmt: skip
+    """Build the cache at a folder or URL, unless it stands there whole; an unfinished one is gone on with.
 
-    if cache_exists(url):
+    `local` is where a URL's shards are staged; all ranks see the same one.
+    """
+    if ranks.broadcast(cache_exists(url)):
         return
     live = teacher()
     build_cache(
@@ -124,14 +135,15 @@ def fill(
         top_k=key["top_k"],
         seed=key["seed"],
         produce=produce_from(
-            live, packed, documents=key["attention"] == "documents", hidden_layers=key["hidden_layers"],
-            attention_layers=key["attention_layers"],
+            live, packed, documents=key["attention"] == "documents", temperature=key["temperature"],
+            hidden_layers=key["hidden_layers"], attention_layers=key["attention_layers"],
         ),
         hidden_layers=key["hidden_layers"],
         attention_layers=key["attention_layers"],
         rank=ranks.rank,
         world=ranks.world,
         barrier=ranks.barrier,
+        local=local,
         batch_sequences=max(1, CACHE_BATCH_TOKENS // packed.context),
         progress=progress,
     )  # fmt: skip

@@ -8,11 +8,14 @@ from typing import Any
 import torch  # noqa: TID253  this module is imported by training alone
 from torch import Tensor, nn  # noqa: TID253
 
-from edgedistill.distill.model_parts import final_hidden
+from edgedistill.distill.model_parts import final_hidden, require_separate_documents
 from edgedistill.distill.ranks import Ranks
 from edgedistill.distill.signals import LiveSignals
 from edgedistill.errors import UserError
 from edgedistill.recipe import Teacher
+
+BLOCK_4BIT = 64  # weights that share a scale
+TILE_ROWS_4BIT = 32  # of the layout for CPUs with bf16 instructions
 
 
 class Body(nn.Module):
@@ -36,13 +39,20 @@ def precision_of(ask: Teacher, device: torch.device) -> str:
 
 
 def live_teacher(
-    folder: Path, ask: Teacher, *, low_precision: bool, ranks: Ranks, kept: Tensor | None = None
+    folder: Path,
+    ask: Teacher,
+    *,
+    low_precision: bool,
+    ranks: Ranks,
+    kept: Tensor | None = None,
+    documents: bool = False,
 ) -> LiveSignals:
     """The teacher of a folder, ready to teach.
 
     Precision: fp32 or bf16 weights, or bitsandbytes' INT8 (Dettmers et al. 2022) or NF4 (2023). Placement: beside
     the student; "offload": weights on the CPU, each layer on the GPU while it runs; "shard": FSDP2 over the ranks.
-    Raises UserError where the two do not go together, or a library is missing.
+    `documents`: packed documents are to be kept apart. Raises UserError where precision and placement do not go
+    together, a library is missing, or the teacher cannot keep documents apart.
     """
     precision = precision_of(ask, ranks.device)
     if ask.placement == "shard" and ranks.world == 1:
@@ -59,6 +69,8 @@ def live_teacher(
             "set teacher.placement=auto, or teacher.precision=bf16",
         )
     model = _load(folder, precision, ranks)
+    if documents:
+        require_separate_documents(model)
     name = f"live, {precision}"
     low = low_precision or precision != "fp32"
     if ask.placement == "offload":
@@ -95,12 +107,16 @@ def _load(folder: Path, precision: str, ranks: Ranks) -> Any:
     return load_quantized(folder, precision, ranks.device)
 
 
-def load_quantized(folder: Path, precision: str, device: torch.device) -> Any:
-    """A model folder with bitsandbytes' INT8 or NF4 linear layers, on `device`; the output head stays as it is."""
+def load_quantized(folder: Path, precision: str, device: torch.device, *, frozen: bool = True) -> Any:
+    """A model folder with bitsandbytes' INT8 or NF4 linear layers, on `device`; the output head stays as it is.
+
+    `frozen`: nothing will be trained through it. Raises UserError where bitsandbytes is missing, or does not compute
+    such a model rightly.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
-        import bitsandbytes  # noqa: F401
+        import bitsandbytes
         from transformers import BitsAndBytesConfig
     except ImportError as error:
         raise UserError(
@@ -111,7 +127,28 @@ def load_quantized(folder: Path, precision: str, device: torch.device) -> Any:
         if precision == "int8"
         else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     )
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=quantization, dtype=torch.bfloat16, use_safetensors=True,
         device_map={"": str(device)},
     )  # fmt: skip
+    for name, module in model.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit) and device.type == "cpu":
+            _check_4bit_on_cpu(name, module, frozen=frozen)
+    return model
+
+
+def _check_4bit_on_cpu(name: str, layer: Any, *, frozen: bool) -> None:
+    """What bitsandbytes' 4-bit layers need on a CPU (0.50.2). Raises UserError.
+
+    Dequantizing is wrong there where a row is not whole blocks. The kernel of CPUs with bf16 instructions rearranges
+    the weights at the first pass in eval: it wants whole tiles, rounds the scales to bf16 for good, and gives no
+    gradient, so a base that adapters are trained on would change under them at the first evaluation.
+    """
+    if layer.in_features % BLOCK_4BIT:
+        raise UserError(
+            f"{name} takes {layer.in_features} inputs, and bitsandbytes' 4-bit layers on a CPU need a multiple of"
+            f" {BLOCK_4BIT}",
+            "use int8 or fp32, or a GPU",
+        )
+    if not frozen or layer.out_features % TILE_ROWS_4BIT:
+        layer.support_avx512bf16_for_cpu = False

@@ -27,6 +27,7 @@ from edgedistill.distill.checkpoint import Position, load_best, load_checkpoint,
 from edgedistill.distill.evaluate import perplexity
 from edgedistill.distill.loss_module import LossModule, bare, clip_gradients, local_gradients, wrap
 from edgedistill.distill.losses import IGNORED, LossSpec
+from edgedistill.distill.model_parts import require_separate_documents
 from edgedistill.distill.optimizers import make_optimizers, set_rates
 from edgedistill.distill.optimizers import rate_share as rate_share
 from edgedistill.distill.ranks import Ranks, clear_errors, ranks_here
@@ -91,6 +92,8 @@ def train(
     """
     ranks = ranks or ranks_here()
     _require_divisible(settings, ranks)
+    if settings.attention == "documents":
+        require_separate_documents(model)
     steps = total_steps(settings, data)
     every = max(1, round(settings.evaluate_every_share * steps))
     if settings.activation_checkpointing:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from edgedistill import machine
 from edgedistill.errors import UserError
+from edgedistill.models import kept_tokens
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Verify
 from edgedistill.records import (
@@ -85,8 +86,10 @@ def climb(
     Raises UserError where the tokenizers differ or the text is too short; RuntimeCrashed where the
     artifact's runtime dies.
     """
-    tokenizer = TextTokenizer.load(Path(subject.teacher.path))
+    kept = kept_tokens(Path(subject.teacher.path), Path(subject.student.path))
+    tokenizer = TextTokenizer.load(Path((subject.teacher if kept is None else subject.student).path))
     documents = encode_blocks(tokenizer, held_out)
+    numbering = None if kept is None else _numbering(subject, np.array(kept, dtype=np.int64), held_out, documents)
     windows = scoring_windows(
         documents, context=settings.context_tokens, stride=settings.stride_tokens, max_tokens=settings.max_tokens
     )
@@ -123,11 +126,16 @@ def climb(
             ids = np.stack([w.ids for w in group]).astype(np.int64)
             keep = torch.from_numpy(np.concatenate([np.arange(ids.shape[1] - 1) >= window.first for window in group]))
             targets = torch.from_numpy(ids[:, 1:].reshape(-1))[keep]
-            reference = scorers["teacher"].logits(ids)[:, :-1].flatten(0, 1)[keep]
+            own_ids = ids if numbering is None else numbering.kept[ids]
+            reference = scorers["teacher"].logits(own_ids)[:, :-1].flatten(0, 1)[keep]
+            if numbering is not None:
+                reference = reference[:, torch.from_numpy(numbering.order)]
             teacher_log_p = torch.log_softmax(reference[:, :vocab].float(), dim=-1)
-            scores["teacher"].add(reference, teacher_log_p, targets)
+            choice = None if numbering is None else reference[:, : numbering.tokens].argmax(-1)
+            scores["teacher"].add(reference, teacher_log_p, targets, choice)
             for name in RUNGS[1:]:
-                scores[name].add(scorers[name].logits(ids)[:, :-1].flatten(0, 1)[keep], teacher_log_p, targets)
+                logits = scorers[name].logits(ids)[:, :-1].flatten(0, 1)[keep]
+                scores[name].add(logits, teacher_log_p, targets, choice)
             owner.extend(np.full(w.scored, used.index(w.document), dtype=np.int64) for w in group)
             done += sum(w.scored for w in group)
             progress.step("verify", done, total)
@@ -168,8 +176,41 @@ def climb(
             kl_p99_nats_ci95=shipped.kl_p99_nats_ci95,
         ),
         tokenizer=check,
+        kept_tokens=None if numbering is None else len(numbering.kept),
         gate=Gate(min_retention=settings.min_retention, passed=shipped.retention_ci95[0] >= settings.min_retention),
     )
+
+
+@dataclass(frozen=True)
+class _Numbering:
+    """A trimmed student's tokens among its teacher's.
+
+    `kept`: the teacher's id of each of the student's; `order`: all of the teacher's rows, those first, then its other
+    tokens, then padding: its logits in that order begin with the student's numbering. `tokens`: how many it has.
+    """
+
+    kept: NDArray[np.int64]
+    order: NDArray[np.int64]
+    tokens: int
+
+
+def _numbering(
+    subject: Subject, kept: NDArray[np.int64], held_out: list[list[str]], documents: list[NDArray[np.int32]]
+) -> _Numbering:
+    """`documents` are the held-out blocks in the student's ids.
+
+    Raises UserError where the teacher's tokenizer cuts them otherwise: scores of tokens would not pair up.
+    """
+    tokenizer = TextTokenizer.load(Path(subject.teacher.path))
+    for number, (own, ids) in enumerate(zip(encode_blocks(tokenizer, held_out), documents, strict=True)):
+        if len(own) != len(ids) or (kept[ids] != own).any():
+            raise UserError(
+                f"block {number} of the held-out text ({held_out[number][0][:60]!r}) has other tokens in the student's"
+                f" trimmed vocabulary of {len(kept):,} than in the teacher's: their scores cannot be paired",
+                "verify on the text that the vocabulary was trimmed to, or distil with this text as --eval-data",
+            )
+    others = np.setdiff1d(np.arange(subject.teacher.shape.vocab_size), kept)
+    return _Numbering(kept=kept, order=np.concatenate([kept, others]), tokens=tokenizer.vocab)
 
 
 def stored_weights(subject: Subject) -> Iterator[tuple[str, NDArray[np.float32]]]:

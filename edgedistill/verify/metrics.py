@@ -26,12 +26,16 @@ class TokenScores:
     kl: list[NDArray[np.float32]] = field(default_factory=list)
     agree: list[NDArray[np.bool_]] = field(default_factory=list)
 
-    def add(self, logits: Tensor, teacher_log_p: Tensor, targets: Tensor) -> None:
-        """Score `logits` [N, V'] against targets [N] and the teacher's log-probabilities [N, V].
+    def add(self, logits: Tensor, teacher_log_p: Tensor, targets: Tensor, teacher_choice: Tensor | None = None) -> None:
+        """Score `logits` [N, V'] against targets [N], the teacher's log-probabilities [N, V] and its likeliest tokens.
 
         Perplexity counts all of the artifact's own rows, padding included: that is what a sampler sees.
-        KL(teacher ‖ artifact) runs over the V tokens that the teacher knows. Nats. Ties go to the lowest id.
+        KL(teacher ‖ artifact) runs over the V tokens that both know. `teacher_choice` [N] is the teacher's likeliest
+        token where that may be one that a trimmed vocabulary lacks (V and above): a disagreement. Nats. Ties go to the
+        lowest id.
         """
+        if teacher_choice is None:
+            teacher_choice = teacher_log_p.argmax(-1)
         vocab = teacher_log_p.shape[-1]
         log_q = torch.log_softmax(logits.float(), dim=-1)
         choice = log_q.argmax(-1)
@@ -39,7 +43,7 @@ class TokenScores:
         self.correct.append((choice == targets).numpy())
         kl = torch.nn.functional.kl_div(log_q[:, :vocab], teacher_log_p, reduction="none", log_target=True).sum(-1)
         self.kl.append(kl.clamp_min(0.0).numpy())
-        self.agree.append((choice == teacher_log_p.argmax(-1)).numpy())
+        self.agree.append((choice == teacher_choice).numpy())
 
 
 def document_draws(documents: int, samples: int, seed: int) -> NDArray[np.int32]:

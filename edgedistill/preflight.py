@@ -1,0 +1,166 @@
+"""The plan of a recipe on this machine: what is refused or known before any work, and what the store already has."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+
+from edgedistill import machine
+from edgedistill.data.prepare import prepare_data
+from edgedistill.errors import UserError
+from edgedistill.fit import artifacts_of
+from edgedistill.models import open_model, require_same_tokenizer
+from edgedistill.plan import Plan, plan
+from edgedistill.progress import QUIET, Progress
+from edgedistill.recipe import Recipe
+from edgedistill.records import Shape, StudentResult
+from edgedistill.refusals import refuse_trimming
+from edgedistill.store import Store
+from edgedistill.targets import Target, parse_artifact
+
+
+def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress: Progress = QUIET) -> Plan:
+    """The plan of this recipe on this machine, with what the store already has. Raises UserError.
+
+    How large a trimmed vocabulary will be only its text tells: where one is asked for, the data are read and kept.
+    """
+    refuse_trimming(recipe)
+    teacher, parameters = _teacher_sizes(recipe)
+    room = store.root
+    while not room.exists():
+        room = room.parent
+    tokens = _trimmed_tokens(recipe, store, progress)
+    student = _given_student_shape(recipe)
+    _require_exportable(recipe, targets)
+    require_usable_cache(recipe, store)
+    sizes_only = plan(
+        recipe, targets, teacher=teacher, teacher_parameters=parameters, student=student, trimmed_tokens=tokens
+    )
+    return plan(
+        recipe,
+        targets,
+        teacher=teacher,
+        teacher_parameters=parameters,
+        student=student,
+        further_teachers=_further_shapes(recipe),
+        trimmed_tokens=tokens,
+        store_hits=_store_hits(with_start(recipe, sizes_only), sizes_only.student, store),
+        free_disk_bytes=shutil.disk_usage(room).free,
+        machine_memory_bytes=machine.describe()["memory_bytes"],
+        machine_cores=len(machine.usable_cpus()),
+    )
+
+
+def _teacher_sizes(recipe: Recipe) -> tuple[Shape, int]:
+    if recipe.teacher.model is None:
+        from edgedistill.distill.teacher import teacher_shape
+
+        shape = teacher_shape(recipe.teacher.train)
+        return shape, shape.parameters
+    folder = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
+    return folder.shape, folder.shape.parameters
+
+
+def _further_shapes(recipe: Recipe) -> list[Shape]:
+    """Sizes of the teachers beside the first. UserError where one has another tokenizer."""
+    from edgedistill.distill.teacher import open_further
+
+    if recipe.teacher.model is None or not recipe.teacher.also:
+        return []
+    first = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
+    return [folder.shape for folder in open_further(recipe, first)]
+
+
+def _require_exportable(recipe: Recipe, targets: Sequence[Target]) -> None:
+    """What the exporters would refuse after hours of training is refused now. UserError."""
+    if recipe.teacher.model is None:
+        return
+    folder = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
+    formats = {parse_artifact(artifact)[0] for target in targets for artifact in artifacts_of(recipe, target)}
+    if "gguf" in formats:
+        from edgedistill.gguf.architectures import rope_of
+        from edgedistill.gguf.tokenizer import read_tokenizer
+
+        read_tokenizer(folder.path, vocab_size=folder.shape.vocab_size)
+        rope_of(folder.config, folder.shape, where=str(folder.path / "config.json"))
+    if "onnx" in formats:
+        from edgedistill.onnx.decoder import require_runnable_heads
+
+        require_runnable_heads(folder.shape, where=str(folder.path))
+
+
+def require_usable_cache(recipe: Recipe, store: Store) -> None:
+    """A finished cache at the recipe's URL is looked into now, not after the teacher was trained. UserError."""
+    from edgedistill.data.prepare import find_data
+    from edgedistill.distill.cache_files import refuse_other_cache
+    from edgedistill.distill.teacher import find_teacher
+
+    refuse_other_cache(recipe, {})
+    if recipe.distill.teacher_signals != "cached" or recipe.distill.cache.url is None:
+        return
+    data = find_data(recipe.data, store=store)
+    teacher = find_teacher(recipe, data=data, store=store)
+    known = {} if data is None else {"data_sha256": data.result.sha256}
+    if teacher is not None:
+        known |= {
+            "teacher_weights_sha256": teacher.weights_sha256,
+            "tokenizer_sha256": teacher.tokenizer_sha256,
+        }
+    refuse_other_cache(recipe, known)
+
+
+def _trimmed_tokens(recipe: Recipe, store: Store, progress: Progress) -> int | None:
+    """How many tokens the student's trimmed vocabulary has, where it is asked for."""
+    if not recipe.student.trim_vocabulary or recipe.teacher.model is None:
+        return None
+    from edgedistill.distill.vocabulary import obtain_vocabulary
+
+    folder = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
+    found = obtain_vocabulary(
+        folder.path, data=prepare_data(recipe.data, store=store, progress=progress), store=store, progress=progress
+    )
+    progress.say(
+        f"vocabulary: {found.result.tokens:,} of the teacher's {found.result.teacher_tokens:,} tokens are kept"
+        f"{' (from the store)' if found.reused else ''}"
+    )
+    return found.result.tokens
+
+
+def _given_student_shape(recipe: Recipe) -> Shape | None:
+    """The shape where the recipe leaves nothing to design: a pretrained student's."""
+    if recipe.student.start == "pretrained":
+        if recipe.student.model is None:
+            raise UserError("student.start is pretrained but no student.model is named", "give --student FOLDER")
+        student = open_model(recipe.student.model, revision=recipe.student.revision, role="student")
+        if recipe.teacher.model is not None:
+            named = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
+            require_same_tokenizer(named.path, student.path)
+        return student.shape
+    return None
+
+
+def with_start(recipe: Recipe, planned: Plan) -> Recipe:
+    """The recipe with the start that the plan chose, so that the student's key does not tell auto from its choice."""
+    if recipe.student.start != "auto" or planned.start == "given":
+        return recipe
+    return recipe.model_copy(update={"student": recipe.student.model_copy(update={"start": planned.start})})
+
+
+def _store_hits(recipe: Recipe, shape: Shape, store: Store) -> dict[str, bool]:
+    """Which stages the store already has, as far as that can be told without doing any."""
+    from edgedistill.data.prepare import find_data
+    from edgedistill.distill.stage import student_inputs
+    from edgedistill.distill.teacher import find_teacher
+    from edgedistill.models import weights_sha256
+
+    data = find_data(recipe.data, store=store)
+    hits = {"data": data is not None, "teacher": False, "student": False}
+    teacher = find_teacher(recipe, data=data, store=store)
+    hits["teacher"] = teacher is not None
+    if data is not None and teacher is not None:
+        pretrained = None
+        if recipe.student.start == "pretrained" and recipe.student.model is not None:
+            pretrained = weights_sha256(open_model(recipe.student.model, revision=recipe.student.revision), store)
+        inputs = student_inputs(recipe, shape=shape, teacher=teacher, data=data.result, pretrained_sha256=pretrained)
+        hits["student"] = store.find("student", inputs, StudentResult) is not None
+    return hits

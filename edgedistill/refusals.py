@@ -1,0 +1,54 @@
+"""Recipes that ask for what cannot go together, refused before any work."""
+
+from __future__ import annotations
+
+from edgedistill.errors import UserError
+from edgedistill.recipe import Recipe
+
+
+def refuse_mixture(recipe: Recipe, *, caching: bool) -> None:
+    """Refuse what several teachers at once cannot give; `caching`: their signals are to lie on disk. UserError."""
+    if not recipe.teacher.also:
+        return
+    cache = recipe.distill.cache
+    several = f"teacher.also names {len(recipe.teacher.also)} further teacher(s)"
+    if recipe.teacher.model is None:
+        raise UserError(
+            f"{several}, and the first one would be trained here with a tokenizer of its own",
+            "name a first teacher with their tokenizer: --teacher FOLDER",
+        )
+    if not caching:
+        return
+    if cache.kind == "hidden":
+        raise UserError(
+            f"{several}, and distill.cache.kind is hidden: their states cannot be mixed, only their probabilities",
+            "set distill.cache.kind to sampled or dense, or distill.teacher_signals=live",
+        )
+    if cache.hidden_layers or cache.attention_layers:
+        raise UserError(
+            f"{several}, and distill.cache keeps layers {[*cache.hidden_layers, *cache.attention_layers]} of one",
+            "leave distill.cache.hidden_layers and attention_layers empty",
+        )
+    if cache.kind == "dense" and recipe.distill.temperature != 1.0:
+        raise UserError(
+            f"{several}, and distill.temperature is {recipe.distill.temperature:g}: a dense cache keeps the mean of"
+            " their probabilities at 1, which does not tell the mean at another temperature",
+            "set distill.cache.kind=sampled, distill.temperature=1, or distill.teacher_signals=live",
+        )
+
+
+def refuse_trimming(recipe: Recipe) -> None:
+    """Refuse to trim a vocabulary where the student would not be the teacher's with fewer tokens. UserError."""
+    student = recipe.student
+    if not student.trim_vocabulary:
+        return
+    if recipe.teacher.model is None:
+        raise UserError(
+            "student.trim_vocabulary is true, and the teacher is trained here: its tokens are made from this very text",
+            "set student.trim_vocabulary=false, or teacher.train.vocab_size to fewer tokens",
+        )
+    if student.start == "pretrained":
+        raise UserError(
+            "student.trim_vocabulary is true, and student.start is pretrained: that student keeps its own tokens",
+            "set student.trim_vocabulary=false, or start from the teacher: student.start=layers, width or both",
+        )
