@@ -86,7 +86,7 @@ def text_for(settings: Training) -> tuple[Text, list[list[str]]]:
 def start() -> Any:
     source = check_folder(TEACHER, name=str(TEACHER), origin="folder", role="teacher")
     shape = design_student(source.shape, compression=COMPRESSION, width_multiple=64)
-    return start_student(Student(), shape, teacher=TEACHER, pretrained=None, seed=0)[0]
+    return start_student(Student(start="fresh"), shape, teacher=TEACHER, pretrained=None, seed=0)[0]
 
 
 def against_bare(student: Any, teacher: Any, text: Text, rounds: int, steps: int, batch: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from edgedistill.distill.losses import LossSpec
 from edgedistill.distill.model_parts import final_hidden
 from edgedistill.distill.ranks import ranks_here
 from edgedistill.distill.signals import LiveSignals, MixedSignals, cache_hidden
+from edgedistill.distill.teacher_model import offloaded
 from edgedistill.distill.trainer import rate_share, total_steps
 from edgedistill.errors import EdgedistillError, UserError
 from edgedistill.recipe import Training
@@ -203,6 +204,19 @@ def test_documents_see_themselves_alone(tmp_path):
     masked = np.argwhere(data.targets(rows, documents=True) == -100)
     assert [(r * 40 + c + 1) for r, c in masked] == [s for s in data.starts.tolist() if 0 < s <= data.sequences * 40]
     run(model(), tmp_path, data=pack(texts, context=16, seed=1, eos=None, bos=None), attention="documents")
+
+
+def test_an_offloaded_teacher_gives_what_it_gave_before():
+    """Its weights lie on no device: hooks fetch a layer's when it runs, here to the CPU itself."""
+    data = packed()
+    inputs = torch.from_numpy(data.sequence_ids(np.arange(3))[:, :-1])
+    plain = LiveSignals(model(seed=5, hidden=48), low_precision=False)
+    away = offloaded(model(seed=5, hidden=48), torch.device("cpu"), low_precision=False, name="offloaded")
+    assert next(away.teacher.parameters()).device.type == "meta"
+    a, b = plain.batch(np.arange(3), inputs), away.batch(np.arange(3), inputs)
+    assert torch.equal(a.hidden, b.hidden)
+    assert torch.equal(a.head.weight, b.head.weight)
+    assert torch.equal(plain.layers(inputs, None, [1], [])[0][1], away.layers(inputs, None, [1], [])[0][1])
 
 
 def test_several_teachers_average_their_probabilities(tmp_path):

@@ -34,12 +34,21 @@ def head_of(model: nn.Module) -> Head:
     return Head(layer.weight, bias=layer.bias, scale=scale, softcap=float(cap) if cap else None)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model runs: where its weights are or, offloaded by accelerate, where its hooks fetch them."""
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    hooks: list[Any] = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    return next(torch.device(hook.execution_device) for hook in hooks if getattr(hook, "execution_device", None))
+
+
 def final_hidden(model: nn.Module, inputs: Tensor, low_precision: bool, positions: Tensor | None = None) -> Tensor:
     """Hidden states after the final norm [S·T, H] of ids [S, T].
 
     `positions` [S, T] that start again at 0 make each such run of tokens attend to itself alone.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     extra = {} if positions is None else {"position_ids": positions.to(device)}
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low_precision):
         hidden: Tensor = model.get_decoder()(input_ids=inputs.to(device), use_cache=False, **extra).last_hidden_state  # type: ignore[operator]

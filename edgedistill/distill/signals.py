@@ -18,7 +18,7 @@ from torch import Tensor, nn  # noqa: TID253
 
 from edgedistill.distill.cache_reader import CacheReader, open_cache
 from edgedistill.distill.losses import Head, Teacher, TeacherHead, finish_logits
-from edgedistill.distill.model_parts import final_hidden, head_of
+from edgedistill.distill.model_parts import device_of, final_hidden, head_of
 from edgedistill.distill.signal_cache import Produced, build_cache
 from edgedistill.errors import UserError
 from edgedistill.progress import QUIET, Progress
@@ -98,10 +98,11 @@ class LiveSignals:
                 )
         if attention:
             model.set_attn_implementation("eager")  # the fused kernels do not give their maps
-        extra = {} if positions is None else {"position_ids": positions.to(model.device)}
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=self.low_precision):
+        device = device_of(model)
+        extra = {} if positions is None else {"position_ids": positions.to(device)}
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.low_precision):
             out = model.get_decoder()(
-                input_ids=inputs.to(model.device), use_cache=False, output_hidden_states=bool(hidden),
+                input_ids=inputs.to(device), use_cache=False, output_hidden_states=bool(hidden),
                 output_attentions=bool(attention), **extra,
             )  # fmt: skip
         return (

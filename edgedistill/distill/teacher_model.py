@@ -74,10 +74,7 @@ def live_teacher(
     name = f"live, {precision}"
     low = low_precision or precision != "fp32"
     if ask.placement == "offload":
-        from accelerate import cpu_offload
-
-        cpu_offload(model, ranks.device)
-        return LiveSignals(model, low_precision=low, device=ranks.device, kept=kept, name=f"{name}, offloaded")
+        return offloaded(model, ranks.device, low_precision=low, kept=kept, name=f"{name}, offloaded")
     if ask.placement == "shard":
         from edgedistill.distill.loss_module import shard
 
@@ -87,6 +84,18 @@ def live_teacher(
     if precision in ("fp32", "bf16"):
         model.to(ranks.device)
     return LiveSignals(model, low_precision=low, device=ranks.device, kept=kept, name=name)
+
+
+def offloaded(
+    model: Any, device: torch.device, *, low_precision: bool, kept: Tensor | None = None, name: str
+) -> LiveSignals:
+    """A teacher whose body's weights stay on the CPU, each layer's on `device` while it runs; its head stays there."""
+    from accelerate import cpu_offload
+
+    signals = LiveSignals(model, low_precision=low_precision, device=device, kept=kept, name=name)
+    signals.head()  # while its weights, which may be the embedding's, can still be read
+    cpu_offload(model.get_decoder(), device)
+    return signals
 
 
 def _load(folder: Path, precision: str, ranks: Ranks) -> Any:
