@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import save_file
 from training_models import KL, model, run
 
-from edgedistill.distill import trainer
 from edgedistill.distill.checkpoint import whole_parameters
 from edgedistill.distill.lora import add_adapters, merge_adapters
 from edgedistill.distill.ranks import leave, ranks_here
 from edgedistill.distill.signals import LiveSignals
+from edgedistill.distill.step import Step
 from edgedistill.distill.teacher_model import live_teacher
 from edgedistill.recipe import Lora, Teacher
 
@@ -46,7 +46,7 @@ def main() -> None:
     if mode.startswith("fsdp"):
         os.environ["ACCELERATE_USE_FSDP"] = "true"
     ranks = ranks_here()
-    original = trainer._Step.run
+    original = Step.run
     seen: list[int] = []
 
     def stopping(self, *arguments, **named):
@@ -55,9 +55,9 @@ def main() -> None:
         seen.append(1)
         return original(self, *arguments, **named)
 
-    trainer._Step.run = stopping
+    Step.run = stopping
     if mode.endswith("-skip"):
-        trainer._Step._gradients = with_a_loss_that_is_no_number(trainer._Step._gradients)
+        Step._gradients = with_a_loss_that_is_no_number(Step._gradients)
     student = model()
     teacher = model(seed=5, hidden=48)
     signals = LiveSignals(teacher, low_precision=False)

@@ -14,8 +14,8 @@ from training_models import VOCAB, run
 from training_models import model as small_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from edgedistill.distill import trainer
 from edgedistill.distill.lora import add_adapters, linear_layers, merge_adapters
+from edgedistill.distill.step import Step
 from edgedistill.errors import UserError
 from edgedistill.recipe import Lora
 
@@ -135,7 +135,7 @@ def test_resume_gives_the_same_bytes(tmp_path, monkeypatch, base):
     class Killed(Exception):
         pass
 
-    original, calls = trainer._Step.run, []
+    original, calls = Step.run, []
 
     def dying(*args, **named):
         if len(calls) == 5:
@@ -143,10 +143,10 @@ def test_resume_gives_the_same_bytes(tmp_path, monkeypatch, base):
         calls.append(1)
         return original(*args, **named)
 
-    monkeypatch.setattr(trainer._Step, "run", dying)
+    monkeypatch.setattr(Step, "run", dying)
     with pytest.raises(Killed):
         train(adapted(tmp_path / "start", ask), tmp_path / "state", checkpoint_every_s=1e-9)
-    monkeypatch.setattr(trainer._Step, "run", original)
+    monkeypatch.setattr(Step, "run", original)
     # other adapters, so that what is equal afterwards came out of the checkpoint
     resumed = adapted(tmp_path / "start", ask, seed=99)
     train(resumed, tmp_path / "state", checkpoint_every_s=1e-9)

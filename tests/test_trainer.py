@@ -14,11 +14,11 @@ import pytest
 import torch
 from training_models import KL, VOCAB, documents, model, packed, run, same, settings
 
-from edgedistill.distill import trainer
 from edgedistill.distill.losses import LossSpec
 from edgedistill.distill.model_parts import final_hidden
 from edgedistill.distill.ranks import ranks_here
 from edgedistill.distill.signals import LiveSignals, MixedSignals, cache_hidden
+from edgedistill.distill.step import Step
 from edgedistill.distill.teacher_model import offloaded
 from edgedistill.distill.trainer import rate_share, total_steps
 from edgedistill.errors import EdgedistillError, UserError
@@ -36,7 +36,7 @@ def test_resume_from_any_step_gives_the_same_bytes(tmp_path, monkeypatch, optimi
     class Killed(Exception):
         pass
 
-    original = trainer._Step.run
+    original = Step.run
     for stop_at in (1, 5, 11):
         state = tmp_path / f"stop{stop_at}"
         calls = []
@@ -47,10 +47,10 @@ def test_resume_from_any_step_gives_the_same_bytes(tmp_path, monkeypatch, optimi
             calls.append(1)
             return original(*args, **named)
 
-        monkeypatch.setattr(trainer._Step, "run", dying)
+        monkeypatch.setattr(Step, "run", dying)
         with pytest.raises(Killed):
             run(model(hidden=width), state, optimizer=optimizer, precision=precision, checkpoint_every_s=1e-9)
-        monkeypatch.setattr(trainer._Step, "run", original)
+        monkeypatch.setattr(Step, "run", original)
         resumed = model(seed=99, hidden=width)
         result = run(resumed, state, optimizer=optimizer, precision=precision, checkpoint_every_s=1e-9)
         assert same(straight, resumed), f"resumed at step {stop_at}"
@@ -124,7 +124,7 @@ def _kl(teacher, student) -> float:
 
 
 def test_a_spike_is_skipped_where_told_to_and_its_batch_is_kept(tmp_path, monkeypatch):
-    original = trainer._Step._gradients
+    original = Step._gradients
 
     def leaping(self, rows, *rest):
         sums, valid = original(self, rows, *rest)
@@ -133,7 +133,7 @@ def test_a_spike_is_skipped_where_told_to_and_its_batch_is_kept(tmp_path, monkey
         calls.append(rows.tolist())
         return sums, valid
 
-    monkeypatch.setattr(trainer._Step, "_gradients", leaping)
+    monkeypatch.setattr(Step, "_gradients", leaping)
     calls: list[list[int]] = []
     with pytest.raises(EdgedistillError, match="more than 20 times the median"):
         run(model(), tmp_path / "stop", tokens=16 * 4 * 30)
@@ -148,9 +148,9 @@ def test_a_spike_is_skipped_where_told_to_and_its_batch_is_kept(tmp_path, monkey
 
 def test_a_skipped_step_changes_no_weight(tmp_path, monkeypatch):
     """Every step but the last is a spike of NaN: after as many in a row as are borne, it stops."""
-    original = trainer._Step._gradients
+    original = Step._gradients
     monkeypatch.setattr(
-        trainer._Step, "_gradients", lambda self, *rest: ({**original(self, *rest)[0], "loss": float("nan")}, 64)
+        Step, "_gradients", lambda self, *rest: ({**original(self, *rest)[0], "loss": float("nan")}, 64)
     )
     student, untouched = model(), model()
     with pytest.raises(EdgedistillError, match="10 steps in a row were skipped already"):
@@ -233,9 +233,9 @@ def test_several_teachers_average_their_probabilities(tmp_path):
 
 def test_taid_moves_from_the_student_to_the_teacher(tmp_path, monkeypatch):
     shares = []
-    original = trainer._Step.run
+    original = Step.run
     monkeypatch.setattr(
-        trainer._Step,
+        Step,
         "run",
         lambda self, rows, **named: (shares.append(named["taid_t"]), original(self, rows, **named))[1],
     )
@@ -339,7 +339,7 @@ def test_a_step_reads_the_device_once(tmp_path, monkeypatch):
         monkeypatch.setattr(
             torch.Tensor, name, lambda self, name=name, original=original: (reads.append(name), original(self))[1]
         )
-    original_step, each = trainer._Step.run, []
+    original_step, each = Step.run, []
 
     def counted(self, rows, **named):
         reads.clear()
@@ -347,7 +347,7 @@ def test_a_step_reads_the_device_once(tmp_path, monkeypatch):
         each.append(list(reads))
         return done
 
-    monkeypatch.setattr(trainer._Step, "run", counted)
+    monkeypatch.setattr(Step, "run", counted)
     signals = LiveSignals(model(seed=5, hidden=48), low_precision=False)
     run(model(), tmp_path, loss=KL, signals=signals, optimizer="adamw", micro_batch_sequences=2)
     assert each == [["tolist"]] * 12
@@ -357,13 +357,13 @@ def test_what_was_logged_before_an_error_is_on_disk(tmp_path):
     """The process ends in the middle of training: its steps are in the log."""
     script = (
         "import sys, itertools; from pathlib import Path; from training_models import model, run\n"
-        "from edgedistill.distill import trackers, trainer\n"
+        "from edgedistill.distill import trackers\nfrom edgedistill.distill.step import Step\n"
         "trackers.FLUSH_EVERY_S = 1e9\n"
-        "original, calls = trainer._Step.run, itertools.count()\n"
+        "original, calls = Step.run, itertools.count()\n"
         "def dying(*a, **n):\n"
         "    if next(calls) == 5: raise SystemExit(7)\n"
         "    return original(*a, **n)\n"
-        "trainer._Step.run = dying\n"
+        "Step.run = dying\n"
         "run(model(), Path(sys.argv[1]) / 'state', logs=Path(sys.argv[1]) / 'logs')\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
