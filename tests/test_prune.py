@@ -366,8 +366,8 @@ def test_a_layer_norm_loses_variance_and_not_its_mean():
     """All channels stand on one offset, which the norm takes away: what counts is that half of them vary most."""
     model = teacher("gpt2")
     with torch.no_grad():
-        model.transformer.wte.weight[:, :24] *= 30.0
-        model.transformer.wte.weight += 40.0
+        model.transformer.wte.weight[:, :24] *= 300.0
+        model.transformer.wte.weight += 400.0
     student, _ = cut(model, changed(hidden=24, heads=3, kv_heads=3), sample=sample())
     given = []
     for which in (model, student):
