@@ -362,6 +362,22 @@ def test_phi3_is_cut_as_its_llama_twin():
     same_logits(cut(phi, wanted, sample=sample())[0], cut(llama, wanted, sample=sample())[0])
 
 
+def test_a_layer_norm_loses_variance_and_not_its_mean():
+    """All channels stand on one offset, which the norm takes away: what counts is that half of them vary most."""
+    model = teacher("gpt2")
+    with torch.no_grad():
+        model.transformer.wte.weight[:, :24] *= 300.0
+        model.transformer.wte.weight += 400.0
+    student, _ = cut(model, changed(hidden=24, heads=3, kv_heads=3), sample=sample())
+    given = []
+    for which in (model, student):
+        handle = which.transformer.h[0].ln_1.register_forward_hook(lambda m, x, y: given.append(y))
+        logits(which, sample(seed=5))
+        handle.remove()
+    # the mean over those kept is not quite that over all, so by their spread, not one by one
+    assert float(given[1].std() / given[0][..., :24].std()) == pytest.approx(1.0, abs=0.05)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_what_the_norms_lose_is_made_up_for(family):
     """Half of the channels are loud: their mean square is twice that of all, and the norms give what they gave."""
