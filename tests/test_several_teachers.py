@@ -12,10 +12,11 @@ from command import Command, refused, tiny_text
 from training_models import VOCAB, model, packed
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from edgedistill.distill.cache_reader import open_cache
 from edgedistill.distill.loss_module import LossModule
 from edgedistill.distill.losses import LossSpec, SparseTargets, TeacherLogits
 from edgedistill.distill.ranks import ranks_here
-from edgedistill.distill.signal_cache import build_cache, open_cache
+from edgedistill.distill.signal_cache import build_cache
 from edgedistill.distill.signals import LiveSignals, MixedSignals, produce_from
 from edgedistill.distill.stage import load_teachers
 from edgedistill.distill.teacher import obtain_teacher, train_tokenizer
