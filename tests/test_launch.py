@@ -118,7 +118,7 @@ def test_two_ranks_leave_the_student_of_one_and_say_everything_once(alone, fresh
     assert not list((fresh.folder / "store" / "work").iterdir())
     said = [line.partition("] ")[2] for line in err.splitlines() if line.startswith("[")]
     assert "2 ranks" in err
-    assert sum(text.startswith("plan: ") for text in said) == 1
+    assert sum(text.startswith("plan: student of") for text in said) == 1
     for text in document["plan"]["warnings"]:
         assert said.count(f"warning: {text}") == 1
     # one process finds what they left
