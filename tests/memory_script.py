@@ -122,9 +122,9 @@ def _train(case: dict[str, Any], settings: Distill, folder: Path) -> dict[str, i
     """The stage's own steps on random text: the student's start, the teacher's signals, training."""
     import torch
 
+    from edgedistill.distill.cache_reader import open_cache
     from edgedistill.distill.lora import add_adapters
     from edgedistill.distill.ranks import ranks_here
-    from edgedistill.distill.cache_reader import open_cache
     from edgedistill.distill.signals import CachedSignals, Signals
     from edgedistill.distill.stage import loss_of
     from edgedistill.distill.teacher_cache import fill

@@ -33,7 +33,8 @@ START = (
     "python3 -m venv .venv && .venv/bin/pip install -e '.[dev]' && .venv/bin/python -m pytest",
 )
 COMMANDS = (
-    *("build", "plan", "distill", "teacher cache", "export", "verify", "bench", "bundle", "bundle verify", "report", "doctor"),
+    *("build", "plan", "distill", "teacher cache", "export", "verify", "bench", "bundle", "bundle verify", "report"),
+    "doctor",
     *("targets list", "targets show", "targets check", "targets probe", "recipes list", "recipes show"),
     *("store list", "store prune", "store verify"),
 )
