@@ -163,6 +163,7 @@ def teacher_cache(
     sets: Sets = None,
     teacher: TeacherOption = None,
     data: DataOption = None,
+    eval_data: EvalData = None,
     document_separator: Separator = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -171,7 +172,9 @@ def teacher_cache(
     """Run the teacher over the text once and keep its signals; `distill` reads them where teacher_signals is cached."""
     from edgedistill import pipeline, show
 
-    asked = asked_recipe(recipe, sets, teacher=teacher, data=data, document_separator=document_separator)
+    asked = asked_recipe(
+        recipe, sets, teacher=teacher, data=data, eval_data=eval_data, document_separator=document_separator
+    )
     place, made = pipeline.cache_teacher(asked, store=the_store(), progress=progress_of(quiet, verbose))
     emit(as_json, made.model_dump(mode="json"), show.signals_text(place, made))
 
