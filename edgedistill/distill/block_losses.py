@@ -141,9 +141,11 @@ def _sparse(logits: Tensor, given: SparseTargets, targets: Tensor, spec: LossSpe
     gradient: Tensor | None = None
     if kl_weight:
         weight = factor * (kl_weight * temperature)
-        # a temperature of 1 leaves the logits themselves to be overwritten, unless cross-entropy reads them after
-        log_q, q = _normalised(logits.clone() if temperature == 1.0 and ce_weight else logits / temperature if
-                               temperature != 1.0 else logits)  # fmt: skip
+        if temperature != 1.0:
+            scaled = logits / temperature
+        else:  # overwritten, so cross-entropy needs its own
+            scaled = logits.clone() if ce_weight else logits
+        log_q, q = _normalised(scaled)
         kept = given.weights.to(exact)
         at = log_q.gather(-1, given.ids)
         own = torch.xlogy(kept, kept).sum(-1) if given.entropy is None else -given.entropy.to(exact)

@@ -184,13 +184,8 @@ def _fill_optimizers(
         number, name, entry = key.split("|")
         parameter = named[name]
         if isinstance(value, Tensor):
-            value = _like(value, parameter) if value.shape == parameter.shape else value.to(_place(entry, parameter))
+            value = _like(value, parameter) if value.shape == parameter.shape else value.to(parameter.device)
         optimizers[int(number)].state[parameter][entry] = value
-
-
-def _place(entry: str, parameter: Tensor) -> torch.device:
-    # torch's optimizers keep their step count on the CPU unless fused or capturable on a GPU
-    return parameter.device
 
 
 def _random_states(ranks: Ranks) -> dict[str, Tensor]:
