@@ -182,9 +182,20 @@ def teacher_cache(
 @app.command()
 def export(
     student: Annotated[str, typer.Option("--student", help="folder or hub id of the model to export")],
-    format_: Annotated[str, typer.Option("--format", help="gguf or onnx")] = "gguf",
+    format_: Annotated[str, typer.Option("--format", help="gguf, onnx, bitsandbytes or executorch")] = "gguf",
     quantization: Annotated[str, typer.Option("--quantization", help="e.g. Q4_K_M, Q8_0, F16; INT4, INT8")] = "F16",
     context_tokens: Annotated[int | None, typer.Option(help="context of the artifact; default: the model's")] = None,
+    calibration: Annotated[
+        str | None, typer.Option("--calibration", help="what importance matrices and static INT8 see: text or inputs")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="of a model without a causal head; default: its own")
+    ] = None,
+    converter: Annotated[
+        Path | None,
+        typer.Option("--converter", help="llama.cpp's convert_hf_to_gguf.py, for families without one here"),
+    ] = None,
+    sets: Sets = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder to write; must be new or empty")] = Path("exported"),
     as_json: Json = False,
     quiet: Quiet = False,
@@ -195,6 +206,7 @@ def export(
 
     made = single.export(
         student, format_=format_, quantization=quantization, context_tokens=context_tokens, out=out, store=the_store(),
+        recipe=asked_recipe("own", sets), calibration=calibration, converter=converter, task=task,
         progress=progress_of(quiet, verbose),
     )  # fmt: skip
     emit(as_json, made.model_dump(mode="json"), show.artifact_text(made, out))

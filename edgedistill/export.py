@@ -7,7 +7,9 @@ from typing import Any
 
 from edgedistill import machine
 from edgedistill.errors import UserError
+from edgedistill.export_options import DEFAULT_OPTIONS, ExportOptions
 from edgedistill.progress import QUIET, Progress
+from edgedistill.recipe import Export
 from edgedistill.records import Artifact
 from edgedistill.store import Store, Stored, Work, versions
 from edgedistill.targets import parse_artifact
@@ -16,6 +18,25 @@ EXPORTERS = {
     "gguf": ("gguf", "llama-cpp-python"),
     "onnx": ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers", "tokenizers"),
 }
+
+
+def options_of(settings: Export, calibration: list[list[str]] | None, source: str, seed: int) -> ExportOptions:
+    """A recipe's `export` section, with the text that calibration sees."""
+    return ExportOptions(
+        calibration=None if calibration is None else tuple(tuple(block) for block in calibration),
+        calibration_source=source,
+        calibration_samples=settings.calibration_samples,
+        calibration_tokens=settings.calibration_tokens,
+        calibration_method=settings.calibration_method,
+        seed=seed,
+        importance_matrix=settings.importance_matrix,
+        tensor_types=tuple(settings.tensor_types.items()),
+        mixed_retention=settings.mixed_retention,
+        max_file_bytes=settings.max_file_bytes,
+        opset=settings.opset,
+        ort_format=settings.ort_format,
+        compare_speed=settings.compare_speed,
+    )
 
 
 def export_model(
@@ -27,6 +48,7 @@ def export_model(
     weights_sha256: str,
     tokenizer_sha256: str,
     store: Store,
+    options: ExportOptions = DEFAULT_OPTIONS,
     progress: Progress = QUIET,
 ) -> Stored[Artifact]:
     """`artifact` ("gguf:Q4_K_M", "onnx:INT4") of a transformers folder, found in the store or written there.
@@ -40,14 +62,16 @@ def export_model(
         "tokenizer": tokenizer_sha256,
         "context_tokens": context_tokens,
         "name": name,
+        "options": options.key(),
         "versions": versions("edgedistill", *EXPORTERS[format_]),
     }
 
     def write(work: Work) -> Artifact:
         progress.say(f"export: {artifact}")
         return write_artifact(
-            checkpoint, work.out, format_=format_, quantization=quantization, context_tokens=context_tokens, name=name
-        )
+            checkpoint, work.out, format_=format_, quantization=quantization, context_tokens=context_tokens, name=name,
+            options=options, progress=progress,
+        )  # fmt: skip
 
     stored = store.run("export", inputs, write, Artifact, progress.say)
     made = stored.result
@@ -65,7 +89,15 @@ def export_model(
 
 
 def write_artifact(
-    checkpoint: Path, out: Path, *, format_: str, quantization: str, context_tokens: int, name: str
+    checkpoint: Path,
+    out: Path,
+    *,
+    format_: str,
+    quantization: str,
+    context_tokens: int,
+    name: str,
+    options: ExportOptions = DEFAULT_OPTIONS,
+    progress: Progress = QUIET,
 ) -> Artifact:
     """Write the artifact into `out`, which must be empty or new."""
     threads = max(1, len(machine.usable_cpus()))

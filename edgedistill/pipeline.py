@@ -158,7 +158,8 @@ def export(
     recipe: Recipe, target: Target, artifact: str, trained: Trained, *, store: Store, progress: Progress = QUIET
 ) -> Stored[Artifact]:
     """The student as `artifact` ("gguf:Q4_K_M") with the context of the target."""
-    from edgedistill.export import export_model
+    from edgedistill.data.prepare import read_part
+    from edgedistill.export import export_model, options_of
     from edgedistill.fit import context_of
 
     return export_model(
@@ -169,6 +170,9 @@ def export(
         weights_sha256=trained.student.result.weights_sha256,
         tokenizer_sha256=trained.student.result.tokenizer_sha256,
         store=store,
+        options=options_of(
+            recipe.export, read_part(trained.data.directory, "calibration"), "calibration part", recipe.seed
+        ),
         progress=progress,
     )
 

@@ -228,6 +228,24 @@ class Export(Section):
 
     artifacts: list[str] = Field([], description="e.g. [gguf:Q4_K_M, onnx:INT4]; empty: the target's default")
     context_tokens: int | None = Field(None, ge=8, description="context on the device; default: the target's")
+    importance_matrix: Literal["auto", "on", "off"] = Field(
+        "auto", description="GGUF: weights by the calibration text's activations; auto: for the types where it helps"
+    )
+    tensor_types: dict[str, str] = Field(
+        {}, description="regular expression of a tensor's (GGUF) or node's (ONNX) name: its type, e.g. {ffn_down: Q6_K}"
+    )
+    mixed_retention: float | None = Field(
+        None, gt=0, le=1, description="raise the costliest layers until retention meets this, at the smallest size"
+    )
+    max_file_bytes: int | None = Field(None, ge=1 << 20, description="split a larger GGUF into files of at most this")
+    calibration_samples: int = Field(128, ge=2, le=1_000_000, description="sequences or inputs for calibration")
+    calibration_tokens: int = Field(256, ge=8, le=1 << 20, description="length of a calibration sequence")
+    calibration_method: Literal["minmax", "entropy", "percentile"] = Field(
+        "minmax", description="of the ranges of static INT8"
+    )
+    opset: int | None = Field(None, ge=17, le=30, description="of ONNX graphs; default: the exporter's")
+    ort_format: bool = Field(False, description="write the graph in ORT format too, for mobile builds of the runtime")
+    compare_speed: bool = Field(True, description="measure float against quantized where the runtime is at hand")
 
     @field_validator("artifacts", mode="before")
     @classmethod

@@ -192,12 +192,82 @@ class Fallback(Record):
     why: str
 
 
-class Artifact(Record):
-    """The exact bytes that ship. `entry` is what the runtime opens (a file, or "." for a folder)."""
+class Parity(Record):
+    """The artifact in its runtime against the torch model on real inputs, before anything says success.
 
-    format: Literal["gguf", "onnx"]
+    Differences are over all outputs, in the outputs' own unit. `reference`: what torch held: the original weights,
+    or the stored weights dequantized. `relative_rms` is the root mean square of the difference over that of the
+    reference about its mean; at most `limit` is rounding. Greedy tokens are None where the model is no decoder.
+    """
+
+    runtime: str
+    inputs: str
+    reference: Literal["original", "stored"]
+    values: int
+    max_abs_difference: float
+    mean_abs_difference: float
+    relative_rms: float
+    limit: float
+    greedy_tokens: int | None = None
+    greedy_tokens_equal: int | None = None
+
+
+class Calibration(Record):
+    """What static quantization or an importance matrix saw. `order_sha256` is that of the samples in their order."""
+
+    method: str
+    source: str
+    samples: int
+    tokens: int | None = None
+    seed: int
+    order_sha256: str
+
+
+class SensitivityRow(Record):
+    """One group of tensors quantized alone: what it costs on held-out data, and the type that it got."""
+
+    group: str
+    type: str
+    cost: float
+    cost_ci95: Interval
+    bytes_saved: int
+    chosen: str
+
+
+class Sensitivity(Record):
+    """The table that a mix was chosen from. `cost` is mean KL in nats from the float model, or the metric's loss."""
+
+    metric: str
+    examples: int
+    rows: list[SensitivityRow]
+    target: float | None
+    reached: float | None
+
+
+class SpeedComparison(Record):
+    """Float and quantized artifact, interleaved on this machine: does quantizing pay? Medians; the ratio is paired."""
+
+    machine: dict[str, Any]
+    runtime: str
+    float_ms: float
+    quantized_ms: float
+    ratio: float
+    ratio_ci95: Interval
+    pays: bool
+    basis: Basis = "measured"
+
+
+class Artifact(Record):
+    """The exact bytes that ship. `entry` is what the runtime opens (a file, or "." for a folder).
+
+    `context_tokens` and `vocab_size` are 0 for a model without tokens. `overrides`: tensor name → type that was asked
+    for beside the quantization. `notes`: where the artifact is known to differ from the original.
+    """
+
+    format: Literal["gguf", "onnx", "bitsandbytes", "executorch"]
     quantization: str
-    runtime: Literal["llama.cpp", "onnxruntime", "onnxruntime-genai"]
+    runtime: Literal["llama.cpp", "onnxruntime", "onnxruntime-genai", "transformers", "executorch"]
+    task: str = "causal-lm"
     entry: str
     files: list[FileEntry]
     bytes: int
@@ -209,6 +279,12 @@ class Artifact(Record):
     context_tokens: int
     vocab_size: int
     tool_versions: dict[str, str] = {}
+    overrides: dict[str, str] = {}
+    calibration: Calibration | None = None
+    parity: Parity | None = None
+    sensitivity: Sensitivity | None = None
+    speed: SpeedComparison | None = None
+    notes: list[str] = []
 
 
 class Rung(Record):

@@ -175,6 +175,9 @@ def _kind(annotation: Any) -> str:
         return "section"
     if get_origin(annotation) is list:
         return f"list of {_kind(get_args(annotation)[0])}"
+    if get_origin(annotation) is dict:
+        key, value = get_args(annotation)
+        return f"mapping of {_kind(key)} to {_kind(value)}"
     return TYPES[annotation]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -12,6 +13,7 @@ from edgedistill import machine
 from edgedistill.data.documents import in_pieces, read_documents
 from edgedistill.data.split import blocks_of
 from edgedistill.errors import GateFailed, UserError
+from edgedistill.export_options import ExportOptions
 from edgedistill.models import kept_tokens, open_model
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
@@ -31,6 +33,10 @@ def export(
     context_tokens: int | None,
     out: Path,
     store: Store,
+    recipe: Recipe | None = None,
+    calibration: str | None = None,
+    converter: Path | None = None,
+    task: str | None = None,
     progress: Progress = QUIET,
 ) -> Artifact:
     """`out` with the artifact and artifact.json, put in place whole after its runtime opened it and ran a token.
@@ -48,6 +54,7 @@ def export(
             f"context of {context:,} tokens, but the model has {folder.shape.max_position_embeddings:,} positions",
             f"give --context-tokens of 8 to {folder.shape.max_position_embeddings:,}",
         )
+    options = _options(recipe or Recipe(), calibration, converter, task)
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder", "name a new folder with --out")
@@ -56,7 +63,7 @@ def export(
     try:
         artifact = write_artifact(
             folder.path, scratch, format_=format_, quantization=quantization, context_tokens=context,
-            name=folder.path.name,
+            name=folder.path.name, options=options, progress=progress,
         )  # fmt: skip
         _runs(artifact, scratch, store)
         (scratch / RECORD).write_text(artifact.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -73,6 +80,16 @@ def export(
             f"export: {fallback.tensor} is {fallback.got} instead of {fallback.wanted}: {fallback.why}", level=2
         )
     return artifact
+
+
+def _options(recipe: Recipe, calibration: str | None, converter: Path | None, task: str | None) -> ExportOptions:
+    from edgedistill.export import options_of
+
+    blocks = None
+    if calibration is not None:
+        blocks = [[text] for text in read_documents(calibration, recipe.data)]
+    options = options_of(recipe.export, blocks, calibration or "", recipe.seed)
+    return replace(options, converter=converter, task=task)
 
 
 def _runs(artifact: Artifact, folder: Path, store: Store) -> None:

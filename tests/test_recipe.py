@@ -35,7 +35,7 @@ def test_set_reaches_every_field(path):
         "quickstart", [f"{path}={yaml.safe_dump(current, default_flow_style=True).strip()}"]
     ) == recipe or (isinstance(current, str | None))
     with pytest.raises(UserError) as error:
-        load_recipe("quickstart", [f"{path}={{not: valid}}"])
+        load_recipe("quickstart", [f"{path}={{not: [valid]}}"])
     assert path.split(".")[-1] in str(error.value)
 
 

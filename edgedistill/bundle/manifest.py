@@ -17,7 +17,17 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from edgedistill.errors import UserError
-from edgedistill.records import Fallback, FileEntry, Record, Shape, SplitPart
+from edgedistill.records import (
+    Calibration,
+    Fallback,
+    FileEntry,
+    Parity,
+    Record,
+    Sensitivity,
+    Shape,
+    SpeedComparison,
+    SplitPart,
+)
 
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
@@ -145,9 +155,10 @@ class BundleArtifact(Record):
     """One artifact of the bundle. `folder` holds it, `entry` (in that folder) is what the runtime opens."""
 
     name: str
-    format: Literal["gguf", "onnx"]
+    format: Literal["gguf", "onnx", "bitsandbytes", "executorch"]
     quantization: str
-    runtime: Literal["llama.cpp", "onnxruntime", "onnxruntime-genai"]
+    runtime: Literal["llama.cpp", "onnxruntime", "onnxruntime-genai", "transformers", "executorch"]
+    task: str
     folder: str
     entry: str
     files: list[FileEntry]
@@ -159,6 +170,12 @@ class BundleArtifact(Record):
     fallbacks: list[Fallback]
     context_tokens: int
     vocab_size: int
+    overrides: dict[str, str]
+    calibration: Calibration | None
+    parity: Parity | None
+    sensitivity: Sensitivity | None
+    speed: SpeedComparison | None
+    notes: list[str]
     inputs: list[Tensor]
     outputs: list[Tensor]
     reports: str

@@ -28,7 +28,7 @@ from edgedistill.runtimes import frames
 from edgedistill.runtimes.probe import OVERRIDE, ExtraBufts, extra_bufts
 from edgedistill.store import Store
 
-RuntimeName = Literal["llama.cpp", "onnxruntime", "onnxruntime-genai"]
+RuntimeName = Literal["llama.cpp", "onnxruntime", "onnxruntime-genai", "transformers", "executorch"]
 IntArray = NDArray[np.integer[Any]]
 FloatArray = NDArray[np.float32]
 
