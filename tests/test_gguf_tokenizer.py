@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from edgedistill.errors import UserError
 from edgedistill.gguf.convert import convert_to_gguf
+from edgedistill.gguf.pretokenizers import BYTES_ONLY, NEW_CHARACTERS_NOTE
 from edgedistill.gguf.tokenizer import CONTROL, UNUSED, USER_DEFINED, added_ends, read_tokenizer
 from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.verify.tokenizer_check import VARIED_TEXTS, check_tokenizer
@@ -130,7 +131,7 @@ def test_every_known_pre_tokenizer(pre: str, tmp_path: Path) -> None:
         tokenizer["model"]["ignore_merges"] = True
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert read_tokenizer(folder, vocab_size=400).pre == pre
-    assert read_tokenizer(folder, vocab_size=400).notes == []
+    assert read_tokenizer(folder, vocab_size=400).notes == [NEW_CHARACTERS_NOTE]
     with opened(folder, tmp_path / "model.gguf") as runtime:
         checked(folder, runtime)
 
@@ -240,22 +241,23 @@ def test_chat_template_from_file_and_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        ({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, "a Unigram model"),
-        ({"pre_tokenizer": {"type": "Whitespace"}}, r"pre-tokenizer \['Whitespace'\]"),
+        ({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, "a Unigram model without an unknown token"),
+        ({"model": {"type": "WordLevel", "vocab": {"a": 0}}}, "a WordLevel model"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, r"no pre-tokenizer of llama\.cpp cuts"),
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}}, "add_prefix_space"),
         ({"normalizer": {"type": "Lowercase"}}, "a Lowercase normalizer"),
-        ({"post_processor": {"type": "BertProcessing"}}, "a BertProcessing post-processor"),
+        ({"post_processor": {"type": "Nonsense"}}, "a Nonsense post-processor"),
         (
             {
                 "pre_tokenizer": {
                     "type": "Sequence",
                     "pretokenizers": [
                         {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", "invert": False},
-                        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+                        {**BYTES_ONLY},
                     ],
                 }
             },
-            r"text cut by '\\\\w\+'",
+            r"no pre-tokenizer of llama\.cpp cuts",
         ),
     ],
 )
@@ -265,7 +267,7 @@ def test_unknown_tokenizers_are_refused(change: dict[str, Any], cause: str, tmp_
     edit_json(folder / "tokenizer.json", **change)
     with pytest.raises(UserError, match=cause) as caught:
         read_tokenizer(folder, vocab_size=400)
-    assert "GPT-2" in caught.value.remedy
+    assert "--converter" in caught.value.remedy
 
 
 def test_no_tokenizer_is_refused(tmp_path: Path) -> None:

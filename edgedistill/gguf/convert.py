@@ -22,7 +22,7 @@ from edgedistill.gguf.architectures import (
     tensor_map,
     to_interleaved,
 )
-from edgedistill.gguf.tokenizer import GgufTokenizer, read_tokenizer
+from edgedistill.gguf.tokenizer import GgufTokenizer, add_tokenizer, read_tokenizer
 from edgedistill.shapes import shape_from_config
 from edgedistill.weights import StoredTensor, check_tensors, read_json, read_tensor, stored_tensors
 
@@ -201,18 +201,7 @@ def _add_metadata(
     writer.add_uint32("general.quantization_version", QUANTIZATION_VERSION)
     for key, value in keys.items():
         _add(writer, f"{architecture}.{key}", value)
-    writer.add_string("tokenizer.ggml.model", tokenizer.model)
-    writer.add_string("tokenizer.ggml.pre", tokenizer.pre)
-    writer.add_array("tokenizer.ggml.tokens", tokenizer.tokens)
-    writer.add_array("tokenizer.ggml.scores", tokenizer.scores)
-    writer.add_array("tokenizer.ggml.token_type", tokenizer.types)
-    writer.add_array("tokenizer.ggml.merges", tokenizer.merges)
-    for role, token_id in tokenizer.special.items():
-        writer.add_uint32(f"tokenizer.ggml.{role}_token_id", token_id)
-    writer.add_bool("tokenizer.ggml.add_bos_token", tokenizer.add_bos)
-    writer.add_bool("tokenizer.ggml.add_eos_token", tokenizer.add_eos)
-    writer.add_bool("tokenizer.ggml.add_space_prefix", tokenizer.add_space_prefix)
-    writer.add_string("tokenizer.chat_template", tokenizer.chat_template)
+    add_tokenizer(writer, tokenizer)
 
 
 def _add(writer: GGUFWriter, key: str, value: MetadataValue) -> None:

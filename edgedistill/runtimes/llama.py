@@ -121,7 +121,7 @@ class LlamaBackend:
 
     Kept at llama.cpp's defaults, as an app would have it, and recorded: an F16 KV cache, flash
     attention by its own choice, the weights mapped from the file, all layers offloaded where the
-    build has a GPU.
+    build has a GPU. With `context_tokens` 0 the vocabulary alone is read, and `tokenize` is all that works.
     """
 
     def __init__(
@@ -139,6 +139,7 @@ class LlamaBackend:
         started = time.perf_counter()
         model_params = llama_cpp.llama_model_default_params()
         model_params.use_extra_bufts = use_extra_bufts
+        model_params.vocab_only = context_tokens == 0
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(artifact), model_params)
         if not self._model:
             raise UserError(
@@ -147,16 +148,25 @@ class LlamaBackend:
             )
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
-        self._context, self._context_params = self._new_context(context_tokens)
-        self.context_tokens = int(llama_cpp.llama_n_ctx(self._context))
         self._n_gpu_layers = int(model_params.n_gpu_layers)
+        self._context_params = self._wanted_context(context_tokens)
+        self.context_tokens = self._batch_tokens = 0
+        if context_tokens:
+            self._open_context(context_tokens)
+        self.load_ms = (time.perf_counter() - started) * 1e3
+
+    def _open_context(self, context_tokens: int) -> None:
+        llama_cpp = self._api
+        self._context = llama_cpp.llama_init_from_model(self._model, self._context_params)
+        if not self._context:
+            raise RuntimeError(f"no context of {context_tokens} tokens: {self._log.complaint()}")
+        self.context_tokens = int(llama_cpp.llama_n_ctx(self._context))
         self._batch_tokens = int(llama_cpp.llama_n_batch(self._context))
         self._batch = llama_cpp.llama_batch_init(self._batch_tokens, 0, 1)
         self._columns = self._batch_columns()
         self._filled = 0
-        self.load_ms = (time.perf_counter() - started) * 1e3
 
-    def _new_context(self, context_tokens: int) -> tuple[Any, Any]:
+    def _wanted_context(self, context_tokens: int) -> Any:
         params = self._api.llama_context_default_params()
         params.n_ctx = context_tokens
         params.n_batch = min(MAX_BATCH_TOKENS, context_tokens)
@@ -165,10 +175,7 @@ class LlamaBackend:
         params.n_threads_batch = self._threads
         if not self._logits_all and hasattr(params, "n_outputs_max"):
             params.n_outputs_max = 1
-        context = self._api.llama_init_from_model(self._model, params)
-        if not context:
-            raise RuntimeError(f"no context of {context_tokens} tokens: {self._log.complaint()}")
-        return context, params
+        return params
 
     def _batch_columns(self) -> dict[str, NDArray[Any]]:
         """numpy views of the C arrays of the batch; every token belongs to sequence 0."""

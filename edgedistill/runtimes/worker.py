@@ -119,6 +119,9 @@ class Worker:
             yield {"bytes": peak_rss_bytes()}, {}
         elif op == "tokenize":
             yield {"tokens": self._opened().tokenize(**params)}, {}
+        elif op == "tokenize_many":
+            tokenize, texts = self._opened().tokenize, params.pop("texts")
+            yield {"tokens": [tokenize(text, **params) for text in texts]}, {}
         elif op == "timed":
             new_tokens = int(params["new_tokens"])
             yield self._opened().timed(self._checked(arrays["tokens"], new_tokens), new_tokens), {}
