@@ -18,7 +18,7 @@ COMMON: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
-    "initializer_range": 0.2,
+    "initializer_range": 0.1,
     "bos_token_id": 0,
     "eos_token_id": 0,
     "pad_token_id": 0,
