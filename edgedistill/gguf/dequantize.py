@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +14,10 @@ from edgedistill.gguf.architectures import TensorSpec, by_gguf_name, from_interl
 from edgedistill.gguf.config import Sizes
 from edgedistill.gguf.families import FAMILIES, Family
 from edgedistill.gguf.rope import FACTORS, LONG_FACTORS, SHORT_FACTORS
+from edgedistill.gguf.split import split_files
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
+    from gguf import GGUFReader, ReaderTensor
 
 COMPUTED = frozenset({FACTORS, LONG_FACTORS, SHORT_FACTORS})  # from the config; no parameters of the torch model
 # llama and mistral are one architecture there, with the same names.
@@ -26,17 +27,15 @@ GGUF_FAMILIES: dict[str, Family] = {family.gguf: family for family in reversed(F
 def dequantized(gguf: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """(torch name, float32 values in torch's shape and row order), one GGUF tensor at a time.
 
-    A tied head is not repeated. Raises UserError for a file that is no GGUF of a family in the table.
+    `gguf`: the first file of one that is split. A tied head is not repeated. Raises UserError for a file that is no
+    GGUF of a family in the table, and where a file of several is missing.
     """
-    from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    try:
-        reader = GGUFReader(gguf)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise UserError(f"{gguf} cannot be read as GGUF: {error}", "export the artifact again") from error
-    tensors = by_gguf_name(_specs(reader, gguf))
-    for tensor in reader.tensors:
+    readers = [_open(path) for path in split_files(gguf)]
+    stored = [tensor for reader in readers for tensor in reader.tensors]
+    tensors = by_gguf_name(_specs(readers[0], gguf, stored))
+    for tensor in stored:
         if tensor.name in COMPUTED:
             continue
         if tensor.name not in tensors:
@@ -44,6 +43,15 @@ def dequantized(gguf: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
         values = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
         for name, spec in tensors[tensor.name]:
             yield name, _as_in_torch(values.reshape(spec.stored_shape), spec)
+
+
+def _open(gguf: Path) -> GGUFReader:
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(gguf)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise UserError(f"{gguf} cannot be read as GGUF: {error}", "export the artifact again") from error
 
 
 def _as_in_torch(values: NDArray[np.float32], spec: TensorSpec) -> NDArray[np.float32]:
@@ -57,7 +65,7 @@ def _as_in_torch(values: NDArray[np.float32], spec: TensorSpec) -> NDArray[np.fl
     return values[spec.row] if spec.rows else values
 
 
-def _specs(reader: GGUFReader, gguf: Path) -> Mapping[str, TensorSpec]:
+def _specs(reader: GGUFReader, gguf: Path, stored: Sequence[ReaderTensor]) -> Mapping[str, TensorSpec]:
     def value(key: str) -> int:
         field = reader.get_field(key)
         if field is None:
@@ -69,7 +77,7 @@ def _specs(reader: GGUFReader, gguf: Path) -> Mapping[str, TensorSpec]:
     if architecture not in GGUF_FAMILIES:
         raise UserError(f"{gguf} is of architecture '{architecture}'", did_you_mean(architecture, GGUF_FAMILIES))
     family = GGUF_FAMILIES[architecture]
-    rows = {tensor.name: int(tensor.shape[-1]) for tensor in reader.tensors}
+    rows = {tensor.name: int(tensor.shape[-1]) for tensor in stored}
     # A flag is what decides whether its tensors are there: take all that could be, and keep those that are.
     flags = frozenset({"untied", *(f for f in family.flags if f != "use_parallel_residual")})
     sizes = Sizes(

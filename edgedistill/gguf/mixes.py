@@ -134,22 +134,28 @@ def uses_importance(mix: str, setting: str = "auto") -> bool:
     return mix not in UNQUANTIZED and (setting == "on" or (setting == "auto" and mix in HELPED_BY_IMPORTANCE))
 
 
-def types_of(
+def wanted_types(
     columns: Mapping[str, int], mix: str, *, layers: int, heads_a_key: int, importance: bool
 ) -> dict[str, str]:
-    """Type of each quantizable matrix: `columns` is GGUF name → row length, `heads_a_key` attention heads a key head.
+    """Type that a mix wants for each quantizable matrix, whether its width allows it or not.
 
-    The types are those stored: fallbacks at odd widths included. `importance`: with an importance matrix.
+    `columns`: GGUF name → row length. `heads_a_key`: attention heads a key head. `importance`: with a matrix.
     """
     if mix in UNQUANTIZED:
         return dict.fromkeys(columns, mix)
     tied = HEAD not in columns
     return {
-        name: usable_type(
-            _wanted(name, width, mix, tied=tied, layers=layers, heads_a_key=heads_a_key, importance=importance), width
-        )
+        name: _wanted(name, width, mix, tied=tied, layers=layers, heads_a_key=heads_a_key, importance=importance)
         for name, width in columns.items()
     }
+
+
+def types_of(
+    columns: Mapping[str, int], mix: str, *, layers: int, heads_a_key: int, importance: bool
+) -> dict[str, str]:
+    """Type that each matrix is stored as: `wanted_types`, and the fallbacks at odd widths."""
+    wanted = wanted_types(columns, mix, layers=layers, heads_a_key=heads_a_key, importance=importance)
+    return wanted if mix in UNQUANTIZED else {name: usable_type(type_, columns[name]) for name, type_ in wanted.items()}
 
 
 def _wanted(

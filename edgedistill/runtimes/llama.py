@@ -1,4 +1,4 @@
-"""llama.cpp, in the child process: decoding, embeddings, its tokenizer, and `llama_model_quantize`.
+"""llama.cpp, in the child process: decoding, embeddings, its tokenizer.
 
 The low-level API of llama-cpp-python, because its `Llama` class cannot set `use_extra_bufts` (see probe.py).
 """
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedistill.errors import UserError, did_you_mean
+from edgedistill.errors import UserError
 from edgedistill.runtimes.backend import greedy_timed
 
 MAGIC = b"GGUF"
@@ -27,43 +27,6 @@ LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 LOG_CONTINUED = 5  # GGML_LOG_LEVEL_CONT
 GGML_TYPE_NAMES = {0: "f32", 1: "f16", 8: "q8_0", 30: "bf16"}
 FLASH_ATTENTION_NAMES = {-1: "auto", 0: "off", 1: "on"}
-
-
-def quantization_types() -> dict[str, int]:
-    """Names that `llama_model_quantize` takes → its numbers, as this build of llama.cpp has them."""
-    import llama_cpp
-
-    prefixes = ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_")
-    return {
-        name.removeprefix(prefix): int(getattr(llama_cpp, name))
-        for prefix in prefixes
-        for name in dir(llama_cpp)
-        if name.startswith(prefix)
-    }
-
-
-def quantize(source: str, out: str, quantization: str, threads: int) -> list[str]:
-    """Write `source` (a GGUF of F32, F16 or BF16) quantized to `out`; llama.cpp's log lines, fallbacks included.
-
-    Raises UserError for an unknown type, or where llama.cpp refuses, with its own words.
-    """
-    import llama_cpp
-
-    types = quantization_types()
-    if quantization not in types:
-        raise UserError(f"no quantization '{quantization}' in this llama.cpp", did_you_mean(quantization, types))
-    check_magic(Path(source))
-    log = Log()
-    llama_cpp.llama_backend_init()
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = types[quantization]
-    params.nthread = threads
-    if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), params) != 0:
-        raise UserError(
-            f"llama.cpp cannot quantize {source} to {quantization}: {log.complaint()}",
-            "quantize an undamaged F32, F16 or BF16 GGUF to a type that needs no importance matrix",
-        )
-    return log.finished_lines()
 
 
 def check_magic(path: Path) -> None:

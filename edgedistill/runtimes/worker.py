@@ -112,7 +112,7 @@ class Worker:
         if op == "open":
             yield self._open(**params), {}
         elif op == "quantize":
-            from edgedistill.runtimes.llama import quantize
+            from edgedistill.runtimes.llama_quantize import quantize
 
             yield {"log": quantize(**params)}, {}
         elif op == "peak_rss":
