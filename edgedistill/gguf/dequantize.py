@@ -43,6 +43,19 @@ def dequantized(gguf: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
         yield name, from_interleaved(values, spec.rope_heads) if spec.rope_heads else values
 
 
+def stored_types(gguf: Path) -> dict[str, str]:
+    """transformers name → ggml type ("Q4_K"), of every tensor that is a parameter. UserError as `dequantized`."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(gguf)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise UserError(f"{gguf} cannot be read as GGUF: {error}", "export the artifact again") from error
+    shape, architecture = _shape_of(reader, gguf)
+    by_gguf_name = {spec.gguf_name: name for name, spec in tensor_map(shape, architecture).items()}
+    return {by_gguf_name[t.name]: str(t.tensor_type.name) for t in reader.tensors if t.name not in COMPUTED}
+
+
 def _shape_of(reader: GGUFReader, gguf: Path) -> tuple[Shape, Architecture]:
     def value(key: str) -> int:
         field = reader.get_field(key)
