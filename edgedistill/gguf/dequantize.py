@@ -32,17 +32,35 @@ def dequantized(gguf: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """
     from gguf.quants import dequantize
 
+    tensors, stored = _read(gguf)
+    for tensor in stored:
+        if tensor.name in COMPUTED:
+            continue
+        values = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        for name, spec in tensors[tensor.name]:
+            yield name, _as_in_torch(values.reshape(spec.stored_shape), spec)
+
+
+def stored_types(gguf: Path) -> dict[str, str]:
+    """torch name → ggml type ("Q4_K"), of every tensor that is a parameter. UserError as `dequantized`."""
+    tensors, stored = _read(gguf)
+    return {
+        name: str(tensor.tensor_type.name)
+        for tensor in stored
+        if tensor.name not in COMPUTED
+        for name, _ in tensors[tensor.name]
+    }
+
+
+def _read(gguf: Path) -> tuple[dict[str, list[tuple[str, TensorSpec]]], list[ReaderTensor]]:
+    """GGUF name → the torch tensors that it is made of, and the tensors of all the GGUF's files."""
     readers = [_open(path) for path in split_files(gguf)]
     stored = [tensor for reader in readers for tensor in reader.tensors]
     tensors = by_gguf_name(_specs(readers[0], gguf, stored))
     for tensor in stored:
-        if tensor.name in COMPUTED:
-            continue
-        if tensor.name not in tensors:
+        if tensor.name not in COMPUTED and tensor.name not in tensors:
             raise UserError(f"{gguf}: unexpected tensor {tensor.name}", "export it with this version of edgedistill")
-        values = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-        for name, spec in tensors[tensor.name]:
-            yield name, _as_in_torch(values.reshape(spec.stored_shape), spec)
+    return tensors, stored
 
 
 def _open(gguf: Path) -> GGUFReader:
