@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from edgedistill.gguf.mixes import BASE_TYPES, GGML_BLOCKS, UNQUANTIZED, types_of, uses_importance
+from edgedistill.gguf.mixes import BASE_TYPES, GGML_BLOCKS, types_of, uses_importance
 from edgedistill.records import Shape
 
 # Names, dimensions and offsets in the header; the tokenizer's pieces, types, scores or merges.
@@ -88,15 +88,14 @@ def k_quant_fallbacks(shape: Shape, quantization: str) -> int:
     """How many matrices cannot have the mix's 256-wide blocks, because a width is no multiple of 256."""
     if GGML_BLOCKS[BASE_TYPES[quantization]][0] != K_QUANT_COLUMNS:
         return 0
-    return sum(
-        tensor.rows > 1 and GGML_BLOCKS[tensor.type][0] != K_QUANT_COLUMNS for tensor in gguf_tensors(shape, quantization)
-    )
+    matrices = [tensor for tensor in gguf_tensors(shape, quantization) if tensor.rows > 1]
+    return sum(GGML_BLOCKS[tensor.type][0] != K_QUANT_COLUMNS for tensor in matrices)
 
 
-def artifact_bytes(shape: Shape, format_: str, quantization: str) -> int:
-    """Bytes of the artifact's files, tokenizer included."""
+def artifact_bytes(shape: Shape, format_: str, quantization: str, *, importance: bool | None = None) -> int:
+    """Bytes of the artifact's files, tokenizer included. `importance`: as `gguf_tensors` has it."""
     if format_ == "gguf":
-        tensors = list(gguf_tensors(shape, quantization))
+        tensors = list(gguf_tensors(shape, quantization, importance=importance))
         weights = sum(-(-t.bytes // GGUF_ALIGNMENT) * GGUF_ALIGNMENT for t in tensors)
         return weights + len(tensors) * GGUF_BYTES_A_TENSOR + shape.vocab_size * GGUF_BYTES_A_TOKEN
     table = shape.vocab_size * shape.hidden_size
@@ -109,11 +108,12 @@ def artifact_bytes(shape: Shape, format_: str, quantization: str) -> int:
     return int(matmul) + floats + graph
 
 
-def read_bytes_a_token(shape: Shape, format_: str, quantization: str) -> int:
+def read_bytes_a_token(shape: Shape, format_: str, quantization: str, *, importance: bool | None = None) -> int:
     """Weight bytes that decoding one token must read: every layer and the head, of the embedding one row."""
     if format_ == "gguf":
         untied = not shape.tie_word_embeddings
-        return sum(t.bytes for t in gguf_tensors(shape, quantization) if not (untied and t.name == "token_embd"))
+        tensors = gguf_tensors(shape, quantization, importance=importance)
+        return sum(t.bytes for t in tensors if not (untied and t.name == "token_embd"))
     head = shape.vocab_size * shape.hidden_size
     return int((_matmul_weights(shape) + head) * ONNX_MATMUL_BYTES[quantization])
 

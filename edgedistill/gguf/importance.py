@@ -191,9 +191,10 @@ def calibration_sequences(
     tokens = sum(len(sequence) for sequence in sequences)
     if tokens < MIN_TOKENS:
         raise UserError(
-            f"the calibration text gives {len(sequences)} sequences of {length} tokens, {tokens:,} tokens in all; an"
-            f" importance matrix needs at least {MIN_TOKENS:,}",
-            "give more text with --calibration, or shorter sequences with --set export.calibration_tokens=N",
+            f"the calibration text gives {len(sequences)} sequences of at most {length} tokens, {tokens:,}"
+            f" tokens in all; an importance matrix needs at least {MIN_TOKENS:,}",
+            "give more text with --calibration, or more and shorter sequences with --set export.calibration_samples=N"
+            " and --set export.calibration_tokens=N",
         )
     digest = hashlib.sha256()
     for sequence in sequences:

@@ -158,9 +158,7 @@ def types_of(
     return wanted if mix in UNQUANTIZED else {name: usable_type(type_, columns[name]) for name, type_ in wanted.items()}
 
 
-def _wanted(
-    name: str, columns: int, mix: str, *, tied: bool, layers: int, heads_a_key: int, importance: bool
-) -> str:
+def _wanted(name: str, columns: int, mix: str, *, tied: bool, layers: int, heads_a_key: int, importance: bool) -> str:
     base = BASE_TYPES[mix]
     if name == HEAD or (tied and name == EMBEDDING):
         if columns % GGML_BLOCKS[base][0]:

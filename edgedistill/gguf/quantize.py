@@ -151,9 +151,7 @@ def chosen_overrides(columns: Mapping[str, int], tensor_types: Sequence[tuple[st
     return found
 
 
-def planned_types(
-    model: Model, quantization: str, overrides: Mapping[str, str], *, importance: bool
-) -> dict[str, str]:
+def planned_types(model: Model, quantization: str, overrides: Mapping[str, str], *, importance: bool) -> dict[str, str]:
     """Type that each matrix is to get, before any fallback: llama.cpp's choice for the mix, and the overrides."""
     sizes = model.sizes
     chosen = wanted_types(
@@ -191,9 +189,7 @@ def fallbacks_of(
     return found
 
 
-def _asked(
-    checkpoint: Path, model: Model, quantization: str, options: ExportOptions, progress: Progress
-) -> Quantizing:
+def _asked(checkpoint: Path, model: Model, quantization: str, options: ExportOptions, progress: Progress) -> Quantizing:
     columns = matrices_of(model)
     overrides = chosen_overrides(columns, options.tensor_types)
     needing = _needing(model, quantization, overrides)

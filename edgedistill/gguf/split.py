@@ -90,8 +90,8 @@ def _groups(reader: GGUFReader, key_bytes: int, limit: int, source: Path) -> lis
     size = overhead + key_bytes
     if size > limit:
         raise UserError(
-            f"{source.name}: its metadata (the tokenizer, mostly) has {key_bytes:,} bytes, more than a file of {limit:,}"
-            " bytes holds",
+            f"{source.name}: its metadata (the tokenizer, mostly) has {key_bytes:,} bytes, more than a file of"
+            f" {limit:,} bytes holds",
             "raise export.max_file_bytes",
         )
     for tensor in sorted(reader.tensors, key=lambda t: int(t.data_offset)):

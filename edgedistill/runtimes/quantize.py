@@ -25,9 +25,9 @@ def quantize_in_child(
     """Quantize a GGUF of F32, F16 or BF16 to `quantization` (Q4_K_M, Q8_0, ...); llama.cpp's log lines.
 
     `types`: GGUF tensor name → ggml type, instead of the mix's choice. `importance`: a safetensors file of GGUF tensor
-    name → [columns] float32, the weight of each column's squared error. The lines tell which tensors fell back to another type. It writes beside `out` and renames, so that
-    a run that is killed leaves no half-written `out`. Raises UserError for an unknown type, a damaged
-    source or one that llama.cpp refuses; RuntimeCrashed where it dies.
+    name → [columns] float32, the weight of each column's squared error. The lines tell which tensors fell back to
+    another type. It writes beside `out` and renames, so that a run that is killed leaves no half-written `out`. Raises
+    UserError for an unknown type, a damaged source or one that llama.cpp refuses; RuntimeCrashed where it dies.
     """
     if source.resolve() == out.resolve():
         raise UserError(f"{out} is both source and result", "write the result beside the source")
