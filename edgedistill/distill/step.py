@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +52,7 @@ class Step:
     ranks: Ranks
     progress: Progress
     label: str
+    weights: Callable[[], AbstractContextManager[None]] = nullcontext  # what forward and backward compute with
 
     def run(
         self, rows: NDArray[np.int64], *, rate_share: float, micro: int, taid_t: float, spike: float, report_kl: bool
@@ -58,7 +61,8 @@ class Step:
         self.module.train()
         while True:
             try:
-                sums, valid = self._gradients(rows, micro, taid_t, report_kl)
+                with self.weights():
+                    sums, valid = self._gradients(rows, micro, taid_t, report_kl)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):

@@ -13,7 +13,8 @@ import os
 import shutil
 import statistics
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,12 +69,15 @@ def train(
     ranks: Ranks | None = None,
     taid: tuple[float, float] = (1.0, 1.0),
     logs: Path | None = None,
+    weights: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> TrainResult:
     """Train `model` in place (left with its best weights by the evaluation windows' perplexity).
 
     Runs where the model is. `signals` gives the frozen teacher's; None where the loss needs none. `state` is the
     folder of checkpoints, `logs` that of the tracker (None: no tracker). `taid`: the teacher's share at the first
-    and the last step. Under several ranks every one of them calls it with the same arguments.
+    and the last step. `weights` puts into the model what passes over it shall compute with, evaluations included, and
+    takes it out again; what is updated, kept and saved is what was there before. Under several ranks every one of them
+    calls it with the same arguments.
     Raises EdgedistillError at a loss that is not finite or leaps, UserError where memory or the disk does not
     suffice; the last good checkpoint stays.
     """
@@ -101,7 +105,7 @@ def train(
     tracker = open_tracker(
         settings.tracker if logs is not None else None, logs or state, run=label, ranks=ranks, progress=progress
     )
-    step = Step(module, signals, data, optimizers, settings, ranks, progress, label)
+    step = Step(module, signals, data, optimizers, settings, ranks, progress, label, weights)
     started = time.monotonic() - position.seconds
     saved_at = time.monotonic()
     stopped = _impatient(position, settings)
@@ -122,7 +126,9 @@ def train(
             _report_bad_step(bad, position, rows, data, figures, state, label, settings, ranks, progress)
         position = _advance(position, figures, bad=bool(bad), micro=micro, steps=steps, taid=taid)
         if position.step % every == 0 or position.step == steps:
-            position = _evaluate(module, evaluation, position, figures, state, ranks, data.context, settings.compile)
+            with weights():
+                value = _perplexity(module, evaluation, position, ranks, data.context, settings.compile)
+            position = _evaluated(module, value, position, figures, state, ranks)
             stopped = _impatient(position, settings)
         now = time.monotonic()
         position = replace(position, seconds=now - started)
@@ -254,14 +260,18 @@ def _report_bad_step(
     progress.warn(f"{label}: step {position.step} has {what}; skipped, its batch is in {path}")
 
 
-def _evaluate(
-    module: nn.Module, evaluation: list[Window], position: Position, figures: Figures, state: Path, ranks: Ranks,
-    context: int, compiled: bool,
-) -> Position:  # fmt: skip
+def _perplexity(
+    module: nn.Module, evaluation: list[Window], position: Position, ranks: Ranks, context: int, compiled: bool
+) -> float:
     # a batch that training had memory for is one that evaluation has memory for
     # windows have many lengths: compiled, each of them would be compiled anew
     with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-        value = perplexity(module, evaluation, ranks, batch_tokens=position.micro_batch_sequences * context)
+        return perplexity(module, evaluation, ranks, batch_tokens=position.micro_batch_sequences * context)
+
+
+def _evaluated(
+    module: nn.Module, value: float, position: Position, figures: Figures, state: Path, ranks: Ranks
+) -> Position:
     better = value < position.best_value or position.best_step == 0
     if better:
         save_best(state, model=bare(module).student, step=position.step, ranks=ranks)

@@ -36,7 +36,12 @@ PACKED = "attn.qkv_proj"
 
 
 def dequantized(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """(transformers name, float32 values in torch's [out, in] layout), one matrix at a time.
+    """(transformers name, float32 values in torch's [out, in] layout), one matrix at a time; see `stored`."""
+    return ((name, values) for name, _, values in stored(folder, config))
+
+
+def stored(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, str, NDArray[np.float32]]]:
+    """(transformers name, type: INT4, INT8, FP32 or FP16, float32 values in torch's layout), one matrix at a time.
 
     `config`: the checkpoint's parsed config.json. For a tied model `lm_head.weight` comes only where the file
     stores it differently from the embedding (INT8): then the torch model must be untied to equal the artifact.
@@ -59,14 +64,18 @@ def dequantized(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, 
                 bits=attribute(node, "bits"),
                 block_size=attribute(node, "block_size"),
             )
-            yield from _named(node.input[1], values, shape, has_embedding=has_embedding)
+            kind = f"INT{attribute(node, 'bits')}"
+            for named, part in _named(node.input[1], values, shape, has_embedding=has_embedding):
+                yield named, kind, part
     for name, tensor in initializers.items():
         if name in used or name.startswith(COMPUTED) or not _is_weight(name):
             continue
-        values = read_initializer(tensor, folder).astype(np.float32)
+        kept = read_initializer(tensor, folder)
+        values = kept.astype(np.float32)
         # The builder stores float matrices as MatMul takes them, [in, out].
         values = values.T if ".MatMul.weight" in name else values
-        yield from _named(name, np.ascontiguousarray(values), shape, has_embedding=has_embedding)
+        for named, part in _named(name, np.ascontiguousarray(values), shape, has_embedding=has_embedding):
+            yield named, f"FP{8 * kept.dtype.itemsize}", part
 
 
 def unpack(

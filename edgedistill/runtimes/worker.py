@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
 from edgedistill.runtimes import frames
-from edgedistill.runtimes.backend import Backend
+from edgedistill.runtimes.backend import Backend, Embedder
 
 BACKENDS = {
     "llama.cpp": "edgedistill.runtimes.llama:LlamaBackend",
@@ -112,7 +112,7 @@ class Worker:
         if op == "open":
             yield self._open(**params), {}
         elif op == "quantize":
-            from edgedistill.runtimes.llama import quantize
+            from edgedistill.runtimes.llama_quantize import quantize
 
             yield {"log": quantize(**params)}, {}
         elif op == "peak_rss":
@@ -125,6 +125,8 @@ class Worker:
         elif op == "timed":
             new_tokens = int(params["new_tokens"])
             yield self._opened().timed(self._checked(arrays["tokens"], new_tokens), new_tokens), {}
+        elif op == "embedding":
+            yield {}, {"embedding": self._embedder().embedding(self._checked(arrays["tokens"], 0))}
         elif op == "logits":
             yield from self._logits(self._checked(arrays["tokens"], 0))
         else:
@@ -150,6 +152,12 @@ class Worker:
                 yield {"row": sent}, {"logits": part}
                 sent += len(part)
         yield {"done": sent}, {}
+
+    def _embedder(self) -> Embedder:
+        backend = self._opened()
+        if not isinstance(backend, Embedder):
+            raise UserError(f"{type(backend).__name__} gives no embeddings", "open a GGUF of an encoder")
+        return backend
 
     def _opened(self) -> Backend:
         if self.backend is None:

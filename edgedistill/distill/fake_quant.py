@@ -1,0 +1,147 @@
+"""Fake quantization: the model computes with the weights that the artifact will store, its masters are trained.
+
+Straight through (Bengio et al. 2013): the gradient at the stored values is applied to the fp32 masters. The stored
+values come from the converter's own rounding and the runtimes' own quantizers (`gguf/ggml.py`, `onnx/blocks.py`), so
+that what training sees is what ships, bit for bit. A parameter that two modules share (a tied head) stays shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch  # noqa: TID253  this module is imported by training alone
+from numpy.typing import NDArray
+from torch import nn  # noqa: TID253
+
+from edgedistill.errors import UserError
+from edgedistill.gguf import ggml
+from edgedistill.gguf.streaming import as_stored
+from edgedistill.onnx.blocks import decoder_values
+from edgedistill.progress import QUIET, Progress
+
+HEAD = "lm_head.weight"
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What an artifact stores of each parameter: transformers' name → type, read from a file of that kind.
+
+    `importance`: name → [in] of the importance matrix, for the tensors that have one (GGUF).
+    """
+
+    format: Literal["gguf", "onnx"]
+    quantization: str
+    types: Mapping[str, str]
+    importance: Mapping[str, Floats] = field(default_factory=dict)
+
+    def stored(self, name: str, values: Floats, *, threads: int = 1) -> Floats:
+        """`values` (fp32, in torch's layout [out, in]) as the artifact holds them. UserError where it holds no such."""
+        if name not in self.types:
+            raise UserError(
+                f"the {self.format} file holds no {name}", "quantize the model that the rounding was made for"
+            )
+        if self.format == "onnx":
+            return decoder_values(values, self.types[name])
+        return gguf_values(values, self.types[name], self.importance.get(name), tensor=name, threads=threads)
+
+
+def gguf_values(values: Floats, type_name: str, importance: Floats | None, *, tensor: str, threads: int = 1) -> Floats:
+    """A tensor as the converter and llama.cpp store it: a quantized one is rounded to float16 first.
+
+    Rows are quantized each by itself, so the order in which a family stores them does not matter.
+    """
+    if type_name in ("F32", "F16", "BF16"):
+        return ggml.dequantize(as_stored(values, type_name, tensor=tensor).view(np.uint8), type_name, values.shape)  # type: ignore[arg-type]
+    halved = as_stored(values, "F16", tensor=tensor).astype(np.float32)
+    return ggml.dequantize(ggml.quantize(halved, type_name, importance, threads=threads), type_name, values.shape)
+
+
+def rounding_of(
+    checkpoint: Path,
+    artifact_format: str,
+    quantization: str,
+    *,
+    scratch: Path,
+    options: Any = None,
+    importance: Mapping[str, Floats] | None = None,
+    context_tokens: int = 256,
+    progress: Progress = QUIET,
+) -> Rounding:
+    """The rounding of `quantization` for this checkpoint: exported once into `scratch`, and its types read back.
+
+    So the types are those that llama.cpp or the builder really choose, fallbacks at odd widths included.
+    """
+    import json
+
+    from edgedistill.export import write_artifact
+    from edgedistill.export_options import DEFAULT_OPTIONS
+
+    write_artifact(
+        checkpoint, scratch, format_=artifact_format, quantization=quantization, context_tokens=context_tokens,
+        name="rounding", options=options or DEFAULT_OPTIONS, progress=progress,
+    )  # fmt: skip
+    if artifact_format == "gguf":
+        from edgedistill.gguf.dequantize import stored_types
+
+        entry = next(iter(sorted(scratch.glob("*.gguf"))))
+        return Rounding("gguf", quantization, stored_types(entry), dict(importance or {}))
+    from edgedistill.onnx.dequantize import stored
+
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    return Rounding("onnx", quantization, {name: kind for name, kind, _ in stored(scratch, config)})
+
+
+class FakeQuantizer:
+    """Puts the stored values into a model for as long as a pass over it lasts; the masters come back after it."""
+
+    def __init__(self, model: nn.Module, rounding: Rounding, *, threads: int = 1) -> None:
+        """UserError where the model has a parameter that the artifact has not, or the other way round."""
+        self.model = model
+        self.rounding = rounding
+        self.threads = threads
+        self.parameters = dict(model.named_parameters())
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        # onnxruntime-genai stores a tied head at 8 bits beside an embedding in floating point
+        self.head: Any = head if HEAD in rounding.types and HEAD not in self.parameters else None
+        known = set(self.parameters) | ({HEAD} if self.head is not None else set())
+        if known != set(rounding.types):
+            odd = sorted(known ^ set(rounding.types))
+            raise UserError(
+                f"the model and the {rounding.format} file differ in {len(odd)} tensors, e.g. {odd[0]}",
+                "this family cannot be trained under its rounding yet: set distill.qad.tokens_share=0",
+            )
+
+    def values(self, name: str) -> torch.Tensor:
+        """What the artifact stores of the parameter `name`, on its device."""
+        master = self.parameters.get(name)
+        master = self.head.weight if master is None else master
+        array = np.ascontiguousarray(master.detach().float().cpu().numpy())
+        return torch.from_numpy(self.rounding.stored(name, array, threads=self.threads)).to(master)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model with its stored weights; gradients that are made inside belong to the masters after."""
+        masters = {name: parameter.data for name, parameter in self.parameters.items()}
+        separate = self.values(HEAD) if self.head is not None else None
+        tied = None
+        try:
+            for name, parameter in self.parameters.items():
+                parameter.data = self.values(name)
+            if separate is not None:
+                tied = self.head.weight
+                self.head.weight = nn.Parameter(separate)
+            yield
+        finally:
+            for name, data in masters.items():
+                self.parameters[name].data = data
+            if tied is not None:
+                gradient = self.head.weight.grad
+                self.head.weight = tied
+                if gradient is not None:
+                    tied.grad = gradient if tied.grad is None else tied.grad + gradient
