@@ -68,10 +68,15 @@ def export_model(
 
     def write(work: Work) -> Artifact:
         progress.say(f"export: {artifact}")
-        return write_artifact(
+        made = write_artifact(
             checkpoint, work.out, format_=format_, quantization=quantization, context_tokens=context_tokens, name=name,
             options=options, progress=progress,
         )  # fmt: skip
+        if format_ != "gguf":
+            return made
+        from edgedistill.verify.tokenizer_check import with_checked_tokenizer
+
+        return with_checked_tokenizer(made, work.out, checkpoint)
 
     stored = store.run("export", inputs, write, Artifact, progress.say)
     made = stored.result
@@ -79,6 +84,8 @@ def export_model(
         f"export: {artifact} has {made.bytes:,} bytes, {made.bits_per_weight:.2f} bits a weight"
         f"{' (from the store)' if stored.reused else ''}"
     )
+    for note in made.notes:
+        progress.warn(f"export: {artifact}: {note}")
     if made.fallbacks:
         first = made.fallbacks[0]
         progress.say(

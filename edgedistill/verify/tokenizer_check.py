@@ -6,7 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgedistill.errors import UserError
-from edgedistill.records import TokenizerCheck
+from edgedistill.gguf.pretokenizers import NEW_CHARACTERS_NOTE
+from edgedistill.gguf.tokenizer import read_tokenizer
+from edgedistill.records import Artifact, TokenizerCheck
+from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.weights import read_json
 
 TEXT_SHOWN = 60
@@ -104,6 +107,38 @@ def check_tokenizer(
             mismatches += 1
             first = first or _difference(text, *wrong)
     return TokenizerCheck(texts=len(texts), mismatches=mismatches, first_mismatch=first)
+
+
+def with_checked_tokenizer(artifact: Artifact, folder: Path, checkpoint: Path) -> Artifact:
+    """A GGUF artifact in `folder`, its tokenizer held to the checkpoint's in llama.cpp (the vocabulary alone).
+
+    Where texts differ and the notes of its kind of tokenizer say why, a note with the first of them is added.
+    Raises UserError where texts differ and nothing says why: the converted tokenizer is wrong.
+    """
+    with RuntimeProcess(
+        artifact.runtime, folder / artifact.entry, threads=1, context_tokens=0, use_extra_bufts=False
+    ) as process:
+        check = check_tokenizer(
+            checkpoint, lambda text, special, parse: process.tokenize(text, add_special=special, parse_special=parse)
+        )
+    if not check.mismatches:
+        return artifact
+    differs = f"llama.cpp's tokens differ on {check.mismatches} of {check.texts} probing texts: {check.first_mismatch}"
+    if not _says_why(checkpoint, artifact.vocab_size):
+        raise UserError(
+            f"{checkpoint}: {differs}",
+            "a GGUF of this tokenizer would read text that the model was not trained on; report it with tokenizer.json",
+        )
+    return artifact.model_copy(update={"notes": [*artifact.notes, differs]})
+
+
+def _says_why(checkpoint: Path, vocab_size: int) -> bool:
+    try:
+        notes = read_tokenizer(checkpoint, vocab_size=vocab_size).notes
+    except UserError:
+        return True  # unknown here: llama.cpp's own converter wrote it, and answers for it
+    # No probing text has the newest characters.
+    return any(note != NEW_CHARACTERS_NOTE for note in notes)
 
 
 def _texts_of_added_tokens(tokenizer: dict[str, object]) -> list[str]:
