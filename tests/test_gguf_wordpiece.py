@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from checkpoints import edit_json
-from vocabularies import differing, every_character, has_category, random_texts, vocabulary_in_llama_cpp
+from vocabularies import ASSIGNED_UP_TO, differing, every_character, has_category, random_texts, vocabulary_in_llama_cpp
 
 from edgedistill.errors import UserError
 from edgedistill.gguf.tokenizer import read_tokenizer
@@ -42,9 +42,9 @@ def wordpiece(folder: Path, pieces: list[str], *, lowercase: bool = True, strip:
     return len(vocab)
 
 
-def every_piece() -> list[str]:
+def every_piece(last: int = ASSIGNED_UP_TO) -> list[str]:
     """Each character as a word's beginning and as its going on: no difference hides behind [UNK]."""
-    characters = [c for c in every_character() if c > " " and c != "\u2581" and unicodedata.category(c) != "Cc"]
+    characters = [c for c in every_character(last) if c > " " and c != "\u2581" and unicodedata.category(c) != "Cc"]
     return [piece for c in characters for piece in (c, f"##{c}")]
 
 
@@ -71,13 +71,14 @@ KINDS = ("Mn", "Po", "Ps", "Pe", "Pd", "Cf", "Cn", "Lu")
 @pytest.mark.parametrize(("lowercase", "strip"), [(True, None), (False, None), (True, False)])
 def test_every_character(lowercase: bool, strip: bool | None, tmp_path: Path) -> None:
     """Nothing but the classes that the notes name differs, and each of them does."""
-    size = wordpiece(tmp_path, every_piece(), lowercase=lowercase, strip=strip)
+    last = ASSIGNED_UP_TO if strip is None else 0x10000
+    size = wordpiece(tmp_path, every_piece(last), lowercase=lowercase, strip=strip)
     notes = read_tokenizer(tmp_path, vocab_size=size).notes
     strips = lowercase and strip is None
     named = [HANGUL_NOTE, MARKS_NOTE, CONTROLS_NOTE] if strips else [CONTROLS_NOTE]
     assert [n for n in notes if "longest word" not in n] == [*named, *([CASE_NOTE] if lowercase and not strips else [])]
     with vocabulary_in_llama_cpp(tmp_path, size) as runtime:
-        wrong = {text[1] for text in differing(tmp_path, runtime, [f"a{c}b" for c in every_character()])}
+        wrong = {text[1] for text in differing(tmp_path, runtime, [f"a{c}b" for c in every_character(last)])}
     rest = {c for c in wrong if not (strips and (hangul(c) or marks(c)))}
     assert {c for c in rest if not controls_or_new(c)} == ({"\u0130"} if lowercase and not strips else set())
     assert {"\x0b", "\x0c", "\x85", "\u2e43"} <= rest
@@ -91,7 +92,9 @@ def test_every_character(lowercase: bool, strip: bool | None, tmp_path: Path) ->
 
 @pytest.mark.parametrize("lowercase", [True, False])
 def test_random_and_english_texts(lowercase: bool, tmp_path: Path) -> None:
-    size = wordpiece(tmp_path, [*every_piece(), "the", "un", "##aff", "##able", "qui", "##ck"], lowercase=lowercase)
+    size = wordpiece(
+        tmp_path, [*every_piece(0x3000), "the", "un", "##aff", "##able", "qui", "##ck"], lowercase=lowercase
+    )
     listed = (hangul, marks, controls_or_new)
     with vocabulary_in_llama_cpp(tmp_path, size) as runtime:
         for specials in (False, True):
