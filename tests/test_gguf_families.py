@@ -125,6 +125,28 @@ def test_nomics_own_config_and_the_modules_names(tmp_path: Path) -> None:
     assert any("the context is 256 tokens and not 512" in note for note in facts["notes"])
 
 
+@pytest.mark.parametrize("case", ["bert", "gpt2"])
+def test_names_of_old_checkpoints(case: str, tmp_path: Path) -> None:
+    """Google's BERT has a prefix, gamma and beta; OpenAI's GPT-2 no prefix, but its masks: the same GGUF."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    checkpoint = family(tmp_path / "model", case, {})
+    convert_to_gguf(checkpoint, tmp_path / "a.gguf")
+    tensors = load_file(checkpoint / "model.safetensors")
+    if case == "bert":
+        tensors = {f"bert.{n}".replace("LayerNorm.weight", "LayerNorm.gamma"): t for n, t in tensors.items()}
+        tensors = {n.replace("LayerNorm.bias", "LayerNorm.beta"): t for n, t in tensors.items()}
+        tensors["bert.embeddings.position_ids"] = torch.arange(256.0)
+    else:
+        tensors = {n.removeprefix("transformer."): t for n, t in tensors.items()}
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 256, 256)
+    old = edit_config(checkpoint, tmp_path / "old")
+    save_file(tensors, old / "model.safetensors")
+    convert_to_gguf(old, tmp_path / "b.gguf")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
 @pytest.mark.parametrize("length", [200, 400])
 def test_phi3_longrope_on_either_side_of_the_original_length(length: int, tmp_path: Path) -> None:
     """256 positions at first, 512 now: the short factors up to 256 tokens of context, the long ones beyond."""

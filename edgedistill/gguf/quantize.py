@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from edgedistill.errors import UserError, did_you_mean
+from edgedistill.gguf.architectures import FLOAT32_MATRICES
 from edgedistill.gguf.converter import to_gguf
 from edgedistill.records import Artifact, Fallback
 from edgedistill.runtimes.quantize import quantize_in_child
@@ -87,6 +88,8 @@ def fallbacks_of(types: dict[str, tuple[str, int]], log: list[str], *, quantizat
     reported = {m["tensor"]: m for line in log if (m := FALLBACK_LINE.search(line))}
     found = []
     for tensor, (got, columns) in types.items():
+        if got == "F32" and (tensor in FLOAT32_MATRICES or tensor.endswith("_norm.weight")):
+            continue  # no matrix that a product is made with
         line = reported.get(tensor)
         if line is not None:
             wanted, why = line["wanted"].upper(), f"{columns} columns are not a multiple of {line['block']}"
