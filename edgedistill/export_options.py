@@ -57,7 +57,7 @@ class ExportOptions:
         )
         values["calibration_path"] = None if self.calibration_path is None else _content_sha256(self.calibration_path)
         values["importance_file"] = None if self.importance_file is None else _content_sha256(self.importance_file)
-        values["converter"] = None if self.converter is None else str(self.converter)
+        values["converter"] = None if self.converter is None else _content_sha256(self.converter)
         values["tensor_types"] = [list(pair) for pair in self.tensor_types]
         return values
 

@@ -97,7 +97,10 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),
     "gpt2, inner width, head of its own": ("gpt2", {"n_inner": 80, "tie_word_embeddings": False}),
     "stablelm": ("stablelm", {}),
-    "stablelm, biases, linear": ("stablelm", {"use_qkv_bias": True, "rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}),
+    "stablelm, biases, linear": (
+        "stablelm",
+        {"use_qkv_bias": True, "rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}},
+    ),
     "stablelm, normed heads, parallel": ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True}),
 }  # fmt: skip
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -16,7 +16,8 @@ from edgedistill.export_options import ExportOptions
 from edgedistill.gguf.architectures import model_of
 from edgedistill.gguf.dequantize import dequantized
 from edgedistill.gguf.mixes import MIXES_THAT_NEED_IMPORTANCE, usable_type
-from edgedistill.gguf.quantize import QUANTIZATIONS, export_gguf, fallbacks_of, matrices_of, planned_types
+from edgedistill.gguf.quantize import QUANTIZATIONS, export_gguf, fallbacks_of
+from edgedistill.gguf.request import matrices_of, planned_types
 from edgedistill.records import Artifact
 from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.weights import read_json
@@ -227,6 +228,23 @@ def test_overrides_that_cannot_be_are_refused_before_any_work(
         export(wide, tmp_path / "out", "Q4_K_M", options=with_types(**types))
     assert cause in refused.value.cause and remedy in refused.value.remedy
     assert not (tmp_path / "out").exists()
+
+
+def test_what_llama_cpps_own_converter_wrote_is_quantized_too(wide: Path, tmp_path: Path) -> None:
+    """Its tensors' torch names are not known: types by tensor work, importance matrices are refused."""
+    export(wide, tmp_path / "source", "F16")
+    script = tmp_path / "convert.py"
+    given = str(tmp_path / "source" / "model.gguf")
+    script.write_text(f"import shutil, sys\nshutil.copy({given!r}, sys.argv[sys.argv.index('--outfile') + 1])\n")
+    options = ExportOptions(converter=script, tensor_types=(("attn_k", "Q8_0"),))
+    artifact = export(wide, tmp_path / "out", "Q4_K_M", options=options)
+    assert artifact.overrides == {f"blk.{layer}.attn_k.weight": "Q8_0" for layer in range(2)}
+    assert types_in(tmp_path / "out")["blk.1.attn_k.weight"] == "Q8_0"
+    assert any("without an importance matrix" in note for note in artifact.notes)
+    for mix, types in (("IQ2_XS", ()), ("Q4_K_M", (("attn_k", "IQ1_S"),))):
+        with pytest.raises(UserError, match="needs an importance matrix"):
+            export(wide, tmp_path / "no", mix, options=ExportOptions(converter=script, tensor_types=types))
+        assert not (tmp_path / "no").exists() or list((tmp_path / "no").iterdir()) == []
 
 
 def test_nothing_is_left_on_failure(wide: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 QUANTIZATION_VERSION = 2
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 
 
 def convert_to_gguf(checkpoint: Path, out: Path, *, dtype: Dtype = "F16", name: str = "") -> dict[str, Any]:
@@ -52,6 +53,21 @@ def convert_to_gguf(checkpoint: Path, out: Path, *, dtype: Dtype = "F16", name: 
         "bytes": out.stat().st_size,
         "notes": notes,
     }
+
+
+def gguf_positions(checkpoint: Path, script: Path | None) -> int:
+    """The longest context of the GGUF that a checkpoint becomes, from its config.json. UserError as in converting."""
+    config = read_json(checkpoint / "config.json", what="config.json")
+    if script is None:
+        return model_of(config, where=str(checkpoint)).context_length
+    nested = config.get("text_config")
+    for table in (config, nested if isinstance(nested, dict) else {}):
+        found = [table[key] for key in POSITION_KEYS if isinstance(table.get(key), int)]
+        if found:
+            return int(found[0])
+    raise UserError(
+        f"{checkpoint}: config.json has none of {', '.join(POSITION_KEYS)}", "state how many positions the model has"
+    )
 
 
 def checked_tensors(files: Mapping[str, StoredTensor], model: Model, *, where: str) -> dict[str, StoredTensor]:

@@ -8,32 +8,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from edgedistill.errors import UserError, did_you_mean
 from edgedistill.export_options import DEFAULT_OPTIONS, ExportOptions
 from edgedistill.gguf.architectures import Model, model_of
-from edgedistill.gguf.convert import convert_to_gguf
-from edgedistill.gguf.importance import (
-    MIN_TOKENS,
-    Importance,
-    calibration_sequences,
-    compute_importance,
-    gguf_importance,
-    read_importance,
-)
-from edgedistill.gguf.mixes import (
-    BASE_TYPES,
-    GGML_BLOCKS,
-    MIXES_THAT_NEED_IMPORTANCE,
-    UNQUANTIZED,
-    needs_importance,
-    quantizable,
-    usable_type,
-    uses_importance,
-    wanted_types,
-)
+from edgedistill.gguf.converter import to_gguf
+from edgedistill.gguf.importance import gguf_importance
+from edgedistill.gguf.mixes import BASE_TYPES, UNQUANTIZED, quantizable
+from edgedistill.gguf.request import Request, refuse_importance, request_of, request_of_file, with_importance
 from edgedistill.gguf.split import split_gguf
+from edgedistill.gguf.streaming import Dtype
 from edgedistill.progress import QUIET, Progress
 from edgedistill.records import Artifact, Fallback
 from edgedistill.runtimes.quantize import quantize_in_child
@@ -47,20 +32,6 @@ FALLBACK_LINE = re.compile(
     r"(?P<tensor>\S+)\s+- ncols\s+(?P<columns>\d+) not divisible by\s+(?P<block>\d+)"
     r" \(required for type\s+(?P<wanted>\w+)\).*falling back to\s+(?P<got>\w+)"
 )
-
-
-@dataclass(frozen=True)
-class Quantizing:
-    """What is asked of llama.cpp. `types`: of every matrix where some are overridden, else empty (its own choice).
-
-    `overrides`: GGUF tensor → the type that the user asked for.
-    """
-
-    quantization: str
-    types: dict[str, str]
-    overrides: dict[str, str]
-    importance: Importance | None
-    notes: list[str]
 
 
 def export_gguf(
@@ -84,22 +55,29 @@ def export_gguf(
     """
     if quantization not in QUANTIZATIONS:
         raise UserError(f"no GGUF quantization '{quantization}'", did_you_mean(quantization, QUANTIZATIONS))
-    parsed = model_of(read_json(checkpoint / "config.json", what="config.json"), where=str(checkpoint))
-    asked = _asked(checkpoint, parsed, quantization, options, progress)
-    out.mkdir(parents=True, exist_ok=True)
-    model = out / MODEL_FILE
-    log: list[str] = []
-    if quantization in UNQUANTIZED and not asked.types:
-        dtype = cast(Literal["F32", "F16", "BF16"], quantization)
-        facts = convert_to_gguf(checkpoint, model, dtype=dtype, name=name)
+    parsed, request = None, None
+    if options.converter is None:
+        parsed = model_of(read_json(checkpoint / "config.json", what="config.json"), where=str(checkpoint))
+        request = request_of(checkpoint, parsed, quantization, options, progress=progress)
     else:
-        whole = out / f".{MODEL_FILE}.whole"
-        try:
-            source = cast(Literal["F32", "F16", "BF16"], quantization if quantization in UNQUANTIZED else "F16")
-            facts = convert_to_gguf(checkpoint, whole, dtype=source, name=name)
-            log = _quantize(whole, model, asked, parsed, threads=threads)
-        finally:
-            whole.unlink(missing_ok=True)
+        refuse_importance(quantization, {}, options)
+    out.mkdir(parents=True, exist_ok=True)
+    model, whole = out / MODEL_FILE, out / f".{MODEL_FILE}.whole"
+    log: list[str] = []
+    source = cast(Dtype, quantization if quantization in UNQUANTIZED else "F16")
+    try:
+        facts = to_gguf(checkpoint, whole, dtype=source, name=name, converter=options.converter)
+        # After the conversion: what cannot be converted is refused before a model is loaded and run.
+        if request is None or parsed is None:
+            request = request_of_file(whole, quantization, options)
+        else:
+            request = with_importance(request, checkpoint, parsed, progress=progress)
+        if quantization in UNQUANTIZED and not request.types:
+            whole.replace(model)
+        else:
+            log = _quantize(whole, model, request, parsed, threads=threads)
+    finally:
+        whole.unlink(missing_ok=True)
     described = _contents(model)
     files = [model]
     if options.max_file_bytes is not None:
@@ -109,59 +87,7 @@ def export_gguf(
             model.unlink(missing_ok=True)
             raise
     fsync_folder(out)
-    return _artifact(files, facts, described, asked, context_tokens=context_tokens, log=log)
-
-
-def matrices_of(model: Model) -> dict[str, int]:
-    """GGUF name → row length of every matrix that can be quantized."""
-    return {
-        spec.gguf_name: spec.stored_shape[-1]
-        for spec in model.specs.values()
-        if not spec.vector and quantizable(spec.gguf_name, len(spec.stored_shape))
-    }
-
-
-def chosen_overrides(columns: Mapping[str, int], tensor_types: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Matrix → type that the user asked for. `tensor_types`: regular expression searched in the name → ggml type; the
-    first that matches counts.
-
-    UserError for a pattern that is no regular expression or matches no matrix, and for a type that there is not.
-    """
-    found: dict[str, str] = {}
-    for pattern, type_ in tensor_types:
-        if type_.upper() not in GGML_BLOCKS:
-            mix = BASE_TYPES.get(type_.upper())
-            raise UserError(
-                f"export.tensor_types: no ggml type '{type_}' (for {pattern!r})",
-                f"{type_} is a mix; name a type of one tensor, e.g. {mix}" if mix else did_you_mean(type_, GGML_BLOCKS),
-            )
-        try:
-            matching = [name for name in columns if re.search(pattern, name)]
-        except re.error as error:
-            raise UserError(
-                f"export.tensor_types: {pattern!r} is no regular expression: {error}", "e.g. ffn_down, or blk\\.0\\."
-            ) from error
-        if not matching:
-            raise UserError(
-                f"export.tensor_types: {pattern!r} matches no matrix of this model",
-                f"its matrices are {', '.join(sorted({re.sub(r'^blk[.][0-9]+[.]', 'blk.N.', n) for n in columns}))}",
-            )
-        for name in matching:
-            found.setdefault(name, type_.upper())
-    return found
-
-
-def planned_types(model: Model, quantization: str, overrides: Mapping[str, str], *, importance: bool) -> dict[str, str]:
-    """Type that each matrix is to get, before any fallback: llama.cpp's choice for the mix, and the overrides."""
-    sizes = model.sizes
-    chosen = wanted_types(
-        matrices_of(model),
-        quantization,
-        layers=sizes.num_hidden_layers,
-        heads_a_key=sizes.num_attention_heads // sizes.num_key_value_heads,
-        importance=importance,
-    )
-    return chosen | dict(overrides)
+    return _artifact(files, facts, described, request, context_tokens=context_tokens, log=log)
 
 
 def fallbacks_of(
@@ -189,70 +115,16 @@ def fallbacks_of(
     return found
 
 
-def _asked(checkpoint: Path, model: Model, quantization: str, options: ExportOptions, progress: Progress) -> Quantizing:
-    columns = matrices_of(model)
-    overrides = chosen_overrides(columns, options.tensor_types)
-    needing = _needing(model, quantization, overrides)
-    notes: list[str] = []
-    importance = None
-    if options.importance_file is not None and quantization not in UNQUANTIZED:
-        importance = read_importance(options.importance_file)
-    elif needing or uses_importance(quantization, options.importance_matrix):
-        if needing and options.importance_matrix == "off":
-            raise UserError(
-                f"export.importance_matrix is off, but {needing}",
-                "set it to auto, or choose IQ3_S, Q3_K_M or a larger quantization",
-            )
-        importance, notes = _computed(checkpoint, model, needing, options, progress)
-    if importance is not None:
-        gguf_importance(importance, model.specs)  # refused before any work where it is of another model
-    types = planned_types(model, quantization, overrides, importance=importance is not None) if overrides else {}
-    return Quantizing(quantization, types, overrides, importance, notes)
-
-
-def _needing(model: Model, quantization: str, overrides: Mapping[str, str]) -> str:
-    """Why an importance matrix is needed, in words; "" where it is not."""
-    if quantization in MIXES_THAT_NEED_IMPORTANCE:
-        return f"llama.cpp writes {quantization} with an importance matrix alone"
-    columns = matrices_of(model)
-    for name, type_ in planned_types(model, quantization, overrides, importance=False).items():
-        if needs_importance(quantization, usable_type(type_, columns[name]), name):
-            return f"{name} is to be {type_}, which llama.cpp writes with an importance matrix alone"
-    return ""
-
-
-def _computed(
-    checkpoint: Path, model: Model, needing: str, options: ExportOptions, progress: Progress
-) -> tuple[Importance | None, list[str]]:
-    """The matrix of the calibration text; or None with a note that says why not, where it would only have helped."""
-    forced = options.importance_matrix == "on"
-    if not options.calibration and not (needing or forced):
-        return None, ["quantized without an importance matrix: no calibration text was given"]
-    try:
-        sequences, record = calibration_sequences(checkpoint, options, task=model.family.task)
-    except UserError as error:
-        if needing:
-            raise UserError(f"{needing}: {error.cause}", error.remedy) from error
-        if forced:
-            raise
-        progress.warn(f"export: no importance matrix: {error.cause}")
-        return None, [f"quantized without an importance matrix (less than {MIN_TOKENS:,} tokens): {error.cause}"]
-    progress.say(f"export: importance matrix of {record.samples:,} sequences, {record.tokens or 0:,} tokens")
-    return compute_importance(
-        checkpoint, sequences, task=model.family.task, calibration=record, progress=progress
-    ), []  # fmt: skip
-
-
-def _quantize(whole: Path, out: Path, asked: Quantizing, model: Model, *, threads: int) -> list[str]:
+def _quantize(whole: Path, out: Path, request: Request, model: Model | None, *, threads: int) -> list[str]:
     from safetensors.numpy import save_file
 
     with tempfile.TemporaryDirectory(prefix=".importance.", dir=out.parent) as scratch:
         matrix = None
-        if asked.importance is not None:
+        if request.importance is not None and model is not None:
             matrix = Path(scratch) / "importance.safetensors"
-            save_file(gguf_importance(asked.importance, model.specs), matrix)
+            save_file(gguf_importance(request.importance, model.specs), matrix)
         return quantize_in_child(
-            whole, out, quantization=asked.quantization, threads=threads, types=asked.types, importance=matrix
+            whole, out, quantization=request.quantization, threads=threads, types=request.types, importance=matrix
         )
 
 
@@ -281,7 +153,7 @@ def _artifact(
     paths: Sequence[Path],
     facts: dict[str, Any],
     found: _Contents,
-    asked: Quantizing,
+    request: Request,
     *,
     context_tokens: int,
     log: list[str],
@@ -290,7 +162,7 @@ def _artifact(
     files = [e for e in file_entries(paths[0].parent) if e.path in names]
     return Artifact(
         format="gguf",
-        quantization=asked.quantization,
+        quantization=request.quantization,
         runtime="llama.cpp",
         task=facts["task"],
         entry=paths[0].name,
@@ -300,11 +172,11 @@ def _artifact(
         parameters=facts["parameters"],
         bits_per_weight=found.bits_per_weight,
         tensor_types=found.counts,
-        fallbacks=fallbacks_of(found.matrices, log, quantization=asked.quantization, overrides=asked.overrides),
+        fallbacks=fallbacks_of(found.matrices, log, quantization=request.quantization, overrides=request.overrides),
         context_tokens=min(context_tokens, facts["context_length"]),
         vocab_size=facts["vocab_size"],
         tool_versions=versions("gguf", "llama-cpp-python"),
-        overrides=asked.overrides,
-        calibration=None if asked.importance is None else asked.importance.calibration,
-        notes=[*facts["notes"], *asked.notes],
+        overrides=request.overrides,
+        calibration=request.calibration,
+        notes=[*facts["notes"], *request.notes],
     )

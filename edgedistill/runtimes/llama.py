@@ -255,6 +255,7 @@ class LlamaBackend:
         answer = run(self._context, self._batch)
         if answer != 0:
             raise RuntimeError(
-                f"{run.__name__} answered {answer} for {count} tokens at position {self._filled}: {self._log.complaint()}"
+                f"{run.__name__} answered {answer} for {count} tokens at position {self._filled}:"
+                f" {self._log.complaint()}"
             )
         self._filled += count
