@@ -68,10 +68,11 @@ def export_model(
 
     def write(work: Work) -> Artifact:
         progress.say(f"export: {artifact}")
-        return write_artifact(
+        written = write_artifact(
             checkpoint, work.out, format_=format_, quantization=quantization, context_tokens=context_tokens, name=name,
             options=options, progress=progress,
         )  # fmt: skip
+        return written.model_copy(update={"notes": [*written.notes, *options.notes]})
 
     stored = store.run("export", inputs, write, Artifact, progress.say)
     made = stored.result
