@@ -17,6 +17,7 @@ class ExportOptions:
     `calibration`: what importance matrices and static quantization see: blocks of documents for text, or None where
     none was given; `calibration_source` names it in records. `calibration_samples`: at most so many sequences or
     inputs, drawn with `seed`. `importance_matrix`: auto (for the types where it was measured to help).
+    `importance_file`: a matrix that gguf/importance.py wrote, taken instead of computing one.
     `tensor_types`: regular expression of a tensor's name (GGUF) or node's name (ONNX) → type, the first match counts.
     `mixed_retention`: raise the layers that cost most until retention meets this at the smallest size; None: no search.
     `max_file_bytes`: split larger files. `converter`: llama.cpp's own convert_hf_to_gguf.py, for other families.
@@ -33,6 +34,7 @@ class ExportOptions:
     calibration_method: CalibrationMethod = "minmax"
     seed: int = 0
     importance_matrix: Literal["auto", "on", "off"] = "auto"
+    importance_file: Path | None = None
     tensor_types: tuple[tuple[str, str], ...] = ()
     mixed_retention: float | None = None
     max_file_bytes: int | None = None
@@ -55,6 +57,7 @@ class ExportOptions:
             None if text is None else hashlib.sha256(canonical_json([list(b) for b in text]).encode()).hexdigest()
         )
         values["calibration_path"] = None if self.calibration_path is None else _content_sha256(self.calibration_path)
+        values["importance_file"] = None if self.importance_file is None else _content_sha256(self.importance_file)
         values["converter"] = None if self.converter is None else str(self.converter)
         values["tensor_types"] = [list(pair) for pair in self.tensor_types]
         return values

@@ -21,6 +21,7 @@ from edgedistill.fit import (
     context_of,
     human_bytes,
 )
+from edgedistill.gguf.mixes import BASE_TYPES, GGML_BLOCKS
 from edgedistill.recipe import Recipe
 from edgedistill.records import Figure, Record, Shape
 from edgedistill.refusals import refuse_mixture, refuse_trimming
@@ -36,7 +37,8 @@ BLOCK_MULTIPLE = 32
 AUTO_STARTS = ("width", "both", "layers", "fresh")
 MEASURED_BEST = "the best of benchmarks/student_start.py"
 CUTS: dict[str, Cut] = {"layers": "layers", "width": "width", "both": "both"}
-GGUF_K_QUANTS = ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K")
+# Mixes in blocks of 256 weights: a narrower width gives larger types.
+GGUF_K_QUANTS = tuple(mix for mix, base in BASE_TYPES.items() if GGML_BLOCKS[base][0] == K_QUANT_MULTIPLE)
 # Two checkpoints stand side by side while one replaces the other: weights and two moments in float32 each.
 CHECKPOINT_BYTES_A_PARAMETER = 24
 FINAL_BYTES_A_PARAMETER = 4

@@ -12,8 +12,9 @@ from checkpoints import copy, edit_json, mean_nll, tiny, torch_greedy, torch_log
 
 from edgedistill.errors import UserError
 from edgedistill.gguf.architectures import from_interleaved, rope_of, to_interleaved
-from edgedistill.gguf.convert import as_stored, convert_to_gguf
+from edgedistill.gguf.convert import convert_to_gguf
 from edgedistill.gguf.dequantize import dequantized
+from edgedistill.gguf.streaming import as_stored
 from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.shapes import shape_from_config
 

@@ -9,12 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import copy, mean_nll, tiny, torch_logits, torch_model, with_weights
+from family_models import DECODERS, ENCODERS, family
 
 from edgedistill.errors import UserError
+from edgedistill.export_options import ExportOptions
+from edgedistill.gguf.architectures import model_of
 from edgedistill.gguf.dequantize import dequantized
-from edgedistill.gguf.quantize import QUANTIZATIONS, export_gguf, fallbacks_of
+from edgedistill.gguf.mixes import MIXES_THAT_NEED_IMPORTANCE, usable_type
+from edgedistill.gguf.quantize import QUANTIZATIONS, export_gguf, fallbacks_of, matrices_of, planned_types
 from edgedistill.records import Artifact
 from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.weights import read_json
 
 
 def export(checkpoint: Path, out: Path, quantization: str, **changes: Any) -> Artifact:
@@ -110,7 +115,8 @@ def test_odd_widths_fall_back_and_run(
 
 def test_every_quantization_is_known_to_llama_cpp_and_runs(wide: Path, tmp_path: Path) -> None:
     tokens = np.arange(20)
-    for quantization in QUANTIZATIONS:
+    # Those that need an importance matrix: tests/test_importance.py
+    for quantization in (name for name in QUANTIZATIONS if name not in MIXES_THAT_NEED_IMPORTANCE):
         artifact = export(wide, tmp_path / quantization, quantization)
         assert QUANTIZATIONS[quantization] in artifact.tensor_types, quantization
         with RuntimeProcess(
@@ -126,6 +132,100 @@ def test_unknown_quantization_says_what_is_near(wide: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match="no GGUF quantization 'Q4_KM'") as caught:
         export(wide, tmp_path / "out", "Q4_KM")
     assert caught.value.remedy == "did you mean 'Q4_K_M'?"
+    assert not (tmp_path / "out").exists()
+
+
+def with_types(**types: str) -> ExportOptions:
+    return ExportOptions(tensor_types=tuple(types.items()))
+
+
+def types_in(folder: Path) -> dict[str, str]:
+    from gguf import GGUFReader
+
+    return {t.name: t.tensor_type.name for t in GGUFReader(folder / "model.gguf").tensors}
+
+
+@pytest.mark.parametrize("case", ["llama, biases", "gemma2", "phi3", "gpt2", "bert"])
+@pytest.mark.parametrize("quantization", ["Q4_K_M", "Q3_K_L", "IQ4_XS"])
+def test_types_of_every_family_are_those_planned(case: str, quantization: str, tmp_path: Path) -> None:
+    """Fused, transposed and encoders' matrices: what llama.cpp writes by itself is what the rules say."""
+    model_type, changes = (DECODERS | ENCODERS)[case]
+    checkpoint = family(tmp_path / "model", model_type, {**changes, "num_hidden_layers": 9})
+    export(checkpoint, tmp_path / "out", quantization)
+    written = types_in(tmp_path / "out")
+    model = model_of(read_json(checkpoint / "config.json", what=""), where="")
+    columns = matrices_of(model)
+    planned = planned_types(model, quantization, {}, importance=False)
+    assert {name: written.pop(name) for name in columns} == {n: usable_type(t, columns[n]) for n, t in planned.items()}
+    assert set(written.values()) == {"F32"}
+
+
+def test_overrides_change_what_they_name_and_nothing_else(tmp_path: Path) -> None:
+    """llama.cpp counts layers only where it chooses, so an override in a layer must not shift the others'."""
+    checkpoint = tiny(
+        tmp_path / "model", hidden_size=256, intermediate_size=256, head_dim=64, num_hidden_layers=9, vocab_size=400
+    )
+    export(checkpoint, tmp_path / "plain", "Q4_K_M")
+    plain = types_in(tmp_path / "plain")
+    options = with_types(**{r"blk\.0\.(attn_v|ffn_down)": "q8_0", r"^output\.": "Q4_0", "attn_q": "BF16"})
+    artifact = export(checkpoint, tmp_path / "mixed", "Q4_K_M", options=options)
+    mixed = types_in(tmp_path / "mixed")
+    changed = {name: type_ for name, type_ in mixed.items() if type_ != plain[name]}
+    queries = {f"blk.{layer}.attn_q.weight": "BF16" for layer in range(9)}
+    expected = {"blk.0.attn_v.weight": "Q8_0", "blk.0.ffn_down.weight": "Q8_0", "output.weight": "Q4_0", **queries}
+    assert changed == expected == artifact.overrides
+    assert artifact.fallbacks == []
+    tokens = np.arange(20)
+    with RuntimeProcess("llama.cpp", tmp_path / "mixed" / "model.gguf", threads=2, context_tokens=64) as runtime:
+        found = runtime.logits(tokens)
+    stored = with_weights(checkpoint, dict(dequantized(tmp_path / "mixed" / "model.gguf")))
+    # Nine random layers of rounded activations
+    assert np.corrcoef(found.ravel(), torch_logits(stored, tokens).ravel())[0, 1] > 0.95
+
+
+def test_a_float_file_may_hold_single_quantized_tensors(wide: Path, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    export(wide, tmp_path / "plain", "F16")
+    artifact = export(wide, tmp_path / "mixed", "F16", options=with_types(**{r"blk\.1\.ffn_down": "Q4_K"}))
+    plain, mixed = (GGUFReader(tmp_path / name / "model.gguf") for name in ("plain", "mixed"))
+    assert artifact.overrides == {"blk.1.ffn_down.weight": "Q4_K"}
+    assert artifact.tensor_types == {**artifact.tensor_types, "Q4_K": 1}
+    before = {t.name: t for t in plain.tensors}
+    for tensor in mixed.tensors:
+        if tensor.name != "blk.1.ffn_down.weight":
+            assert np.array_equal(tensor.data, before[tensor.name].data), tensor.name
+    for key in ("general.file_type", "general.name"):
+        fields = [reader.get_field(key) for reader in (plain, mixed)]
+        assert fields[0] is not None and fields[1] is not None and fields[0].contents() == fields[1].contents()
+
+
+def test_an_override_that_the_width_does_not_allow_is_named(test_data: Path, tmp_path: Path) -> None:
+    checkpoint = test_data / "weights" / "stories260k-hf"
+    artifact = export(checkpoint, tmp_path, "Q8_0", options=with_types(attn_v="Q6_K", ffn_down="Q4_0"))
+    found = {f.tensor: f for f in artifact.fallbacks}
+    assert (found["blk.0.attn_v.weight"].wanted, found["blk.0.attn_v.weight"].got) == ("Q6_K", "Q8_0")
+    assert (found["blk.0.ffn_down.weight"].wanted, found["blk.0.ffn_down.weight"].got) == ("Q4_0", "F16")
+    assert "64 columns are not a multiple of 256" in found["blk.0.attn_v.weight"].why
+
+
+@pytest.mark.parametrize(
+    ("types", "cause", "remedy"),
+    [
+        ({"attn_v": "Q4_K_M"}, "no ggml type 'Q4_K_M'", "e.g. Q4_K"),
+        ({"attn_v": "Q4K"}, "no ggml type 'Q4K'", "did you mean 'Q4_K'"),
+        ({"attn_vv": "Q4_K"}, "matches no matrix", "blk.N.attn_v.weight"),
+        ({"_norm": "Q4_K"}, "matches no matrix", "output.weight"),
+        ({"attn_(v": "Q4_K"}, "no regular expression", "ffn_down"),
+        ({"attn_v": "IQ2_XS"}, "blk.0.attn_v.weight is to be IQ2_XS", "--calibration"),
+    ],
+)
+def test_overrides_that_cannot_be_are_refused_before_any_work(
+    types: dict[str, str], cause: str, remedy: str, wide: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as refused:
+        export(wide, tmp_path / "out", "Q4_K_M", options=with_types(**types))
+    assert cause in refused.value.cause and remedy in refused.value.remedy
     assert not (tmp_path / "out").exists()
 
 

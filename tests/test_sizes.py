@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from pathlib import Path
 
 import pytest
 
+from edgedistill.gguf.mixes import (
+    BASE_TYPES,
+    GGML_BLOCKS,
+    MIXES_THAT_NEED_IMPORTANCE,
+    UNQUANTIZED,
+    needs_importance,
+    usable_type,
+    uses_importance,
+)
 from edgedistill.records import Shape
 from edgedistill.sizes import (
-    GGML_BLOCKS,
-    UNQUANTIZED,
     artifact_bytes,
     compute_buffer_bytes,
     gguf_tensors,
     k_quant_fallbacks,
     kv_cache_bytes,
     read_bytes_a_token,
-    usable_type,
 )
+from edgedistill.targets import ARTIFACTS
 
 WIDE = Shape(
     vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=9,
@@ -27,7 +35,12 @@ WIDE = Shape(
 UNTIED = WIDE.model_copy(update={"tie_word_embeddings": False, "num_hidden_layers": 16})
 NARROW = WIDE.model_copy(update={"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32})
 MIXED = WIDE.model_copy(update={"intermediate_size": 352, "num_hidden_layers": 3})
-SHAPES = {"wide": WIDE, "untied": UNTIED, "narrow": NARROW, "mixed": MIXED}
+GROUPED = UNTIED.model_copy(update={"num_attention_heads": 4, "num_key_value_heads": 1, "num_hidden_layers": 17})
+SEVENTY = WIDE.model_copy(update={"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 80,
+                                  "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32})  # fmt: skip
+SHAPES = {"wide": WIDE, "untied": UNTIED, "narrow": NARROW, "mixed": MIXED, "grouped": GROUPED, "seventy": SEVENTY}
+MIXES = tuple(name for name in BASE_TYPES if name not in UNQUANTIZED)
+DRY_RUN_LINE = re.compile(r"\] +(\S+)\.weight +- \[.*?type = +(\w+), size = .*?(?:\((\w+)\))?$")
 
 
 def _write_f16(shape: Shape, path: Path) -> None:
@@ -67,27 +80,75 @@ def f16(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.gguf" for name in SHAPES}
 
 
-@pytest.mark.parametrize("quantization", ["Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_0"])
+def _quantize(source: Path, out: Path, mix: str, importance: bool, *, dry_run: bool = False) -> list[str]:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    gguf = pytest.importorskip("gguf")
+    import numpy as np
+
+    names = {t.name: int(t.shape[0]) for t in gguf.GGUFReader(source).tensors if len(t.shape) > 1}
+    ones = np.ones(max(names.values()), dtype=np.float32).ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    entry = llama_cpp.llama_model_imatrix_data
+    entries = [entry(n.encode(), ones, width) for n, width in names.items() if n.startswith("blk.")]
+    matrix = (entry * (len(entries) + 1))(*entries)
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{mix}")
+    parameters.nthread = 2
+    parameters.dry_run = dry_run
+    if importance:
+        parameters.imatrix = matrix
+    lines: list[bytes] = []
+    take = llama_cpp.llama_log_callback(lambda level, text, data: lines.append(text))
+    llama_cpp.llama_log_set(take, ctypes.c_void_p(0))
+    try:
+        status = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(parameters))
+    finally:
+        llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
+    assert status == 0, b"".join(lines[-5:])
+    return b"".join(lines).decode().splitlines()
+
+
 @pytest.mark.parametrize("name", list(SHAPES))
-def test_tensor_types_are_those_llama_cpp_chooses(
-    name: str, quantization: str, f16: dict[str, Path], tmp_path: Path
+def test_tensor_types_are_those_llama_cpp_chooses(name: str, f16: dict[str, Path], tmp_path: Path) -> None:
+    """Every mix, with and without an importance matrix, against what this llama.cpp says that it would write."""
+    matrices = {t.name for t in gguf_tensors(SHAPES[name], "F16") if t.type == "F16"}
+    for mix in MIXES:
+        for importance in (True, False):
+            lines = _quantize(f16[name], tmp_path / "none.gguf", mix, importance, dry_run=True)
+            found = [match for line in lines if (match := DRY_RUN_LINE.search(line))]
+            chosen = {match[1]: (match[3] or match[2]).upper() for match in found if match[1] in matrices}
+            computed = {t.name: t for t in gguf_tensors(SHAPES[name], mix, importance=importance)}
+            assert chosen == {tensor: computed[tensor].type for tensor in matrices}, (mix, importance)
+            needy = any(needs_importance(mix, t.type, f"{n}.weight") for n, t in computed.items() if n in matrices)
+            assert importance or needy == any("will require an imatrix" in line for line in lines), mix
+            if name == "wide" and not importance:
+                assert needy == (mix in MIXES_THAT_NEED_IMPORTANCE), mix
+
+
+@pytest.mark.parametrize(
+    ("name", "quantization", "importance"),
+    [
+        *((name, mix, False) for name in ("wide", "mixed") for mix in ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_K_S")),
+        ("untied", "Q4_0", True),
+        ("untied", "IQ4_XS", False),
+        ("narrow", "Q3_K_M", False),
+        ("narrow", "IQ3_S", True),
+        ("seventy", "IQ2_M", True),
+    ],
+)
+def test_tensors_of_a_real_file_are_of_the_computed_bytes(
+    name: str, quantization: str, importance: bool, f16: dict[str, Path], tmp_path: Path
 ) -> None:
     gguf = pytest.importorskip("gguf")
-    llama_cpp = pytest.importorskip("llama_cpp")
     out = tmp_path / "out.gguf"
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quantization}")
-    parameters.nthread = 2
-    llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
-    status = llama_cpp.llama_model_quantize(str(f16[name]).encode(), str(out).encode(), ctypes.byref(parameters))
-    assert status == 0
+    _quantize(f16[name], out, quantization, importance)
     reader = gguf.GGUFReader(out)
     written = {t.name.removesuffix(".weight"): (t.tensor_type.name, int(t.n_bytes)) for t in reader.tensors}
-    computed = {t.name: (t.type, t.bytes) for t in gguf_tensors(SHAPES[name], quantization)}
+    computed = {t.name: (t.type, t.bytes) for t in gguf_tensors(SHAPES[name], quantization, importance=importance)}
     assert computed == written
-    # The tokenizer, which this file lacks, is estimated: what remains must be within 2 %.
-    without_tokenizer = artifact_bytes(SHAPES[name], "gguf", quantization) - SHAPES[name].vocab_size * 40
-    assert without_tokenizer == pytest.approx(out.stat().st_size, rel=0.02)
+    if importance == uses_importance(quantization):
+        # The tokenizer, which this file lacks, is estimated: what remains must be within 2 %.
+        without_tokenizer = artifact_bytes(SHAPES[name], "gguf", quantization) - SHAPES[name].vocab_size * 40
+        assert without_tokenizer == pytest.approx(out.stat().st_size, rel=0.02)
 
 
 try:
@@ -98,6 +159,11 @@ try:
         """Keep llama.cpp's chatter out of the test log."""
 except ImportError:
     pass
+
+
+def test_every_mix_offered_is_known() -> None:
+    assert set(BASE_TYPES) == set(ARTIFACTS["gguf"])
+    assert set(BASE_TYPES.values()) <= set(GGML_BLOCKS)
 
 
 def test_blocks_are_ggmls() -> None:
@@ -126,6 +192,8 @@ def test_fallbacks() -> None:
     assert usable_type("Q6_K", 288) == "Q8_0"
     assert usable_type("Q4_0", 172) == "F16"
     assert usable_type("Q4_K", 172) == "F16"
+    assert usable_type("IQ2_XS", 288) == "IQ4_NL"
+    assert k_quant_fallbacks(MIXED, "IQ4_XS") == 3
 
 
 def test_kv_cache_by_hand() -> None:

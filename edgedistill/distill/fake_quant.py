@@ -20,7 +20,7 @@ from torch import nn  # noqa: TID253
 
 from edgedistill.errors import UserError
 from edgedistill.gguf import ggml
-from edgedistill.gguf.convert import as_stored
+from edgedistill.gguf.streaming import as_stored
 from edgedistill.onnx.blocks import decoder_values
 from edgedistill.progress import QUIET, Progress
 

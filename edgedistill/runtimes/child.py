@@ -35,6 +35,7 @@ FloatArray = NDArray[np.float32]
 LOG_LINES_SHOWN = 6
 LOG_LINE_CHARS = 200
 POLL_MS = 200
+TEXTS_PER_MESSAGE = 1000
 CLOSE_S = 2.0
 SYS_CPUS = Path("/sys/devices/system/cpu")
 SPEED_FILES = ("cpu_capacity", "cpufreq/cpuinfo_max_freq")
@@ -206,7 +207,7 @@ class RuntimeProcess:
     """An artifact open in its runtime, in a child process of its own. A context manager.
 
     threads         CPU threads; with `pin`, the child may only run on so many CPUs, the fastest ones (Linux)
-    context_tokens  the longest sequence, prompt and answer together
+    context_tokens  the longest sequence, prompt and answer together; llama.cpp with 0 reads the vocabulary alone
     use_extra_bufts llama.cpp's repacked and AMX weights; None: as the probe of this machine says
     logits_all      False where only `greedy` and `timed` are wanted: llama.cpp then keeps one row of logits
     timeout_s       of one operation, after which the child is killed
@@ -274,10 +275,28 @@ class RuntimeProcess:
             out[params["row"] : params["row"] + len(rows)] = rows
         return out
 
+    def embedding(self, tokens_T: IntArray | Sequence[int]) -> FloatArray:
+        """[H] float32 of an encoder: the sequence's embedding, pooled as the artifact says, of any length."""
+        tokens = _token_array(tokens_T)
+        what = f"the embedding of {len(tokens)} tokens"
+        _, arrays = next(self._child.stream("embedding", what, {}, {"tokens": tokens}))
+        return np.array(arrays["embedding"], dtype=np.float32)
+
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
         """Token ids by the artifact's own tokenizer. `parse_special`: control tokens in the text are tokens."""
         params = {"text": text, "add_special": add_special, "parse_special": parse_special}
         return [int(t) for t in self._child.call("tokenize", f"tokenizing {len(text)} characters", params)["tokens"]]
+
+    def tokenize_many(
+        self, texts: Sequence[str], *, add_special: bool = False, parse_special: bool = False
+    ) -> list[list[int]]:
+        """`tokenize` of each text, a thousand texts a message."""
+        found: list[list[int]] = []
+        for start in range(0, len(texts), TEXTS_PER_MESSAGE):
+            part = list(texts[start : start + TEXTS_PER_MESSAGE])
+            params = {"texts": part, "add_special": add_special, "parse_special": parse_special}
+            found += self._child.call("tokenize_many", f"tokenizing {len(part)} texts", params)["tokens"]
+        return found
 
     def greedy(self, tokens: Sequence[int] | IntArray, new_tokens: int) -> list[int]:
         """The `new_tokens` most likely tokens one after another; an end-of-sequence token does not stop it."""

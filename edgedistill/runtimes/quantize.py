@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from edgedistill.errors import UserError
@@ -11,13 +12,22 @@ from edgedistill.store import fsync_folder
 
 
 def quantize_in_child(
-    source: Path, out: Path, *, quantization: str, threads: int, timeout_s: float = 6 * 3600.0, log: Path | None = None
+    source: Path,
+    out: Path,
+    *,
+    quantization: str,
+    threads: int,
+    types: Mapping[str, str] | None = None,
+    importance: Path | None = None,
+    timeout_s: float = 6 * 3600.0,
+    log: Path | None = None,
 ) -> list[str]:
     """Quantize a GGUF of F32, F16 or BF16 to `quantization` (Q4_K_M, Q8_0, ...); llama.cpp's log lines.
 
-    The lines tell which tensors fell back to another type. It writes beside `out` and renames, so that
-    a run that is killed leaves no half-written `out`. Raises UserError for an unknown type, a damaged
-    source or one that llama.cpp refuses; RuntimeCrashed where it dies.
+    `types`: GGUF tensor name → ggml type, instead of the mix's choice. `importance`: a safetensors file of GGUF tensor
+    name → [columns] float32, the weight of each column's squared error. The lines tell which tensors fell back to
+    another type. It writes beside `out` and renames, so that a run that is killed leaves no half-written `out`. Raises
+    UserError for an unknown type, a damaged source or one that llama.cpp refuses; RuntimeCrashed where it dies.
     """
     if source.resolve() == out.resolve():
         raise UserError(f"{out} is both source and result", "write the result beside the source")
@@ -31,6 +41,8 @@ def quantize_in_child(
         "out": str(partial.absolute()),
         "quantization": quantization,
         "threads": threads,
+        "types": dict(types or {}),
+        "importance": None if importance is None else str(importance.absolute()),
     }
     try:
         lines = child.call("quantize", f"quantizing to {quantization}", params)["log"]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
 from edgedistill.runtimes import frames
-from edgedistill.runtimes.backend import Backend
+from edgedistill.runtimes.backend import Backend, Embedder
 
 BACKENDS = {
     "llama.cpp": "edgedistill.runtimes.llama:LlamaBackend",
@@ -112,16 +112,21 @@ class Worker:
         if op == "open":
             yield self._open(**params), {}
         elif op == "quantize":
-            from edgedistill.runtimes.llama import quantize
+            from edgedistill.runtimes.llama_quantize import quantize
 
             yield {"log": quantize(**params)}, {}
         elif op == "peak_rss":
             yield {"bytes": peak_rss_bytes()}, {}
         elif op == "tokenize":
             yield {"tokens": self._opened().tokenize(**params)}, {}
+        elif op == "tokenize_many":
+            tokenize, texts = self._opened().tokenize, params.pop("texts")
+            yield {"tokens": [tokenize(text, **params) for text in texts]}, {}
         elif op == "timed":
             new_tokens = int(params["new_tokens"])
             yield self._opened().timed(self._checked(arrays["tokens"], new_tokens), new_tokens), {}
+        elif op == "embedding":
+            yield {}, {"embedding": self._embedder().embedding(self._checked(arrays["tokens"], 0))}
         elif op == "logits":
             yield from self._logits(self._checked(arrays["tokens"], 0))
         else:
@@ -147,6 +152,12 @@ class Worker:
                 yield {"row": sent}, {"logits": part}
                 sent += len(part)
         yield {"done": sent}, {}
+
+    def _embedder(self) -> Embedder:
+        backend = self._opened()
+        if not isinstance(backend, Embedder):
+            raise UserError(f"{type(backend).__name__} gives no embeddings", "open a GGUF of an encoder")
+        return backend
 
     def _opened(self) -> Backend:
         if self.backend is None:

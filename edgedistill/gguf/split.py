@@ -1,0 +1,186 @@
+"""A large GGUF as several files, as llama.cpp's gguf-split writes them: `model-00001-of-00003.gguf`, ...
+
+The first file holds all metadata, every file the keys `split.no`, `split.count` and `split.tensors.count`; llama.cpp
+finds the others beside the first by their names. Tensors are copied, a few megabytes at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from edgedistill.errors import UserError
+from edgedistill.store import fsync_folder
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+MAGIC_AND_VERSION = b"GGUF" + struct.pack("<I", 3)
+KEYS_AT = 24  # magic, version, u64 tensors, u64 keys
+ALIGNMENT = 32
+COPY_BYTES = 8 << 20
+UINT16, INT32 = 2, 5  # GGUF's value types
+MAX_FILES = 99_999
+KEY_NO, KEY_COUNT, KEY_TENSORS = "split.no", "split.count", "split.tensors.count"
+
+
+def split_gguf(source: Path, max_file_bytes: int) -> list[Path]:
+    """Split `source` (model.gguf) beside it into files of at most `max_file_bytes`, and remove it; their paths.
+
+    A file that is small enough stays as it is. Raises UserError where metadata or a tensor alone is larger. The parts
+    are written under other names and renamed when all are whole; nothing remains of them on failure.
+    """
+    from gguf import GGUFReader
+
+    if source.stat().st_size <= max_file_bytes:
+        return [source]
+    reader = GGUFReader(source)
+    keys = _key_bytes(source, reader)
+    groups = _groups(reader, len(keys), max_file_bytes, source)
+    paths = [source.with_name(f"{source.stem}-{i + 1:05d}-of-{len(groups):05d}.gguf") for i in range(len(groups))]
+    partial = [path.with_name(f".{path.name}.partial") for path in paths]
+    try:
+        for number, (group, path) in enumerate(zip(groups, partial, strict=True)):
+            _write(path, source, group, number, len(groups), len(reader.tensors), keys if number == 0 else b"", reader)
+        for written, path in zip(partial, paths, strict=True):
+            written.replace(path)
+    except OSError as error:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        raise UserError(f"{source} cannot be split: {error}", "free some space, or write elsewhere") from error
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
+    source.unlink()
+    fsync_folder(source.parent)
+    return paths
+
+
+def split_files(first: Path) -> list[Path]:
+    """All files of a GGUF, from its first (or only) one. UserError where one is missing."""
+    stem, of, count = first.stem.rpartition("-of-")
+    prefix, dash, number = stem.rpartition("-")
+    if not (of and dash and number.isdigit() and count.isdigit() and len(number) == len(count) == len("00001")):
+        return [first]
+    paths = [first.with_name(f"{prefix}-{i + 1:05d}-of-{count}.gguf") for i in range(int(count))]
+    if first != paths[0]:
+        raise UserError(f"{first} is not the first file of its GGUF", f"open {paths[0].name}")
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(f"{first.parent} lacks {', '.join(missing[:3])}", "copy all files of the model")
+    return paths
+
+
+def _key_bytes(source: Path, reader: GGUFReader) -> bytes:
+    """The metadata as it stands in the file; what comes after it are the tensors' descriptions."""
+    ends = [field.offset + sum(int(part.nbytes) for part in field.parts) for field in reader.fields.values()]
+    # Reading gives three made-up fields (version and counts), which lie before the first key.
+    with source.open("rb") as file:
+        file.seek(KEYS_AT)
+        return file.read(max(ends) - KEYS_AT)
+
+
+def _groups(reader: GGUFReader, key_bytes: int, limit: int, source: Path) -> list[list[Any]]:
+    """The tensors of each file, in the file's order, filled up to `limit`."""
+    groups: list[list[Any]] = [[]]
+    overhead = KEYS_AT + _split_key_bytes() + ALIGNMENT
+    size = overhead + key_bytes
+    if size > limit:
+        raise UserError(
+            f"{source.name}: its metadata (the tokenizer, mostly) has {key_bytes:,} bytes, more than a file of"
+            f" {limit:,} bytes holds",
+            "raise export.max_file_bytes",
+        )
+    for tensor in sorted(reader.tensors, key=lambda t: int(t.data_offset)):
+        needed = _padded(int(tensor.n_bytes)) + len(_description(tensor, 0))
+        if overhead + needed > limit:
+            raise UserError(
+                f"{source.name}: {tensor.name} has {int(tensor.n_bytes):,} bytes, more than a file of {limit:,} bytes"
+                " holds",
+                "raise export.max_file_bytes",
+            )
+        if size + needed > limit:
+            groups.append([])
+            size = overhead
+        groups[-1].append(tensor)
+        size += needed
+    if len(groups) > MAX_FILES:
+        raise UserError(f"{source.name} would be {len(groups):,} files", "raise export.max_file_bytes")
+    return groups
+
+
+def _write(
+    path: Path,
+    source: Path,
+    tensors: Sequence[Any],
+    number: int,
+    count: int,
+    all_tensors: int,
+    keys: bytes,
+    reader: GGUFReader,
+) -> None:
+    own = _split_keys(number, count, all_tensors)
+    key_count = (_key_count(reader) if keys else 0) + 3
+    offset = 0
+    descriptions = []
+    for tensor in tensors:
+        descriptions.append(_description(tensor, offset))
+        offset += _padded(int(tensor.n_bytes))
+    head = MAGIC_AND_VERSION + struct.pack("<QQ", len(tensors), key_count) + keys + own + b"".join(descriptions)
+    with path.open("wb") as out, source.open("rb", buffering=0) as read:
+        out.write(head.ljust(_padded(len(head)), b"\0"))
+        for tensor in tensors:
+            size = int(tensor.n_bytes)
+            _copy(read, out, int(tensor.data_offset), size)
+            out.write(b"\0" * (_padded(size) - size))
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _copy(read: IO[bytes], out: IO[bytes], offset: int, size: int) -> None:
+    read.seek(offset)
+    while size:
+        block = read.read(min(size, COPY_BYTES))
+        if not block:
+            raise OSError(f"{read.name} ended early")
+        out.write(block)
+        size -= len(block)
+
+
+def _key_count(reader: GGUFReader) -> int:
+    return int(reader.fields["GGUF.kv_count"].contents())
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _split_keys(number: int, count: int, tensors: int) -> bytes:
+    return b"".join(
+        (
+            _string(KEY_NO) + struct.pack("<IH", UINT16, number),
+            _string(KEY_COUNT) + struct.pack("<IH", UINT16, count),
+            _string(KEY_TENSORS) + struct.pack("<Ii", INT32, tensors),
+        )
+    )
+
+
+def _split_key_bytes() -> int:
+    return len(_split_keys(0, 0, 0))
+
+
+def _description(tensor: Any, offset: int) -> bytes:
+    dims = [int(n) for n in tensor.shape]
+    return (
+        _string(tensor.name)
+        + struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
+        + struct.pack("<IQ", int(tensor.tensor_type), offset)
+    )
+
+
+def _padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
