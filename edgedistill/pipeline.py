@@ -223,7 +223,9 @@ def learn_rounding(
         f"trained for {tokens:,} tokens under this rounding (quantization-aware distillation), from the float student"
         f" {student.result.weights_sha256[:16]}; exported from its masters {made.result.weights_sha256[:16]}"
     )
-    kept = dataclasses.replace(pinned(options), compare_speed=options.compare_speed, notes=(*options.notes, note))
+    importance = made.result.importance_file
+    kept = pinned(options, None if importance is None else made.directory / importance)
+    kept = dataclasses.replace(kept, notes=(*options.notes, note))
     return made.directory / made.result.path, made.result.weights_sha256, kept
 
 

@@ -187,7 +187,8 @@ class QadResult(Record):
     """A student trained under an artifact's rounding: its fp32 masters, which the artifact is exported from.
 
     `student_weights_sha256`: the float student that it started as, which stays the ladder's `student`.
-    `tensor_types`: what the artifact stores of each tensor, by transformers' names.
+    `tensor_types`: what the artifact stores of each tensor, by transformers' names. `importance_file`: the importance
+    matrix that training rounded with and the export takes; None: none.
     """
 
     path: str
@@ -196,6 +197,7 @@ class QadResult(Record):
     student_weights_sha256: str
     tokenizer_sha256: str
     tensor_types: dict[str, str]
+    importance_file: str | None = None
     signals: str
     training: TrainResult
 

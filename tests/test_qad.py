@@ -16,11 +16,14 @@ from edgedistill.distill.qad import pinned
 from edgedistill.errors import UserError
 from edgedistill.export_options import ExportOptions
 from edgedistill.gguf.dequantize import dequantized
+from edgedistill.gguf.importance import read_importance
 from edgedistill.onnx.dequantize import stored
 from edgedistill.records import QadResult
 from edgedistill.verify.runners import load_torch
 
-ASKED = ("--set", "distill.qad.tokens_share=0.5", "--set", "distill.qad.learning_rate=1e-3")
+# the tiny text's calibration part is small: more of it, for an importance matrix
+SET = ("distill.qad.tokens_share=0.5", "distill.qad.learning_rate=1e-3", "data.calibration_share=0.3")
+ASKED = tuple(word for one in SET for word in ("--set", one))
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,15 @@ def records(command: Command) -> dict[str, tuple[Path, QadResult]]:
     return found
 
 
+def exports(command: Command) -> dict[Path, dict]:
+    """Folder → artifact record of every export in the store."""
+    found = {}
+    for path in (command.folder / "store" / "records" / "export").glob("*/record.json"):
+        document = json.loads(path.read_text())
+        found[path.parent] = document.get("result", document)
+    return found
+
+
 def test_the_exported_weights_are_what_training_computed_with(built: Command) -> None:
     found = records(built)
     assert set(found) == {"gguf:Q4_0", "onnx:INT4"}
@@ -50,12 +62,12 @@ def test_the_exported_weights_are_what_training_computed_with(built: Command) ->
         assert result.weights_sha256 != result.student_weights_sha256
         model = load_torch(folder / result.path)
         format_, quantization = artifact.split(":")
-        quantizer = FakeQuantizer(model, Rounding(format_, quantization, result.tensor_types))
-        exported = {
-            path.parent: json.loads(path.read_text())
-            for path in (built.folder / "store" / "records" / "export").glob("*/record.json")
-        }
-        where = next(f for f, d in exported.items() if d.get("result", d)["quantization"] == quantization)
+        importance = {}
+        if result.importance_file is not None:
+            means = read_importance(folder / result.importance_file).mean_squares
+            importance = {f"{module}.weight": values for module, values in means.items()}
+        quantizer = FakeQuantizer(model, Rounding(format_, quantization, result.tensor_types, importance))
+        where = next(f for f, made in exports(built).items() if made["quantization"] == quantization)
         if format_ == "gguf":
             file = dict(dequantized(where / "model.gguf"))
         else:
@@ -98,8 +110,16 @@ def test_masters_stay_fp32_and_differ_from_what_is_stored(built: Command) -> Non
     assert not torch.equal(quantizer.values(name), weights[name])
 
 
-@pytest.mark.parametrize("changes", [{"importance_matrix": "on"}, {"mixed_retention": 0.9}])
-def test_a_mix_that_would_be_chosen_again_is_refused(changes: dict) -> None:
-    with pytest.raises(UserError, match=next(iter(changes))):
-        pinned(ExportOptions(**changes))
+def test_the_importance_matrix_is_the_float_students_and_goes_with_the_masters(built: Command) -> None:
+    """The calibration part of the tiny text is large enough here: Q4_0's `auto` takes a matrix."""
+    folder, result = records(built)["gguf:Q4_0"]
+    assert result.importance_file is not None
+    exported = next(r for r in exports(built).values() if r["quantization"] == "Q4_0")
+    assert exported["calibration"] is not None
+    assert records(built)["onnx:INT4"][1].importance_file is None
+
+
+def test_a_mix_that_would_be_chosen_again_is_refused() -> None:
+    with pytest.raises(UserError, match="mixed_retention"):
+        pinned(ExportOptions(mixed_retention=0.9))
     assert pinned(ExportOptions()).importance_matrix == "off"

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from edgedistill.distill.text import Text
     from edgedistill.records import TrainResult
 
+IMPORTANCE_FILE = "importance.safetensors"
 FLOATS = ("F32", "F16", "BF16", "FP32", "FP16")
 # What decides neither the rounding nor the run that learns under it.
 NOT_IN_KEY = {"checkpoint_every_s", "tracker", "lora", "teacher_signals", "cache"}
@@ -45,19 +46,19 @@ def wanted(recipe: Recipe, artifact: str) -> bool:
     return recipe.distill.qad.tokens_share > 0 and parse_artifact(artifact)[1] not in FLOATS
 
 
-def pinned(options: ExportOptions) -> ExportOptions:
-    """The export whose rounding training saw: no importance matrix, no mix searched for again. UserError where asked.
+def pinned(options: ExportOptions, importance_file: Path | None = None) -> ExportOptions:
+    """The export whose rounding training saw: its importance matrix is this one or none, its mix not searched for.
 
-    A matrix would be computed from weights that have moved since, and the file would hold other values than were
-    trained.
+    A matrix that the export computed itself, or a mix that it chose, would follow weights that have moved since. Raises
+    UserError where a search for a mix is asked for.
     """
-    if options.importance_matrix == "on" or options.mixed_retention is not None:
-        asked = "export.importance_matrix=on" if options.mixed_retention is None else "export.mixed_retention"
+    if options.mixed_retention is not None:
         raise UserError(
-            f"distill.qad.tokens_share and {asked} are both set: the mix would be chosen anew after training under it",
-            f"leave {asked.partition('=')[0]} out, or set distill.qad.tokens_share=0",
+            "distill.qad.tokens_share and export.mixed_retention are both set: the mix would be chosen again after"
+            " training under it",
+            "name the mix with export.tensor_types, or set distill.qad.tokens_share=0",
         )
-    return dataclasses.replace(options, importance_matrix="off", compare_speed=False)
+    return dataclasses.replace(options, importance_matrix="off", importance_file=importance_file)
 
 
 def quantization_aware(
@@ -77,12 +78,12 @@ def quantization_aware(
     Resumable as the student's own training. Raises UserError where options and rounding do not go together.
     """
     settings = qad_settings(recipe.distill, distilled_tokens=_distilled_tokens(recipe, student.result))
-    pinned_options = pinned(options)
+    pinned(options)  # refuses before any work
     inputs = {
         "artifact": artifact,
         "qad": recipe.distill.qad.model_dump(mode="json"),
         "settings": settings.model_dump(mode="json", exclude={*NOT_IN_KEY, "qad"}),
-        "options": pinned_options.key(),
+        "options": dataclasses.replace(options, compare_speed=False, notes=()).key(),
         "context_tokens": context_tokens,
         "student": student.result.weights_sha256,
         "teacher": teacher.weights_sha256,
@@ -98,9 +99,7 @@ def quantization_aware(
     }
 
     def make(work: Work) -> QadResult:
-        return _make(
-            recipe, artifact, settings, student, teacher, data, pinned_options, context_tokens, store, work, progress
-        )
+        return _make(recipe, artifact, settings, student, teacher, data, options, context_tokens, store, work, progress)
 
     return store.run("qad", inputs, make, QadResult, progress.say)
 
@@ -208,6 +207,9 @@ def _make(
     scratch = work.state / "rounding"
     shutil.rmtree(scratch, ignore_errors=True)
     progress.say(f"qad: {artifact}, {settings.tokens:,} tokens under its rounding")
+    work.out.mkdir(parents=True, exist_ok=True)
+    importance = _importance(folder, artifact, options, work.out / IMPORTANCE_FILE, progress)
+    options = dataclasses.replace(pinned(options, importance), compare_speed=False)
     rounding = rounding_of(
         folder, format_, quantization, scratch=scratch, options=options, context_tokens=context_tokens,
         progress=progress,
@@ -234,9 +236,32 @@ def _make(
         student_weights_sha256=student.result.weights_sha256,
         tokenizer_sha256=student.result.tokenizer_sha256,
         tensor_types=dict(rounding.types),
+        importance_file=None if importance is None else importance.name,
         signals=signals,
         training=result,
     )
+
+
+def _importance(folder: Path, artifact: str, options: ExportOptions, out: Path, progress: Progress) -> Path | None:
+    """The importance matrix of the float student, written to `out`, where an export of it would use one; else None."""
+    from edgedistill.gguf.importance import calibration_sequences, compute_importance, write_importance
+    from edgedistill.gguf.mixes import MIXES_THAT_NEED_IMPORTANCE, uses_importance
+
+    format_, quantization = parse_artifact(artifact)
+    if format_ != "gguf" or not uses_importance(quantization, options.importance_matrix):
+        return None
+    if options.importance_file is not None:
+        shutil.copyfile(options.importance_file, out)
+        return out
+    try:
+        sequences, record = calibration_sequences(folder, options)
+    except UserError as error:
+        if options.importance_matrix == "on" or quantization in MIXES_THAT_NEED_IMPORTANCE:
+            raise
+        progress.warn(f"qad: no importance matrix: {error.cause}")
+        return None
+    write_importance(compute_importance(folder, sequences, calibration=record, progress=progress), out)
+    return out
 
 
 def _distilled_tokens(recipe: Recipe, student: StudentResult) -> int:
