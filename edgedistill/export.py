@@ -72,6 +72,7 @@ def export_model(
             checkpoint, work.out, format_=format_, quantization=quantization, context_tokens=context_tokens, name=name,
             options=options, progress=progress,
         )  # fmt: skip
+        made = made.model_copy(update={"notes": [*made.notes, *options.notes]})
         if format_ != "gguf":
             return made
         from edgedistill.verify.tokenizer_check import with_checked_tokenizer

@@ -22,7 +22,7 @@ class ExportOptions:
     `mixed_retention`: raise the layers that cost most until retention meets this at the smallest size; None: no search.
     `max_file_bytes`: split larger files. `converter`: llama.cpp's own convert_hf_to_gguf.py, for other families.
     `task`: what a model without a causal head does; None: from its config. `ort_format`: write `.ort` too.
-    `compare_speed`: measure float against quantized here.
+    `compare_speed`: measure float against quantized here. `notes`: what the record shall say of the weights' origin.
     """
 
     calibration: tuple[tuple[str, ...], ...] | None = field(default=None, repr=False)
@@ -43,6 +43,7 @@ class ExportOptions:
     opset: int | None = None
     ort_format: bool = False
     compare_speed: bool = True
+    notes: tuple[str, ...] = ()
 
     def key(self) -> dict[str, Any]:
         """What of this changes the artifact, as JSON; the calibration text as its hash."""

@@ -8,6 +8,7 @@ the tests call alike; each finds its record in the store, or makes it.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from edgedistill import machine
 from edgedistill.data.prepare import prepare_data
 from edgedistill.errors import GateFailed, LimitBroken
+from edgedistill.export_options import ExportOptions
 from edgedistill.fit import artifacts_of
 from edgedistill.launch import is_follower
 from edgedistill.plan import Plan, refuse_signals
@@ -162,19 +164,69 @@ def export(
     from edgedistill.export import export_model, options_of
     from edgedistill.fit import context_of
 
+    student = trained.student
+    folder, weights = student.directory / student.result.path, student.result.weights_sha256
+    context_tokens = context_of(recipe, target, student.result.shape)
+    options = options_of(
+        recipe.export, read_part(trained.data.directory, "calibration"), "calibration part", recipe.seed
+    )
+    if recipe.distill.qad.tokens_share > 0:
+        folder, weights, options = learn_rounding(
+            recipe, artifact, trained, options, context_tokens, store=store, progress=progress
+        )
     return export_model(
-        trained.student.directory / trained.student.result.path,
+        folder,
         artifact,
-        context_tokens=context_of(recipe, target, trained.student.result.shape),
+        context_tokens=context_tokens,
         name=recipe.name,
-        weights_sha256=trained.student.result.weights_sha256,
-        tokenizer_sha256=trained.student.result.tokenizer_sha256,
+        weights_sha256=weights,
+        tokenizer_sha256=student.result.tokenizer_sha256,
         store=store,
-        options=options_of(
-            recipe.export, read_part(trained.data.directory, "calibration"), "calibration part", recipe.seed
-        ),
+        options=options,
         progress=progress,
     )
+
+
+def learn_rounding(
+    recipe: Recipe,
+    artifact: str,
+    trained: Trained,
+    options: ExportOptions,
+    context_tokens: int,
+    *,
+    store: Store,
+    progress: Progress = QUIET,
+) -> tuple[Path, str, ExportOptions]:
+    """Quantization-aware distillation: the folder to export, its weights' hash, and the options that keep its rounding.
+
+    An artifact in floating point has no rounding to learn: the student as it is.
+    """
+    from edgedistill.distill.qad import pinned, quantization_aware, wanted
+
+    student = trained.student
+    if not wanted(recipe, artifact):
+        return student.directory / student.result.path, student.result.weights_sha256, options
+    made = quantization_aware(
+        recipe,
+        artifact,
+        student=student,
+        teacher=trained.teacher,
+        data=trained.data,
+        options=options,
+        context_tokens=context_tokens,
+        store=store,
+        progress=progress,
+    )
+    tokens = made.result.training.tokens
+    progress.say(f"qad: {artifact}, {tokens:,} tokens under its rounding{' (from the store)' if made.reused else ''}")
+    note = (
+        f"trained for {tokens:,} tokens under this rounding (quantization-aware distillation), from the float student"
+        f" {student.result.weights_sha256[:16]}; exported from its masters {made.result.weights_sha256[:16]}"
+    )
+    importance = made.result.importance_file
+    kept = pinned(options, None if importance is None else made.directory / importance)
+    kept = dataclasses.replace(kept, notes=(*options.notes, note))
+    return made.directory / made.result.path, made.result.weights_sha256, kept
 
 
 def verify(

@@ -199,6 +199,19 @@ class Lora(Section):
     base: Literal["fp32", "nf4", "int8"] = Field("fp32", description="the frozen weights; nf4: QLoRA")
 
 
+class Qad(Section):
+    """Quantization-aware distillation: a short run under each artifact's own rounding, before it is exported."""
+
+    tokens_share: float = Field(
+        0.0, ge=0, le=1, description="tokens of it, as a share of the distillation's; 0: none; 0.05 to 0.1 is enough"
+    )
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="AdamW's peak; higher ones leave the float student")
+    teacher_share: float = Field(
+        0.5, ge=0, le=1, description="of what is learnt: the teacher's probabilities; the rest: the float student's"
+    )
+    batch_sequences: int = Field(4, ge=1, description="packed sequences an optimizer step")
+
+
 class Distill(Training):
     """The student's training: Training's fields, and the losses."""
 
@@ -221,6 +234,7 @@ class Distill(Training):
     )
     cache: Cache = Cache()
     lora: Lora = Lora()
+    qad: Qad = Qad()
 
 
 class Export(Section):

@@ -183,6 +183,25 @@ class StudentResult(Record):
     adopted: bool = False
 
 
+class QadResult(Record):
+    """A student trained under an artifact's rounding: its fp32 masters, which the artifact is exported from.
+
+    `student_weights_sha256`: the float student that it started as, which stays the ladder's `student`.
+    `tensor_types`: what the artifact stores of each tensor, by transformers' names. `importance_file`: the importance
+    matrix that training rounded with and the export takes; None: none.
+    """
+
+    path: str
+    artifact: str
+    weights_sha256: str
+    student_weights_sha256: str
+    tokenizer_sha256: str
+    tensor_types: dict[str, str]
+    importance_file: str | None = None
+    signals: str
+    training: TrainResult
+
+
 class Fallback(Record):
     """A tensor that got another type than the one asked for, and why."""
 

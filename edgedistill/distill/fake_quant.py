@@ -7,6 +7,7 @@ that what training sees is what ships, bit for bit. A parameter that two modules
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,10 +20,12 @@ from numpy.typing import NDArray
 from torch import nn  # noqa: TID253
 
 from edgedistill.errors import UserError
+from edgedistill.export_options import DEFAULT_OPTIONS, ExportOptions
 from edgedistill.gguf import ggml
 from edgedistill.gguf.streaming import as_stored
 from edgedistill.onnx.blocks import decoder_values
 from edgedistill.progress import QUIET, Progress
+from edgedistill.weights import read_json
 
 HEAD = "lm_head.weight"
 Floats = NDArray[np.float32]
@@ -32,13 +35,15 @@ Floats = NDArray[np.float32]
 class Rounding:
     """What an artifact stores of each parameter: transformers' name → type, read from a file of that kind.
 
-    `importance`: name → [in] of the importance matrix, for the tensors that have one (GGUF).
+    `importance`: name → [in] of the importance matrix, for the tensors that have one; `changes`: name → what the
+    converter does with its values (GGUF).
     """
 
     format: Literal["gguf", "onnx"]
     quantization: str
     types: Mapping[str, str]
     importance: Mapping[str, Floats] = field(default_factory=dict)
+    changes: Mapping[str, str] = field(default_factory=dict)
 
     def stored(self, name: str, values: Floats, *, threads: int = 1) -> Floats:
         """`values` (fp32, in torch's layout [out, in]) as the artifact holds them. UserError where it holds no such."""
@@ -48,7 +53,9 @@ class Rounding:
             )
         if self.format == "onnx":
             return decoder_values(values, self.types[name])
-        return gguf_values(values, self.types[name], self.importance.get(name), tensor=name, threads=threads)
+        changed = _as_converted(values, self.changes.get(name, ""))
+        kept = gguf_values(changed, self.types[name], self.importance.get(name), tensor=name, threads=threads)
+        return _as_in_torch(kept, self.changes.get(name, ""))
 
 
 def gguf_values(values: Floats, type_name: str, importance: Floats | None, *, tensor: str, threads: int = 1) -> Floats:
@@ -68,33 +75,53 @@ def rounding_of(
     quantization: str,
     *,
     scratch: Path,
-    options: Any = None,
-    importance: Mapping[str, Floats] | None = None,
+    options: ExportOptions = DEFAULT_OPTIONS,
     context_tokens: int = 256,
     progress: Progress = QUIET,
 ) -> Rounding:
     """The rounding of `quantization` for this checkpoint: exported once into `scratch`, and its types read back.
 
-    So the types are those that llama.cpp or the builder really choose, fallbacks at odd widths included.
+    So the types are those that llama.cpp or the builder really choose, fallbacks at odd widths included. An importance
+    matrix is the one of `options.importance_file`, or there is none: one that the export computes itself would follow
+    the weights. Raises UserError for what cannot be exported.
     """
-    import json
-
     from edgedistill.export import write_artifact
-    from edgedistill.export_options import DEFAULT_OPTIONS
 
-    write_artifact(
+    if options.importance_file is None:
+        options = dataclasses.replace(options, importance_matrix="off")
+    artifact = write_artifact(
         checkpoint, scratch, format_=artifact_format, quantization=quantization, context_tokens=context_tokens,
-        name="rounding", options=options or DEFAULT_OPTIONS, progress=progress,
+        name="rounding", options=options, progress=progress,
     )  # fmt: skip
-    if artifact_format == "gguf":
-        from edgedistill.gguf.dequantize import stored_types
+    config = read_json(checkpoint / "config.json", what="config.json")
+    if artifact_format == "onnx":
+        from edgedistill.onnx.dequantize import stored
 
-        entry = next(iter(sorted(scratch.glob("*.gguf"))))
-        return Rounding("gguf", quantization, stored_types(entry), dict(importance or {}))
-    from edgedistill.onnx.dequantize import stored
+        return Rounding("onnx", quantization, {name: kind for name, kind, _ in stored(scratch, config)})
+    from edgedistill.gguf.architectures import model_of
+    from edgedistill.gguf.dequantize import stored_types
+    from edgedistill.gguf.importance import gguf_importance, read_importance
 
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    return Rounding("onnx", quantization, {name: kind for name, kind, _ in stored(scratch, config)})
+    specs = model_of(config, where=str(checkpoint)).specs
+    importance: dict[str, Floats] = {}
+    if options.importance_file is not None:
+        by_gguf = gguf_importance(read_importance(options.importance_file), specs)
+        importance = {name: by_gguf[spec.gguf_name] for name, spec in specs.items() if spec.gguf_name in by_gguf}
+    changes = {name: spec.change for name, spec in specs.items() if spec.change}
+    return Rounding("gguf", quantization, stored_types(scratch / artifact.entry), importance, changes)
+
+
+def _as_converted(values: Floats, change: str) -> Floats:
+    """The values as the converter writes them (see gguf/streaming.py); the order of rows does not matter here."""
+    if change == "transposed":
+        return np.ascontiguousarray(values.T)
+    return values + np.float32(1) if change == "plus_one" else values
+
+
+def _as_in_torch(values: Floats, change: str) -> Floats:
+    if change == "transposed":
+        return np.ascontiguousarray(values.T)
+    return values - np.float32(1) if change == "plus_one" else values
 
 
 class FakeQuantizer:

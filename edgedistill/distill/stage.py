@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 MAX_CACHE_BYTES = 16 << 30
 EPOCHS_FOR_CACHE = 1.5  # below, writing the cache costs more than it saves
 SAMPLE_TOKENS = 8192  # of the training text, from which the importance of the teacher's parts is measured
-NOT_IN_KEY = {"checkpoint_every_s", "tracker"}
+NOT_IN_KEY = {"checkpoint_every_s", "tracker", "qad"}
 LOSS_NAMES = (
     "forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "taid", "total_variation", "cross_entropy",
 )  # fmt: skip
