@@ -104,11 +104,29 @@ def write_artifact(
     if format_ == "gguf":
         from edgedistill.gguf.quantize import export_gguf
 
-        return export_gguf(
+        made = export_gguf(
             checkpoint, out, quantization=quantization, context_tokens=context_tokens, threads=threads, name=name
         )
+        return _checked_gguf(made, checkpoint, out, options=options, threads=threads, progress=progress)
     if format_ == "onnx":
         from edgedistill.onnx.decoder import export_onnx
 
         return export_onnx(checkpoint, out, quantization=quantization, context_tokens=context_tokens, name=name)
     raise UserError(f"no format '{format_}'", "use gguf or onnx")
+
+
+def _checked_gguf(
+    made: Artifact, checkpoint: Path, out: Path, *, options: ExportOptions, threads: int, progress: Progress
+) -> Artifact:
+    """The artifact with its parity, which is an error beyond its limit."""
+    from edgedistill.verify.gguf_layers import check_gguf
+
+    parity = check_gguf(
+        checkpoint, out / made.entry, quantization=made.quantization, context_tokens=made.context_tokens,
+        calibration=options.calibration, threads=threads,
+    )  # fmt: skip
+    progress.say(
+        f"export: llama.cpp's logits are torch's within {parity.relative_rms:.2g} of their spread (limit"
+        f" {parity.limit:g}); greedy text equal for {parity.greedy_tokens_equal} of {parity.greedy_tokens} tokens"
+    )
+    return made.model_copy(update={"parity": parity})

@@ -124,6 +124,8 @@ class Worker:
             yield self._opened().timed(self._checked(arrays["tokens"], new_tokens), new_tokens), {}
         elif op == "logits":
             yield from self._logits(self._checked(arrays["tokens"], 0))
+        elif op == "trace":
+            yield from self._trace(self._checked(arrays["tokens"], 0), params["names"])
         else:
             raise ValueError(f"no operation '{op}'")
 
@@ -147,6 +149,12 @@ class Worker:
                 yield {"row": sent}, {"logits": part}
                 sent += len(part)
         yield {"done": sent}, {}
+
+    def _trace(self, tokens_T: NDArray[np.int32], names: list[str]) -> Iterator[Answer]:
+        backend: Any = self._opened()
+        for name, values in backend.trace(tokens_T, names):
+            yield {"name": name}, {"values": values}
+        yield {"done": True}, {}
 
     def _opened(self) -> Backend:
         if self.backend is None:
