@@ -27,6 +27,7 @@ BACKENDS = {
     "llama.cpp": "edgedistill.runtimes.llama:LlamaBackend",
     "onnxruntime": "edgedistill.runtimes.ort:OrtBackend",
     "onnxruntime-genai": "edgedistill.runtimes.genai:GenaiBackend",
+    "transformers": "edgedistill.runtimes.folder:FolderBackend",
 }
 EXTRAS = {"llama_cpp": "llama", "onnxruntime": "onnx", "onnxruntime_genai": "onnx"}
 PR_SET_PDEATHSIG = 1
