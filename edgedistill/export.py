@@ -17,6 +17,8 @@ from edgedistill.targets import parse_artifact
 EXPORTERS = {
     "gguf": ("gguf", "llama-cpp-python"),
     "onnx": ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers", "tokenizers"),
+    "bitsandbytes": ("bitsandbytes", "torch", "transformers"),
+    "executorch": ("executorch", "torch", "transformers"),
 }
 
 
@@ -112,12 +114,74 @@ def write_artifact(
     if format_ == "gguf":
         from edgedistill.gguf.quantize import export_gguf
 
-        return export_gguf(
+        made = export_gguf(
             checkpoint, out, quantization=quantization, context_tokens=context_tokens, threads=threads, name=name,
             options=options, progress=progress,
         )  # fmt: skip
+        made = _checked_gguf(made, checkpoint, out, options=options, threads=threads, progress=progress)
+        return _timed_gguf(made, checkpoint, out, options=options, threads=threads, progress=progress)
     if format_ == "onnx":
         from edgedistill.onnx.decoder import export_onnx
 
         return export_onnx(checkpoint, out, quantization=quantization, context_tokens=context_tokens, name=name)
-    raise UserError(f"no format '{format_}'", "use gguf or onnx")
+    if format_ == "executorch":
+        from edgedistill.folders.executorch import export_executorch
+
+        return export_executorch(
+            checkpoint, out, quantization=quantization, context_tokens=context_tokens, threads=threads,
+            calibration=options.calibration,
+        )  # fmt: skip
+    if format_ == "bitsandbytes":
+        from edgedistill.folders.bitsandbytes import export_bitsandbytes
+
+        return export_bitsandbytes(
+            checkpoint, out, quantization=quantization, context_tokens=context_tokens, threads=threads,
+            calibration=options.calibration,
+        )  # fmt: skip
+    raise UserError(f"no format '{format_}'", "use gguf, onnx, bitsandbytes or executorch")
+
+
+def _checked_gguf(
+    made: Artifact, checkpoint: Path, out: Path, *, options: ExportOptions, threads: int, progress: Progress
+) -> Artifact:
+    """The artifact with its parity, which is an error beyond its limit; none for a family that is not in the table."""
+    from edgedistill.verify.gguf_layers import check_gguf
+
+    if options.converter is not None:
+        return made
+    parity = check_gguf(
+        checkpoint, out / made.entry, quantization=made.quantization, context_tokens=made.context_tokens,
+        calibration=options.calibration, threads=threads,
+    )  # fmt: skip
+    what, greedy = "embeddings", ""
+    if parity.greedy_tokens is not None:
+        what = "logits"
+        greedy = f"; greedy text equal for {parity.greedy_tokens_equal} of {parity.greedy_tokens} tokens"
+    progress.say(
+        f"export: llama.cpp's {what} are torch's within {parity.relative_rms:.2g} of their spread (limit"
+        f" {parity.limit:g}){greedy}"
+    )
+    return made.model_copy(update={"parity": parity})
+
+
+def _timed_gguf(
+    made: Artifact, checkpoint: Path, out: Path, *, options: ExportOptions, threads: int, progress: Progress
+) -> Artifact:
+    """The artifact with its speed against F16's, where it is quantized and the options ask for it."""
+    from edgedistill.gguf.converter import to_gguf
+    from edgedistill.gguf.quantize import UNQUANTIZED
+    from edgedistill.speed import compare_decoders, report
+
+    if not options.compare_speed or made.quantization in UNQUANTIZED or made.task != "causal-lm":
+        return made
+    whole = out / ".float.gguf"
+    try:
+        to_gguf(checkpoint, whole, dtype="F16", name="", converter=options.converter)
+        found = compare_decoders(
+            whole, out / made.entry, runtime="llama.cpp", vocab_size=made.vocab_size,
+            context_tokens=made.context_tokens, threads=threads,
+        )  # fmt: skip
+    finally:
+        whole.unlink(missing_ok=True)
+    report(found, made.quantization, progress)
+    return made.model_copy(update={"speed": found})

@@ -133,11 +133,11 @@ def load_quantized(folder: Path, precision: str, device: torch.device, *, frozen
     )  # fmt: skip
     for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit) and device.type == "cpu":
-            _check_4bit_on_cpu(name, module, frozen=frozen)
+            check_4bit_on_cpu(name, module, frozen=frozen)
     return model
 
 
-def _check_4bit_on_cpu(name: str, layer: Any, *, frozen: bool) -> None:
+def check_4bit_on_cpu(name: str, layer: Any, *, frozen: bool) -> None:
     """What bitsandbytes' 4-bit layers need on a CPU (0.50.2). Raises UserError.
 
     Dequantizing is wrong there where a row is not whole blocks. The kernel of CPUs with bf16 instructions rearranges

@@ -282,6 +282,18 @@ class RuntimeProcess:
         _, arrays = next(self._child.stream("embedding", what, {}, {"tokens": tokens}))
         return np.array(arrays["embedding"], dtype=np.float32)
 
+    def trace(self, tokens_T: IntArray | Sequence[int], names: Sequence[str]) -> Iterator[tuple[str, FloatArray]]:
+        """llama.cpp's intermediate tensors of these names, flat [T * width], in the order of their computation.
+
+        A name that the graph gives to several tensors in turn comes several times, one that it lacks not at all.
+        """
+        tokens = _token_array(tokens_T)
+        what = f"tracing {len(tokens)} tokens"
+        for params, arrays in self._child.stream("trace", what, {"names": list(names)}, {"tokens": tokens}):
+            if "done" in params:
+                break
+            yield str(params["name"]), arrays["values"]
+
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
         """Token ids by the artifact's own tokenizer. `parse_special`: control tokens in the text are tokens."""
         params = {"text": text, "add_special": add_special, "parse_special": parse_special}

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
 from edgedistill.runtimes.backend import greedy_timed
+from edgedistill.runtimes.llama_trace import Tracer
 
 MAGIC = b"GGUF"
 MAX_BATCH_TOKENS = 512
@@ -132,8 +133,10 @@ class LlamaBackend:
         self._columns = self._batch_columns()
         self._filled = 0
 
-    def _wanted_context(self, context_tokens: int) -> Any:
+    def _wanted_context(self, context_tokens: int, tracer: Tracer | None = None) -> Any:
         params = self._api.llama_context_default_params()
+        if tracer is not None:
+            params.cb_eval = tracer.callback
         params.n_ctx = context_tokens
         params.n_batch = context_tokens if self._encoder else min(MAX_BATCH_TOKENS, context_tokens)
         params.embeddings = self._encoder
@@ -213,6 +216,22 @@ class LlamaBackend:
             raise UserError("the artifact is a decoder and gives logits", "export a BERT for embeddings")
         if self._encoder and not encoder:
             raise UserError("the artifact is an encoder and gives embeddings, no logits", "ask for its embedding")
+
+    def trace(self, tokens_T: NDArray[np.int32], names: Sequence[str]) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """The nodes of these names for one batch from an empty cache, flat, in the order of their computation."""
+        if not self._logits_all or len(tokens_T) > self._batch_tokens:
+            raise ValueError(f"a trace takes logits_all and at most {self._batch_tokens} tokens")
+        tracer = Tracer(names)
+        plain = self._context
+        self._context = self._api.llama_init_from_model(self._model, self._wanted_context(self.context_tokens, tracer))
+        try:
+            self._clear()
+            self._decode(tokens_T, every_row=True)
+        finally:
+            self._api.llama_free(self._context)
+            self._context = plain
+            self._clear()
+        yield from tracer.taken()
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         if self._api.llama_vocab_type(self._vocab) == NO_VOCABULARY:

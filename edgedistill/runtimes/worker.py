@@ -27,6 +27,7 @@ BACKENDS = {
     "llama.cpp": "edgedistill.runtimes.llama:LlamaBackend",
     "onnxruntime": "edgedistill.runtimes.ort:OrtBackend",
     "onnxruntime-genai": "edgedistill.runtimes.genai:GenaiBackend",
+    "transformers": "edgedistill.runtimes.folder:FolderBackend",
 }
 EXTRAS = {"llama_cpp": "llama", "onnxruntime": "onnx", "onnxruntime_genai": "onnx"}
 PR_SET_PDEATHSIG = 1
@@ -129,6 +130,8 @@ class Worker:
             yield {}, {"embedding": self._embedder().embedding(self._checked(arrays["tokens"], 0))}
         elif op == "logits":
             yield from self._logits(self._checked(arrays["tokens"], 0))
+        elif op == "trace":
+            yield from self._trace(self._checked(arrays["tokens"], 0), params["names"])
         else:
             raise ValueError(f"no operation '{op}'")
 
@@ -158,6 +161,12 @@ class Worker:
         if not isinstance(backend, Embedder):
             raise UserError(f"{type(backend).__name__} gives no embeddings", "open a GGUF of an encoder")
         return backend
+
+    def _trace(self, tokens_T: NDArray[np.int32], names: list[str]) -> Iterator[Answer]:
+        backend: Any = self._opened()
+        for name, values in backend.trace(tokens_T, names):
+            yield {"name": name}, {"values": values}
+        yield {"done": True}, {}
 
     def _opened(self) -> Backend:
         if self.backend is None:

@@ -219,6 +219,10 @@ def stored_weights(subject: Subject) -> Iterator[tuple[str, NDArray[np.float32]]
         from edgedistill.gguf.dequantize import dequantized as gguf_dequantized
 
         return gguf_dequantized(subject.folder / subject.artifact.entry)
+    if subject.artifact.format == "bitsandbytes":
+        from edgedistill.folders.bitsandbytes import dequantized as folder_dequantized
+
+        return folder_dequantized(subject.folder / subject.artifact.entry)
     from edgedistill.onnx.dequantize import dequantized as onnx_dequantized
 
     config = read_json(Path(subject.student.path) / "config.json", what="config.json")

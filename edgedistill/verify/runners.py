@@ -14,6 +14,8 @@ from torch import Tensor, nn  # noqa: TID253
 from edgedistill.errors import UserError
 from edgedistill.runtimes.child import RuntimeProcess
 
+UNUSED = "pooler."  # an encoder's, on which no embedding depends
+
 
 class Scorer(Protocol):
     """Logits [S, T, V] fp32 of S sequences of T ids, each from its start."""
@@ -50,21 +52,25 @@ class ArtifactScorer:
         return torch.stack([torch.from_numpy(self.process.logits(row)) for row in ids])
 
 
-def load_torch(folder: Path) -> nn.Module:
-    """A model folder as a fp32 transformers model in eval."""
-    from transformers import AutoModelForCausalLM
+def load_torch(folder: Path, *, encoder: bool = False) -> nn.Module:
+    """A model folder as a fp32 transformers model in eval: a causal language model, or an encoder without a head."""
+    from transformers import AutoModel, AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    model: Any = (AutoModel if encoder else AutoModelForCausalLM).from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True
+    )
     return model.eval()  # type: ignore[no-any-return]
 
 
-def with_weights(folder: Path, weights: Iterable[tuple[str, NDArray[np.float32]]]) -> nn.Module:
+def with_weights(
+    folder: Path, weights: Iterable[tuple[str, NDArray[np.float32]]], *, encoder: bool = False
+) -> nn.Module:
     """The model of a folder's config with these weights; one that is missing or unknown is a UserError.
 
     A tied model is untied where the artifact stores a head of its own.
     """
-    model: Any = load_torch(folder)
-    own = dict(model.named_parameters())
+    model: Any = load_torch(folder, encoder=encoder)
+    own = {name: tensor for name, tensor in model.named_parameters() if not name.startswith(UNUSED)}
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     missing = set(own)
     with torch.no_grad():

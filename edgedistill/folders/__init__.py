@@ -1,0 +1,1 @@
+"""Artifacts that are folders or programs of their own runtimes: bitsandbytes, ExecuTorch."""

@@ -1,0 +1,98 @@
+"""Does quantizing pay? The float artifact and the quantized one, interleaved, in their runtime on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgedistill import machine
+from edgedistill.progress import Progress
+from edgedistill.records import SpeedComparison
+from edgedistill.runtimes.child import RuntimeName, RuntimeProcess
+from edgedistill.store import Store
+
+PAIRS = 12
+WARMUP = 2
+PROMPT_TOKENS = 32
+NEW_TOKENS = 24
+BOOTSTRAP_SAMPLES = 2000
+
+
+def compare_decoders(
+    float_artifact: Path,
+    quantized_artifact: Path,
+    *,
+    runtime: RuntimeName,
+    vocab_size: int,
+    context_tokens: int,
+    threads: int,
+    seed: int = 0,
+    store: Store | None = None,
+) -> SpeedComparison:
+    """Milliseconds a decoded token of both, each in a process of its own on the same CPUs.
+
+    Raises UserError where the context is too short for a decoded token after the prompt; RuntimeCrashed.
+    """
+    context = min(context_tokens, PROMPT_TOKENS + NEW_TOKENS)
+    prompt_tokens = max(1, min(PROMPT_TOKENS, context // 2))
+    prompt = np.random.default_rng(seed).integers(0, vocab_size, prompt_tokens)
+
+    def opened(artifact: Path, stack: ExitStack) -> tuple[Callable[[], float], dict[str, Any]]:
+        process = stack.enter_context(
+            RuntimeProcess(
+                runtime, artifact, threads=threads, context_tokens=context, logits_all=False, pin=True, store=store
+            )
+        )
+        return lambda: float(np.mean(process.timed(prompt, context - prompt_tokens)["token_ms"])), process.info
+
+    with ExitStack() as both:
+        float_run, info = opened(float_artifact, both)
+        quantized_run, _ = opened(quantized_artifact, both)
+        return compare(float_run, quantized_run, runtime=str(info["runtime_version"]), threads=threads, seed=seed)
+
+
+def compare(
+    float_run: Callable[[], float], quantized_run: Callable[[], float], *, runtime: str, threads: int, seed: int = 0
+) -> SpeedComparison:
+    """Two ways to do the same work, each giving its milliseconds, run in pairs whose order alternates.
+
+    `ratio` is the median over the pairs of quantized ÷ float, with a 95 % percentile bootstrap over the pairs; it
+    pays where the whole interval lies below 1: quantizing that may cost time has to be worth its size.
+    """
+    float_ms: list[float] = []
+    quantized_ms: list[float] = []
+    for pair in range(WARMUP + PAIRS):
+        for run, samples in ((float_run, float_ms), (quantized_run, quantized_ms))[:: 1 if pair % 2 else -1]:
+            samples.append(run())
+    float_P, quantized_P = np.array(float_ms[WARMUP:]), np.array(quantized_ms[WARMUP:])
+    ratio_P = quantized_P / float_P
+    picks = np.random.default_rng(seed).integers(0, PAIRS, (BOOTSTRAP_SAMPLES, PAIRS))
+    low, high = np.percentile(np.median(ratio_P[picks], axis=1), [2.5, 97.5])
+    return SpeedComparison(
+        machine=machine.describe() | {"threads": threads},
+        runtime=runtime,
+        float_ms=float(np.median(float_P)),
+        quantized_ms=float(np.median(quantized_P)),
+        ratio=float(np.median(ratio_P)),
+        ratio_ci95=(float(low), float(high)),
+        pays=bool(high < 1),
+    )
+
+
+def report(found: SpeedComparison, name: str, progress: Progress) -> None:
+    """Say what was found: a warning where quantizing costs time here, a line where the interval holds 1."""
+    low, high = found.ratio_ci95
+    figures = (
+        f"{name} takes {found.ratio:.2f} times (95 % {low:.2f} to {high:.2f}) as long as float in {found.runtime} on"
+        f" {found.machine['cpu']}: {found.quantized_ms:.3g} against {found.float_ms:.3g} ms"
+    )
+    if low >= 1:
+        progress.warn(f"quantizing does not pay here: {figures}; ship float where its size fits")
+    elif not found.pays:
+        progress.say(f"export: quantizing makes no certain difference here: {figures}")
+    else:
+        progress.say(f"export: quantizing pays: {figures}")

@@ -1,0 +1,142 @@
+"""An artifact in its runtime against the torch model, before anything says success.
+
+Two questions, both answered by an error that names the tensor: are the stored weights those of the checkpoint, up to
+the rounding of their type; and does the runtime compute with them what torch does (see gguf_layers.py)?
+
+Legend: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch  # noqa: TID253  this module is imported by verification alone
+from numpy.typing import NDArray
+
+from edgedistill.errors import UserError
+from edgedistill.records import Parity
+from edgedistill.tasks.causal_lm import TextTokenizer
+
+TEXTS = (
+    "Once upon a time there was a little girl named Lily. She loved to play outside in the park with her dog.",
+    "The city council met on Tuesday to discuss the new bridge, which will cost 12.5 million and open in 2031.",
+    "def area(width: float, height: float) -> float:\n    return width * height  # square metres\n",
+    "Water boils at 100 degrees at sea level; on a mountain it boils earlier, because the pressure is lower there.",
+)
+TOKENS = 64  # of each text
+GREEDY_PROMPT = 8
+GREEDY_TOKENS = 16
+INVALID = "the artifact would not compute what the model does: report this with the model's config.json"
+
+
+def real_inputs(
+    checkpoint: Path, calibration: Sequence[Sequence[str]] | None, *, context_tokens: int
+) -> tuple[str, list[NDArray[np.int64]]]:
+    """What they are, and token ids [T] each: of the calibration text where there is one, else of texts shipped here.
+
+    Raises UserError where the tokenizer gives fewer than two tokens, or one that the embedding lacks.
+    """
+    tokenizer = TextTokenizer.load(checkpoint)
+    given = ["\n".join(block) for block in (calibration or ())[: len(TEXTS)]]
+    bos = [] if tokenizer.bos is None else [tokenizer.bos]
+    sequences = []
+    for text in given or TEXTS:
+        # A few characters a token: the whole of a long document is not tokenized for its beginning.
+        ids = bos + list(tokenizer.backend.encode(text[: 64 * TOKENS], add_special_tokens=False).ids)
+        sequences.append(np.array(ids[: min(TOKENS, context_tokens)], dtype=np.int64))
+    kept = [ids for ids in sequences if len(ids) > 1]
+    if not kept:
+        raise UserError("the tokenizer gives no tokens of the parity texts", "mend tokenizer.json")
+    return ("calibration text" if given else "texts of the package"), kept
+
+
+@torch.no_grad()
+def torch_logits(model: Any, ids_T: NDArray[np.int64]) -> NDArray[np.float32]:
+    """[T, V] float32."""
+    logits = model(input_ids=torch.from_numpy(ids_T)[None].to(model.device), use_cache=False).logits[0]
+    return np.asarray(logits.float().cpu().numpy())
+
+
+def torch_greedy(model: Any, ids_T: NDArray[np.int64], new_tokens: int) -> list[int]:
+    """The argmax continuation; the end-of-sequence token does not stop it."""
+    ids = [int(i) for i in ids_T]
+    for _ in range(new_tokens):
+        ids.append(int(torch_logits(model, np.array(ids))[-1].argmax()))
+    return ids[len(ids_T) :]
+
+
+class Differences:
+    """Sums of found - expected over blocks of one output, so that no logits are kept."""
+
+    def __init__(self) -> None:
+        self.values = 0
+        self.largest = 0.0
+        self.absolute = 0.0
+        self.squares = 0.0
+        self.reference_squares = 0.0
+
+    def add(self, found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+        """Both [..., V]. The reference counts about the mean of its row: a constant there changes no probability.
+
+        A value that is no number counts as an infinite difference.
+        """
+        difference = np.nan_to_num(found.astype(np.float64) - expected, nan=np.inf, posinf=np.inf, neginf=-np.inf)
+        centred = expected - expected.mean(axis=-1, keepdims=True, dtype=np.float64)
+        self.values += difference.size
+        self.largest = max(self.largest, float(np.abs(difference).max()))
+        self.absolute += float(np.abs(difference).sum())
+        self.squares += float(np.square(difference).sum())
+        self.reference_squares += float(np.square(centred).sum())
+
+    @property
+    def relative_rms(self) -> float:
+        if self.reference_squares == 0:
+            return 0.0 if self.squares == 0 else float("inf")
+        return float(np.sqrt(self.squares / self.reference_squares))
+
+
+def measure(
+    model: Any,
+    sequences: Sequence[NDArray[np.int64]],
+    *,
+    logits: Callable[[NDArray[np.int64]], NDArray[np.float32]],
+    greedy: Callable[[NDArray[np.int64], int], list[int]] | None,
+    runtime: str,
+    inputs: str,
+    reference: Any,
+    limit: float,
+    context_tokens: int,
+    expected_of: Callable[[Any, NDArray[np.int64]], NDArray[np.float32]] | None = None,
+) -> Parity:
+    """The figures; whether `relative_rms` is within `limit` is for the caller to act on.
+
+    `logits` and `greedy` are the runtime's. Rows beyond the shorter vocabulary (padding) are not compared.
+    `expected_of`: torch's output where it is not logits. Greedy text is a count and no gate: two logits closer than the
+    rounding are a coin's toss.
+    """
+    differences = Differences()
+    for ids in sequences:
+        expected, found = (expected_of or torch_logits)(model, ids), logits(ids)
+        shared = min(expected.shape[1], found.shape[1])
+        differences.add(found[:, :shared], expected[:, :shared])
+    asked = equal = None
+    if greedy is not None:
+        prompt = sequences[0][:GREEDY_PROMPT]
+        asked = max(0, min(GREEDY_TOKENS, context_tokens - len(prompt)))
+        pairs = zip(torch_greedy(model, prompt, asked), greedy(prompt, asked), strict=True)
+        equal = next((i for i, (a, b) in enumerate(pairs) if a != b), asked)
+    return Parity(
+        runtime=runtime,
+        inputs=f"{len(sequences)} sequences, {sum(map(len, sequences))} tokens: {inputs}",
+        reference=reference,
+        values=differences.values,
+        max_abs_difference=differences.largest,
+        mean_abs_difference=differences.absolute / max(1, differences.values),
+        relative_rms=differences.relative_rms,
+        limit=limit,
+        greedy_tokens=asked,
+        greedy_tokens_equal=equal,
+    )
