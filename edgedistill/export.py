@@ -105,8 +105,9 @@ def write_artifact(
         from edgedistill.gguf.quantize import export_gguf
 
         return export_gguf(
-            checkpoint, out, quantization=quantization, context_tokens=context_tokens, threads=threads, name=name
-        )
+            checkpoint, out, quantization=quantization, context_tokens=context_tokens, threads=threads, name=name,
+            converter=options.converter,
+        )  # fmt: skip
     if format_ == "onnx":
         from edgedistill.onnx.decoder import export_onnx
 

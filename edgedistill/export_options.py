@@ -54,7 +54,7 @@ class ExportOptions:
             None if text is None else hashlib.sha256(canonical_json([list(b) for b in text]).encode()).hexdigest()
         )
         values["calibration_path"] = None if self.calibration_path is None else _content_sha256(self.calibration_path)
-        values["converter"] = None if self.converter is None else str(self.converter)
+        values["converter"] = None if self.converter is None else _content_sha256(self.converter)
         values["tensor_types"] = [list(pair) for pair in self.tensor_types]
         return values
 

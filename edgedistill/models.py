@@ -47,16 +47,22 @@ def open_model(name_or_path: str, *, revision: str | None = None, role: str = "m
     Raises UserError: no such model, no weights, pickles only, truncated safetensors, an unsupported
     architecture, weights that do not fit the config.
     """
+    path, origin = locate(name_or_path, revision=revision, role=role)
+    return check_folder(path, name=name_or_path, origin=origin, role=role)
+
+
+def locate(name_or_path: str, *, revision: str | None = None, role: str = "model") -> tuple[Path, str]:
+    """The local folder of a model of any architecture, and "folder" or "hub". UserError where there is none."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        return check_folder(path.resolve(), name=name_or_path, origin="folder", role=role)
+        return path.resolve(), "folder"
     if path.exists():
         raise UserError(f"{role} {name_or_path} is a file", "name the folder that holds config.json and the weights")
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
         raise UserError(
             f"no {role} {name_or_path}: no such folder", "give a folder, or a hub id like `organisation/name`"
         )
-    return check_folder(_fetch(name_or_path, revision, role), name=name_or_path, origin="hub", role=role)
+    return _fetch(name_or_path, revision, role), "hub"
 
 
 def _fetch(name: str, revision: str | None, role: str) -> Path:

@@ -78,11 +78,11 @@ def _require_exportable(recipe: Recipe, targets: Sequence[Target]) -> None:
     folder = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
     formats = {parse_artifact(artifact)[0] for target in targets for artifact in artifacts_of(recipe, target)}
     if "gguf" in formats:
-        from edgedistill.gguf.architectures import rope_of
+        from edgedistill.gguf.architectures import model_of
         from edgedistill.gguf.tokenizer import read_tokenizer
 
         read_tokenizer(folder.path, vocab_size=folder.shape.vocab_size)
-        rope_of(folder.config, folder.shape, where=str(folder.path / "config.json"))
+        model_of(folder.config, where=str(folder.path / "config.json"))
     if "onnx" in formats:
         from edgedistill.onnx.decoder import require_runnable_heads
 

@@ -14,7 +14,7 @@ from edgedistill.data.documents import in_pieces, read_documents
 from edgedistill.data.split import blocks_of
 from edgedistill.errors import GateFailed, UserError
 from edgedistill.export_options import ExportOptions
-from edgedistill.models import kept_tokens, open_model
+from edgedistill.models import kept_tokens, locate, open_model
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
 from edgedistill.records import Artifact, Latency, Retention
@@ -45,14 +45,21 @@ def export(
     runtime dies on it.
     """
     from edgedistill.export import write_artifact
+    from edgedistill.gguf.convert import gguf_positions
 
-    folder = open_model(student, role="student")
     format_, quantization = parse_artifact(f"{format_}:{quantization}")
-    context = context_tokens or folder.shape.max_position_embeddings
-    if not 8 <= context <= folder.shape.max_position_embeddings:
+    if format_ == "gguf":
+        # Many more families become GGUFs than this package plans and trains.
+        path, _ = locate(student, role="student")
+        positions = gguf_positions(path, converter)
+    else:
+        folder = open_model(student, role="student")
+        path, positions = folder.path, folder.shape.max_position_embeddings
+    context = context_tokens or positions
+    if not 8 <= context <= positions:
         raise UserError(
-            f"context of {context:,} tokens, but the model has {folder.shape.max_position_embeddings:,} positions",
-            f"give --context-tokens of 8 to {folder.shape.max_position_embeddings:,}",
+            f"context of {context:,} tokens, but the model has {positions:,} positions",
+            f"give --context-tokens of 8 to {positions:,}",
         )
     options = _options(recipe or Recipe(), calibration, converter, task)
     out = out.absolute()
@@ -62,8 +69,8 @@ def export(
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         artifact = write_artifact(
-            folder.path, scratch, format_=format_, quantization=quantization, context_tokens=context,
-            name=folder.path.name, options=options, progress=progress,
+            path, scratch, format_=format_, quantization=quantization, context_tokens=context,
+            name=path.name, options=options, progress=progress,
         )  # fmt: skip
         _runs(artifact, scratch, store)
         (scratch / RECORD).write_text(artifact.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -97,7 +104,11 @@ def _runs(artifact: Artifact, folder: Path, store: Store) -> None:
         artifact.runtime, folder / artifact.entry, threads=len(machine.usable_cpus()), context_tokens=32, store=store,
         logits_all=False,
     ) as process:  # fmt: skip
-        process.greedy([0, min(1, artifact.vocab_size - 1)], 2)
+        tokens = [0, min(1, artifact.vocab_size - 1)]
+        if artifact.task == "embedding":
+            process.embedding(tokens)
+        else:
+            process.greedy(tokens, 2)
 
 
 def open_artifact(folder: Path) -> Stored[Artifact]:

@@ -39,6 +39,10 @@ class StoredTensor:
     def elements(self) -> int:
         return prod(self.shape)
 
+    @property
+    def bytes(self) -> int:
+        return self.elements * DTYPES[self.dtype][1]
+
 
 def read_json(path: Path, *, what: str) -> dict[str, Any]:
     """A JSON object from a file; UserError where it is missing, broken or something else."""

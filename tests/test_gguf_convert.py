@@ -11,11 +11,14 @@ import pytest
 from checkpoints import copy, edit_json, mean_nll, tiny, torch_greedy, torch_logits, torch_model
 
 from edgedistill.errors import UserError
-from edgedistill.gguf.architectures import from_interleaved, rope_of, to_interleaved
-from edgedistill.gguf.convert import as_stored, convert_to_gguf
+from edgedistill.gguf import streaming
+from edgedistill.gguf.architectures import TensorSpec, from_interleaved, rope_of, to_interleaved
+from edgedistill.gguf.convert import convert_to_gguf
 from edgedistill.gguf.dequantize import dequantized
+from edgedistill.gguf.streaming import as_stored
 from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.shapes import shape_from_config
+from edgedistill.weights import StoredTensor
 
 # llama.cpp keeps keys and values of its cache in float16, so its logits differ a little from float32's.
 CACHE_ERROR = 4e-3
@@ -156,6 +159,84 @@ def test_bfloat16_rounds_as_torch_does() -> None:
     values[:4] = [1.00390625, 1.01171875, -1.00390625, 3e38]  # ties to even, and near the largest
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     np.testing.assert_array_equal(as_stored(values, "BF16", tensor="x"), expected)
+
+
+def stored(path: Path, bits: np.ndarray, dtype: str, shape: tuple[int, ...]) -> StoredTensor:
+    path.write_bytes(b"head" + bits.tobytes())
+    return StoredTensor(path=path, offset=4, dtype=dtype, shape=shape)
+
+
+@pytest.mark.parametrize("heads", [0, 4])
+@pytest.mark.parametrize("target", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("source", ["F32", "F16", "BF16", "F64"])
+def test_streamed_in_blocks_as_torch_converts(
+    source: str, target: Any, heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that do not divide the rows; values of all sizes, denormal ones and ties included."""
+    import torch
+
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    monkeypatch.setattr(streaming, "BLOCK_ELEMENTS", 100)
+    torch.manual_seed(0)
+    values = (torch.randn(96, 7) * 10.0 ** torch.randint(-8, 4, (96, 7))).to(kinds[source])
+    values[0, :3] = torch.tensor([1.00390625, 1.01171875, 1.00048828125])
+    raw = values.view(torch.int16).numpy() if source == "BF16" else values.numpy()
+    tensor = stored(tmp_path / "in", raw, source, (96, 7))
+    with (tmp_path / "out").open("wb") as out:
+        streaming.write_tensor(out, tensor, TensorSpec("x", (96, 7), heads), target, name="x")
+    expected = values.to(torch.float32).to(kinds[target])
+    expected = expected.view(torch.int16).numpy() if target == "BF16" else expected.numpy()
+    expected = to_interleaved(expected, heads) if heads else expected
+    assert (tmp_path / "out").read_bytes() == expected.tobytes()
+
+
+def test_every_bfloat16_becomes_the_float16_of_torch(tmp_path: Path) -> None:
+    import torch
+
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    fits = every[every.float().abs() <= 65504]
+    tensor = stored(tmp_path / "in", fits.view(torch.int16).numpy(), "BF16", (1, len(fits)))
+    with (tmp_path / "out").open("wb") as out:
+        streaming.write_tensor(out, tensor, TensorSpec("x", (1, len(fits))), "F16", name="x")
+    assert (tmp_path / "out").read_bytes() == fits.to(torch.float16).numpy().tobytes()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("source", ["F32", "F16", "BF16", "F64"])
+@pytest.mark.parametrize("target", ["F32", "F16", "BF16"])
+def test_no_value_that_is_not_finite_gets_through(source: str, target: Any, value: float, tmp_path: Path) -> None:
+    import torch
+
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    values = torch.randn(8, 8).to(kinds[source])
+    values[5, 5:7] = value
+    raw = values.view(torch.int16).numpy() if source == "BF16" else values.numpy()
+    tensor = stored(tmp_path / "in", raw, source, (8, 8))
+    with (tmp_path / "out").open("wb") as out, pytest.raises(UserError, match="x holds 2 values that are NaN"):
+        streaming.write_tensor(out, tensor, TensorSpec("x", (8, 8)), target, name="x")
+
+
+def test_conversion_holds_a_few_blocks_in_memory(tmp_path: Path) -> None:
+    """256 MB of bfloat16 in a process of its own: its memory grows by less than a quarter of that."""
+    import subprocess
+    import sys
+
+    with (tmp_path / "in").open("wb") as file:
+        file.truncate(256 << 20)
+    script = (
+        "import resource, sys; from pathlib import Path; from edgedistill.gguf.streaming import write_tensor\n"
+        "from edgedistill.gguf.architectures import TensorSpec; from edgedistill.weights import StoredTensor\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "shape, before = (65536, 2048), peak()\n"
+        "tensor = StoredTensor(Path(sys.argv[1]), 0, 'BF16', shape)\n"
+        "with open('/dev/null', 'wb') as out:\n"
+        "    write_tensor(out, tensor, TensorSpec('x', shape, 32), 'F16', name='x')\n"
+        "print(peak() - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "in")], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) * 1024 < 64 << 20
 
 
 def damage_truncate(folder: Path) -> None:

@@ -1,260 +1,242 @@
-"""The families that have a converter: tensor names and shapes, and the metadata that llama.cpp wants.
+"""From a config.json to what its GGUF holds: every tensor's name, shape and change, the metadata, the rotary tables.
 
-Adding a family is a line in `ARCHITECTURES` (and its tensors in `tensor_map` where it has others).
-Names on the left are transformers', names on the right GGUF's.
+The families are in families.py; nothing here knows one by name.
 """
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError, did_you_mean
+from edgedistill.gguf.config import Config, Sizes
+from edgedistill.gguf.families import FAMILIES, Change, Family, Tensor
+from edgedistill.gguf.rope import MetadataValue, Rope, rope_of
 from edgedistill.records import Shape
-from edgedistill.shapes import shape_from_config
+from edgedistill.weights import StoredTensor
 
-DEFAULT_ROPE_THETA = 10000.0
-DEFAULT_RMS_NORM_EPS = 1e-6
-# llama.cpp's own constants of YaRN; a model that was trained with others would be run wrongly.
-YARN_BETA_FAST = 32.0
-YARN_BETA_SLOW = 1.0
+__all__ = ["architecture_of", "from_interleaved", "model_of", "rope_of", "tensor_map", "to_interleaved"]
 
-MetadataValue = int | float | str | bool
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A family: llama.cpp's name for it, and whether its q and k are stored with rotary pairs interleaved."""
-
-    gguf: str
-    interleaved_rope: bool
-    qkv_bias: bool = False
-    qk_norm: bool = False
+TIED_HEAD = "lm_head.weight"
+OWN_CONVERTER = "or give llama.cpp's own converter: --converter PATH/convert_hf_to_gguf.py"
+IGNORED_BUFFER = "rotary_emb.inv_freq"  # old checkpoints carry it; computed from the config
+# Added to the activations or looked up a row at a time: small, and llama.cpp wants them in float32.
+FLOAT32_MATRICES = ("position_embd.weight", "token_types.weight")
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of the checkpoint: its GGUF name and shape (row-major, as stored by torch).
+    """A tensor of the torch model: its GGUF name, its shape there (as torch has it), and what changes on the way.
 
-    `rope_heads`: the number of heads whose rows are permuted for llama.cpp; 0 where none are.
+    `rope_heads`: the number of heads whose rows are permuted; 0 where none are. `row`, `rows`: which row of a matrix
+    of so many rows it is, where a GGUF tensor collects several.
     """
 
     gguf_name: str
     shape: tuple[int, ...]
     rope_heads: int = 0
+    change: Change = ""
+    row: int = 0
+    rows: int = 0
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of the GGUF tensor, row-major."""
+        if self.change == "transposed":
+            return self.shape[::-1]
+        return (self.rows, *self.shape) if self.rows else self.shape
+
+    @property
+    def vector(self) -> bool:
+        """Stored in float32 whatever the rest is: norms, biases, position and token type tables."""
+        return len(self.shape) == 1 or self.gguf_name in FLOAT32_MATRICES
 
 
 @dataclass(frozen=True)
-class Rope:
-    """Rotary embedding as llama.cpp has it: metadata keys (after `<arch>.rope.`) and per-pair factors.
+class Model:
+    """What a config.json says of the GGUF to write. `specs`: torch name → TensorSpec, in the GGUF's order."""
 
-    `frequency_factors` [head_dim / 2]: what each frequency is divided by (Llama 3), or None.
-    """
+    family: Family
+    sizes: Sizes
+    tied: bool
+    specs: dict[str, TensorSpec]
+    keys: dict[str, MetadataValue]
+    rope: Rope
+    notes: list[str]
 
-    metadata: dict[str, MetadataValue]
-    frequency_factors: NDArray[np.float32] | None = None
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "LlamaForCausalLM": Architecture(gguf="llama", interleaved_rope=True),
-    "MistralForCausalLM": Architecture(gguf="llama", interleaved_rope=True),
-    "Qwen2ForCausalLM": Architecture(gguf="qwen2", interleaved_rope=False, qkv_bias=True),
-    "Qwen3ForCausalLM": Architecture(gguf="qwen3", interleaved_rope=False, qk_norm=True),
-}
-GGUF_FAMILIES: dict[str, Architecture] = {a.gguf: a for a in ARCHITECTURES.values()}
-
-IN_A_LAYER = {
-    "input_layernorm.weight": "attn_norm.weight",
-    "self_attn.q_proj.weight": "attn_q.weight",
-    "self_attn.q_proj.bias": "attn_q.bias",
-    "self_attn.k_proj.weight": "attn_k.weight",
-    "self_attn.k_proj.bias": "attn_k.bias",
-    "self_attn.v_proj.weight": "attn_v.weight",
-    "self_attn.v_proj.bias": "attn_v.bias",
-    "self_attn.o_proj.weight": "attn_output.weight",
-    "self_attn.q_norm.weight": "attn_q_norm.weight",
-    "self_attn.k_norm.weight": "attn_k_norm.weight",
-    "post_attention_layernorm.weight": "ffn_norm.weight",
-    "mlp.gate_proj.weight": "ffn_gate.weight",
-    "mlp.up_proj.weight": "ffn_up.weight",
-    "mlp.down_proj.weight": "ffn_down.weight",
-}
+    @property
+    def context_length(self) -> int:
+        return int(str(self.keys["context_length"]))
 
 
-def architecture_of(config: Mapping[str, Any], *, where: str) -> Architecture:
+def architecture_of(config: Mapping[str, Any], *, where: str) -> Family:
     """The table's entry for a parsed config.json; UserError with what works where there is none."""
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise UserError(
-            f"{where}: 'architectures' is {names!r}", f"name the model class there, one of {', '.join(ARCHITECTURES)}"
+            f"{where}: 'architectures' is {names!r}", f"name the model class there, one of {', '.join(FAMILIES)}"
         )
-    found = ARCHITECTURES.get(names[0])
+    found = FAMILIES.get(names[0])
     if found is None:
         raise UserError(
             f"{where}: no GGUF converter for architecture '{names[0]}'",
-            f"{did_you_mean(names[0], ARCHITECTURES)} (works: {', '.join(ARCHITECTURES)})",
+            f"{did_you_mean(names[0], FAMILIES)} (works: {', '.join(FAMILIES)}); {OWN_CONVERTER}",
         )
-    if shape_from_config(config, where=where).family != found.gguf:
+    if config.get("model_type") != found.model_type:
         raise UserError(
             f"{where}: architecture '{names[0]}' does not go with model_type {config.get('model_type')!r}",
-            "mend config.json; both name the same family",
+            f"mend config.json; both name the same family (model_type '{found.model_type}')",
         )
     return found
 
 
-def tensor_map(shape: Shape, architecture: Architecture) -> dict[str, TensorSpec]:
-    """transformers name → TensorSpec, in the order in which the GGUF holds them."""
-    hidden, ffn = shape.hidden_size, shape.intermediate_size
-    q_rows = shape.num_attention_heads * shape.head_dim
-    kv_rows = shape.num_key_value_heads * shape.head_dim
-    q_heads = shape.num_attention_heads if architecture.interleaved_rope else 0
-    kv_heads = shape.num_key_value_heads if architecture.interleaved_rope else 0
-    in_a_layer: dict[str, tuple[tuple[int, ...], int]] = {
-        "input_layernorm.weight": ((hidden,), 0),
-        "self_attn.q_proj.weight": ((q_rows, hidden), q_heads),
-        "self_attn.k_proj.weight": ((kv_rows, hidden), kv_heads),
-        "self_attn.v_proj.weight": ((kv_rows, hidden), 0),
-        "self_attn.o_proj.weight": ((hidden, q_rows), 0),
-        "post_attention_layernorm.weight": ((hidden,), 0),
-        "mlp.gate_proj.weight": ((ffn, hidden), 0),
-        "mlp.up_proj.weight": ((ffn, hidden), 0),
-        "mlp.down_proj.weight": ((hidden, ffn), 0),
-    }
-    if architecture.qkv_bias:
-        in_a_layer["self_attn.q_proj.bias"] = ((q_rows,), q_heads)
-        in_a_layer["self_attn.k_proj.bias"] = ((kv_rows,), kv_heads)
-        in_a_layer["self_attn.v_proj.bias"] = ((kv_rows,), 0)
-    if architecture.qk_norm:
-        in_a_layer["self_attn.q_norm.weight"] = ((shape.head_dim,), 0)
-        in_a_layer["self_attn.k_norm.weight"] = ((shape.head_dim,), 0)
+def model_of(values: Mapping[str, Any], *, where: str) -> Model:
+    """Everything that a parsed config.json decides. UserError for what llama.cpp cannot run, or runs differently."""
+    family = architecture_of(values, where=where)
+    config = Config(values, where=where, other_names=family.other_names)
+    if values.get("quantization_config"):
+        raise UserError(
+            f"{where}: the weights are already quantized (quantization_config is set)",
+            "use the model's original weights in bf16, fp16 or fp32",
+        )
+    tied = config.flag("tie_word_embeddings", default=family.tied)
+    sizes = _sizes(config, family, tied=tied)
+    if family.needs_head and tied:
+        raise UserError(
+            f"{where}: tie_word_embeddings is true, but llama.cpp runs {family.model_type} only with its own head",
+            "load it, set model.config.tie_word_embeddings = False, clone the head's weight, and save it again",
+        )
+    keys = family.keys(config, sizes)
+    rope = Rope({})
+    if family.ropes:
+        rope = rope_of(
+            values, sizes, where=where, kinds=family.ropes, theta=config.number("rope_theta", family.theta),
+            partial=family.partial,
+        )  # fmt: skip
+    keys |= {f"rope.{key}": value for key, value in rope.metadata.items()}
+    notes = list(rope.notes)
+    if keys["context_length"] != sizes.max_position_embeddings:
+        notes.append(
+            f"the context is {keys['context_length']} tokens and not {sizes.max_position_embeddings}: beyond it the"
+            " original's attention slides or its positions are stretched, and llama.cpp's are not"
+        )
+    return Model(family, sizes, tied, specs_of(family, sizes), keys, rope, notes)
 
-    specs = {"model.embed_tokens.weight": TensorSpec("token_embd.weight", (shape.vocab_size, hidden))}
-    for layer in range(shape.num_hidden_layers):
-        for name, (dims, heads) in in_a_layer.items():
-            specs[f"model.layers.{layer}.{name}"] = TensorSpec(f"blk.{layer}.{IN_A_LAYER[name]}", dims, heads)
-    specs["model.norm.weight"] = TensorSpec("output_norm.weight", (hidden,))
-    if not shape.tie_word_embeddings:
-        specs["lm_head.weight"] = TensorSpec("output.weight", (shape.vocab_size, hidden))
+
+def tensor_map(shape: Shape, architecture: Family) -> dict[str, TensorSpec]:
+    """torch name → TensorSpec of a model that a Shape describes, in the order in which the GGUF holds them."""
+    return specs_of(
+        architecture,
+        Sizes(
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            num_hidden_layers=shape.num_hidden_layers,
+            num_attention_heads=shape.num_attention_heads,
+            num_key_value_heads=shape.num_key_value_heads,
+            head_dim=shape.head_dim,
+            max_position_embeddings=shape.max_position_embeddings,
+            flags=frozenset() if shape.tie_word_embeddings else frozenset({"untied"}),
+        ),
+    )
+
+
+def as_modules(stored: Mapping[str, StoredTensor], family: Family) -> dict[str, StoredTensor]:
+    """The tensors of the files under the torch modules' names: renamed, fused ones apart, buffers left out."""
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        for pattern, replacement in family.renamed:
+            name = re.sub(pattern, replacement, name)
+        if name.endswith(IGNORED_BUFFER) or any(re.search(pattern, name) for pattern in family.ignored):
+            continue
+        ends = next((end for end in family.split if name.endswith(end)), None)
+        if ends is None or tensor.shape[0] % len(family.split[ends]):
+            found[name] = tensor
+            continue
+        parts = family.split[ends]
+        rows = tensor.shape[0] // len(parts)
+        size = tensor.bytes // len(parts)
+        for index, part in enumerate(parts):
+            found[name.removesuffix(ends) + part] = replace(
+                tensor, offset=tensor.offset + index * size, shape=(rows, *tensor.shape[1:])
+            )
+    return found
+
+
+def by_gguf_name(specs: Mapping[str, TensorSpec]) -> dict[str, list[tuple[str, TensorSpec]]]:
+    """GGUF name → the torch tensors that it is made of, in order."""
+    found: dict[str, list[tuple[str, TensorSpec]]] = {}
+    for name, spec in specs.items():
+        found.setdefault(spec.gguf_name, []).append((name, spec))
+    return found
+
+
+def _sizes(config: Config, family: Family, *, tied: bool) -> Sizes:
+    hidden = config.size("hidden_size")
+    heads = config.size("num_attention_heads")
+    kv_heads = config.size("num_key_value_heads", family.kv_heads or heads)
+    if heads % kv_heads:
+        raise UserError(
+            f"{config.where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}",
+            "mend config.json; query heads share key/value heads in equal groups",
+        )
+    if config.get("head_dim") is None and family.head_dim is None and hidden % heads:
+        raise UserError(
+            f"{config.where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}",
+            "mend config.json: these heads do not divide the hidden size",
+        )
+    head_dim = config.size("head_dim", family.head_dim or hidden // heads)
+    if family.ropes and head_dim % 2:
+        raise UserError(
+            f"{config.where}: head_dim {head_dim} is odd", "rotary embeddings turn pairs: use an even head_dim"
+        )
+    flags = {flag for flag in family.flags if config.flag(flag)} | (set() if tied else {"untied"})
+    # Only GPT-2 may leave it out.
+    ffn = config.size("intermediate_size", 4 * hidden if "n_embd" in family.other_names.values() else None)
+    return Sizes(
+        vocab_size=config.size("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=config.size("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=config.size("max_position_embeddings", family.positions),
+        token_types=config.size("type_vocab_size", 2) if family.task == "embedding" else 0,
+        flags=frozenset(flags),
+    )
+
+
+def specs_of(family: Family, sizes: Sizes) -> dict[str, TensorSpec]:
+    specs: dict[str, TensorSpec] = {}
+    for name, tensor in family.first.items():
+        _add(specs, name, tensor, tensor.gguf, family, sizes)
+    for layer in range(sizes.num_hidden_layers):
+        for name, tensor in family.layer.items():
+            full = family.layer_prefix.replace("{}", str(layer)) + name
+            _add(specs, full, tensor, f"blk.{layer}.{tensor.gguf}", family, sizes)
+    for name, tensor in family.last.items():
+        _add(specs, name, tensor, tensor.gguf, family, sizes)
     return specs
 
 
-def metadata(config: Mapping[str, Any], shape: Shape, *, where: str) -> dict[str, MetadataValue]:
-    """Metadata keys (after `<arch>.`) that llama.cpp needs to run the model, without those of the rope."""
-    eps = config.get("rms_norm_eps", DEFAULT_RMS_NORM_EPS)
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
-        raise UserError(f"{where}: rms_norm_eps is {eps!r}", "it is a small positive number, e.g. 1e-6")
-    return {
-        "context_length": shape.max_position_embeddings,
-        "embedding_length": shape.hidden_size,
-        "block_count": shape.num_hidden_layers,
-        "feed_forward_length": shape.intermediate_size,
-        "attention.head_count": shape.num_attention_heads,
-        "attention.head_count_kv": shape.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": float(eps),
-        # Needed where head_dim is not hidden / heads; always written, so that no reader has to guess.
-        "attention.key_length": shape.head_dim,
-        "attention.value_length": shape.head_dim,
-        "rope.dimension_count": shape.head_dim,
-        "vocab_size": shape.vocab_size,
-    }
-
-
-def rope_of(config: Mapping[str, Any], shape: Shape, *, where: str) -> Rope:
-    """The rotary embedding of a config, written by transformers 4 (`rope_theta`, `rope_scaling`) or 5.
-
-    Raises UserError for a kind of scaling that llama.cpp would run differently.
-    """
-    written = _rope_parameters(config, where)
-    kind = written.get("rope_type", written.get("type", "default"))
-    theta = written.get("rope_theta", config.get("rope_theta", DEFAULT_ROPE_THETA))
-    common: dict[str, MetadataValue] = {"freq_base": _positive(theta, "rope_theta", where)}
-    partial = written.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise UserError(f"{where}: partial_rotary_factor is {partial!r}", "models that rotate whole heads work")
-    kinds = {"default": _plain_rope, "linear": _linear_rope, "llama3": _llama3_rope, "yarn": _yarn_rope}
-    if kind not in kinds:
-        raise UserError(f"{where}: rope_type is {kind!r}", f"models with rope_type {', '.join(kinds)} work")
-    return kinds[kind](written, common, shape, where)
-
-
-def _rope_parameters(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    for key in ("rope_parameters", "rope_scaling"):
-        value = config.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: {key} is {value!r}", "it is a table with rope_type and its numbers")
-        return value
-    return {}
-
-
-def _plain_rope(written: Mapping[str, Any], common: dict[str, MetadataValue], shape: Shape, where: str) -> Rope:
-    return Rope(common)
-
-
-def _linear_rope(written: Mapping[str, Any], common: dict[str, MetadataValue], shape: Shape, where: str) -> Rope:
-    factor = _positive(written.get("factor"), "rope factor", where)
-    return Rope({**common, "scaling.type": "linear", "scaling.factor": factor})
-
-
-def _yarn_rope(written: Mapping[str, Any], common: dict[str, MetadataValue], shape: Shape, where: str) -> Rope:
-    """YaRN (arXiv 2309.00071). llama.cpp computes the attention factor itself, as 1 + 0.1 ln(factor)."""
-    factor = _positive(written.get("factor"), "rope factor", where)
-    usual: dict[str, Any] = {
-        "beta_fast": YARN_BETA_FAST,
-        "beta_slow": YARN_BETA_SLOW,
-        "truncate": True,
-        "attention_factor": 1.0 + 0.1 * math.log(factor) if factor > 1 else 1.0,
-        "mscale": None,
-        "mscale_all_dim": None,
-    }
-    for key, value in usual.items():
-        seen = written.get(key)
-        same = seen == value or (
-            isinstance(seen, int | float) and isinstance(value, float) and math.isclose(seen, value, rel_tol=1e-6)
-        )
-        if seen is not None and not same:
-            raise UserError(f"{where}: yarn rope with {key} {seen!r}", f"yarn with {key} left out (or {value}) works")
-    original = _positive(
-        written.get("original_max_position_embeddings", shape.max_position_embeddings),
-        "original_max_position_embeddings",
-        where,
-    )
-    yarn: dict[str, MetadataValue] = {
-        "scaling.type": "yarn",
-        "scaling.factor": factor,
-        "scaling.original_context_length": int(original),
-    }
-    return Rope({**common, **yarn})
-
-
-def _llama3_rope(written: Mapping[str, Any], common: dict[str, MetadataValue], shape: Shape, where: str) -> Rope:
-    """Llama 3.1's scaling: long wavelengths slowed by `factor`, short ones kept, a ramp in between."""
-    factor, low, high, original = (
-        _positive(written.get(key), key, where)
-        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    )
-    if high <= low:
-        raise UserError(
-            f"{where}: high_freq_factor {high} is not above low_freq_factor {low}", "Llama 3.1 has 4.0 and 1.0"
-        )
-    theta = float(common["freq_base"])
-    pairs = np.arange(0, shape.head_dim, 2, dtype=np.float64) / shape.head_dim
-    wavelengths = 2 * math.pi * theta**pairs
-    kept_share = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
-    factors = 1.0 / ((1.0 - kept_share) / factor + kept_share)
-    return Rope(common, factors.astype(np.float32))
-
-
-def _positive(value: Any, name: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or math.isinf(value):
-        raise UserError(f"{where}: {name} is {value!r}", "it is a positive number")
-    return float(value)
+def _add(specs: dict[str, TensorSpec], name: str, tensor: Tensor, gguf_name: str, family: Family, sizes: Sizes) -> None:
+    if tensor.when and (tensor.when.removeprefix("!") in sizes.flags) == tensor.when.startswith("!"):
+        return
+    shape = tuple(sizes.of(letter) for letter in tensor.dims)
+    if tensor.change == "row":
+        for row in range(shape[0]):
+            specs[name.replace("{}", str(row))] = TensorSpec(gguf_name, shape[1:], change="row", row=row, rows=shape[0])
+        return
+    heads = 0
+    if tensor.change == "rope" and family.interleaved_rope:
+        heads = sizes.num_attention_heads if tensor.dims[0] == "Q" else sizes.num_key_value_heads
+    specs[name] = TensorSpec(gguf_name, shape, heads, "" if tensor.change == "rope" else tensor.change)
 
 
 def to_interleaved(weight: NDArray[Any], heads: int) -> NDArray[Any]:
@@ -263,10 +245,10 @@ def to_interleaved(weight: NDArray[Any], heads: int) -> NDArray[Any]:
     `weight`: [heads * head_dim, ...]. transformers rotates (i, i + head_dim/2) together, llama.cpp (2i, 2i+1).
     """
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-    return halves.swapaxes(1, 2).reshape(weight.shape)
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
 
 
 def from_interleaved(weight: NDArray[Any], heads: int) -> NDArray[Any]:
     """The inverse of `to_interleaved`."""
     pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(weight.shape)
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(weight.shape)

@@ -1,121 +1,99 @@
-"""A transformers folder → GGUF, tensor by tensor: no torch, no transformers, one tensor in memory at a time."""
+"""A transformers folder → GGUF: no torch, no transformers, a few megabytes of weights in memory at a time."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import UserError
-from edgedistill.gguf.architectures import (
-    MetadataValue,
-    Rope,
-    TensorSpec,
-    architecture_of,
-    metadata,
-    rope_of,
-    tensor_map,
-    to_interleaved,
-)
+from edgedistill.gguf.architectures import TIED_HEAD, Model, TensorSpec, as_modules, by_gguf_name, model_of
+from edgedistill.gguf.pooling import pooling_of
+from edgedistill.gguf.rope import MetadataValue
+from edgedistill.gguf.streaming import ELEMENT_BYTES, Dtype, equal, write_tensor
 from edgedistill.gguf.tokenizer import GgufTokenizer, read_tokenizer
-from edgedistill.shapes import shape_from_config
-from edgedistill.weights import StoredTensor, check_tensors, read_json, read_tensor, stored_tensors
+from edgedistill.store import fsync_folder
+from edgedistill.weights import StoredTensor, check_tensors, read_json, stored_tensors
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-Dtype = Literal["F32", "F16", "BF16"]
-FLOAT16_MAX = 65504.0
-ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-ROPE_FACTORS = "rope_freqs.weight"
-TIED_HEAD = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
 QUANTIZATION_VERSION = 2
-IGNORED_SUFFIX = "rotary_emb.inv_freq"  # a buffer that old checkpoints carry; computed from the config
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 
 
 def convert_to_gguf(checkpoint: Path, out: Path, *, dtype: Dtype = "F16", name: str = "") -> dict[str, Any]:
     """Write the checkpoint of a transformers folder to the GGUF file `out`, the same bytes for the same input.
 
-    Matrices are stored as `dtype`, vectors as F32. Returns `architecture`, `parameters`, `vocab_size`,
-    `context_length`, `bytes` and `notes` (where llama.cpp's tokenizer is known to differ).
+    Matrices are stored as `dtype`, vectors as F32. Returns `architecture`, `task`, `parameters`, `vocab_size`,
+    `context_length`, `bytes` and `notes` (where llama.cpp is known to differ).
     Raises UserError for whatever cannot be converted faithfully, before any work where the headers tell.
     Nothing is left at `out` on failure.
     """
     where = str(checkpoint)
-    stored = stored_tensors(checkpoint)
-    config = read_json(checkpoint / "config.json", what="config.json")
-    architecture = architecture_of(config, where=where)
-    shape = shape_from_config(config, where=where)
-    specs = tensor_map(shape, architecture)
-    stored = {k: v for k, v in stored.items() if not k.endswith(IGNORED_SUFFIX)}
-    if shape.tie_word_embeddings and TIED_HEAD in stored:
-        _check_tied(stored, where)
-        del stored[TIED_HEAD]
-    check_tensors(stored, {k: s.shape for k, s in specs.items()}, where=where)
-    rope = rope_of(config, shape, where=where)
-    tokenizer = read_tokenizer(checkpoint, vocab_size=shape.vocab_size)
-    keys: dict[str, MetadataValue] = {
-        **metadata(config, shape, where=where),
-        **{f"rope.{k}": v for k, v in rope.metadata.items()},
-    }
-    _write(out, architecture.gguf, keys, tokenizer, specs, stored, rope, dtype=dtype, name=name)
+    files = stored_tensors(checkpoint)
+    model = model_of(read_json(checkpoint / "config.json", what="config.json"), where=where)
+    stored = checked_tensors(files, model, where=where)
+    tokenizer = read_tokenizer(checkpoint, vocab_size=model.sizes.vocab_size)
+    keys = dict(model.keys)
+    notes = [*tokenizer.notes, *model.notes]
+    if model.family.task == "embedding":
+        keys["pooling_type"], pooling_notes = pooling_of(checkpoint)
+        notes += pooling_notes
+    _write(out, model, keys, tokenizer, stored, dtype=dtype, name=name)
     return {
-        "architecture": architecture.gguf,
-        "parameters": shape.parameters,
-        "vocab_size": shape.vocab_size,
-        "context_length": shape.max_position_embeddings,
+        "architecture": model.family.gguf,
+        "task": model.family.task,
+        "parameters": sum(prod(spec.shape) for spec in model.specs.values()),
+        "vocab_size": model.sizes.vocab_size,
+        "context_length": int(str(keys["context_length"])),
         "bytes": out.stat().st_size,
-        "notes": tokenizer.notes,
+        "notes": notes,
     }
 
 
-def as_stored(values: NDArray[np.float32], dtype: Dtype, *, tensor: str) -> NDArray[Any]:
-    """float32 → the array whose bytes a GGUF holds: float32, float16, or bfloat16's bits as uint16.
-
-    Raises UserError for NaN, infinity, and for values that float16 cannot hold.
-    """
-    if not np.isfinite(values).all():
-        bad = int(np.count_nonzero(~np.isfinite(values)))
-        raise UserError(
-            f"{tensor} holds {bad} values that are NaN or infinite", "the training diverged: use an earlier checkpoint"
-        )
-    if dtype == "F32":
-        return values
-    if dtype == "BF16":
-        bits = values.view(np.uint32)
-        # Round to nearest, ties to even: add half of the last kept bit, less one where that bit is even.
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    largest = float(np.abs(values).max(initial=0.0))
-    if largest > FLOAT16_MAX:
-        raise UserError(
-            f"{tensor} holds {largest:g}, more than float16's largest value {FLOAT16_MAX:g}",
-            "export with quantization BF16 or F32",
-        )
-    return values.astype(np.float16)
+def gguf_positions(checkpoint: Path, script: Path | None) -> int:
+    """The longest context of the GGUF that a checkpoint becomes, from its config.json. UserError as in converting."""
+    config = read_json(checkpoint / "config.json", what="config.json")
+    if script is None:
+        return model_of(config, where=str(checkpoint)).context_length
+    nested = config.get("text_config")
+    for table in (config, nested if isinstance(nested, dict) else {}):
+        found = [table[key] for key in POSITION_KEYS if isinstance(table.get(key), int)]
+        if found:
+            return int(found[0])
+    raise UserError(
+        f"{checkpoint}: config.json has none of {', '.join(POSITION_KEYS)}", "state how many positions the model has"
+    )
 
 
-def _check_tied(stored: Mapping[str, StoredTensor], where: str) -> None:
-    if EMBEDDING in stored and not np.array_equal(read_tensor(stored[TIED_HEAD]), read_tensor(stored[EMBEDDING])):
+def checked_tensors(files: Mapping[str, StoredTensor], model: Model, *, where: str) -> dict[str, StoredTensor]:
+    """The tensors that `model` is made of, under the torch modules' names; UserError where the files hold others."""
+    stored = as_modules(files, model.family)
+    if model.tied and model.family.task == "causal-lm" and TIED_HEAD in stored:
+        _check_tied(stored, model.family.embedding, where)
+        del stored[TIED_HEAD]
+    check_tensors(stored, {name: spec.shape for name, spec in model.specs.items()}, where=where)
+    return stored
+
+
+def _check_tied(stored: Mapping[str, StoredTensor], embedding: str, where: str) -> None:
+    if embedding in stored and not equal(stored[TIED_HEAD], stored[embedding]):
         raise UserError(
-            f"{where}: tie_word_embeddings is true, but {TIED_HEAD} differs from {EMBEDDING}",
+            f"{where}: tie_word_embeddings is true, but {TIED_HEAD} differs from {embedding}",
             "set tie_word_embeddings to false in config.json if the model has a head of its own",
         )
 
 
 def _write(
     out: Path,
-    architecture: str,
+    model: Model,
     keys: Mapping[str, MetadataValue],
     tokenizer: GgufTokenizer,
-    specs: Mapping[str, TensorSpec],
     stored: Mapping[str, StoredTensor],
-    rope: Rope,
     *,
     dtype: Dtype,
     name: str,
@@ -123,65 +101,69 @@ def _write(
     from gguf import GGUFWriter
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(prod(s.shape) * ELEMENT_BYTES[_stored_dtype(s.shape, dtype)] for s in specs.values())
+    needed = sum(_bytes(spec, dtype, prod(spec.shape)) for spec in model.specs.values())
     free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise UserError(
             f"{out} needs {needed:,} bytes, and {out.parent} has {free:,} left", "free some space, or write elsewhere"
         )
     part = out.with_name(f"{out.name}.part")
-    writer = GGUFWriter(part, architecture, use_temp_file=False)
+    writer = GGUFWriter(part, model.family.gguf, use_temp_file=False)
     try:
-        _add_metadata(writer, architecture, keys, tokenizer, dtype=dtype, name=name)
-        _write_tensors(writer, specs, stored, rope, dtype)
+        _add_metadata(writer, model, keys, tokenizer, dtype=dtype, name=name)
+        _write_tensors(writer, model, stored, dtype)
         writer.close()
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
         part.replace(out)
+        fsync_folder(out.parent)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error}", "free some space, or write elsewhere") from error
     finally:
-        for file in writer.fout or []:
-            file.close()
+        for open_file in writer.fout or []:
+            open_file.close()
         part.unlink(missing_ok=True)
 
 
-def _stored_dtype(shape: tuple[int, ...], dtype: Dtype) -> Dtype:
+def _stored_dtype(spec: TensorSpec, dtype: Dtype) -> Dtype:
     # Norms and biases: small, and llama.cpp computes with them in float32.
-    return dtype if len(shape) > 1 else "F32"
+    return "F32" if spec.vector else dtype
 
 
-def _write_tensors(
-    writer: GGUFWriter,
-    specs: Mapping[str, TensorSpec],
-    stored: Mapping[str, StoredTensor],
-    rope: Rope,
-    dtype: Dtype,
-) -> None:
+def _bytes(spec: TensorSpec, dtype: Dtype, elements: int) -> int:
+    return elements * ELEMENT_BYTES[_stored_dtype(spec, dtype)]
+
+
+def _write_tensors(writer: GGUFWriter, model: Model, stored: Mapping[str, StoredTensor], dtype: Dtype) -> None:
+    import numpy as np
     from gguf import GGMLQuantizationType
 
-    if rope.frequency_factors is not None:
-        factors = rope.frequency_factors
-        writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
-    for spec in specs.values():
-        kind = _stored_dtype(spec.shape, dtype)
-        size = prod(spec.shape) * ELEMENT_BYTES[kind]
-        writer.add_tensor_info(
-            spec.gguf_name, spec.shape, np.dtype(np.float32), size, raw_dtype=GGMLQuantizationType[kind]
-        )
+    tensors = by_gguf_name(model.specs)
+    for name, factors in model.rope.tensors.items():
+        writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
+    for name, parts in tensors.items():
+        spec = parts[0][1]
+        size = _bytes(spec, dtype, prod(spec.stored_shape))
+        kind = GGMLQuantizationType[_stored_dtype(spec, dtype)]
+        writer.add_tensor_info(name, spec.stored_shape, np.dtype(np.float32), size, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    if rope.frequency_factors is not None:
-        writer.write_tensor_data(rope.frequency_factors)
-    for hf_name, spec in specs.items():
-        values = read_tensor(stored[hf_name])
-        if spec.rope_heads:
-            values = to_interleaved(values, spec.rope_heads)
-        writer.write_tensor_data(as_stored(values, _stored_dtype(spec.shape, dtype), tensor=hf_name))
+    assert writer.fout is not None
+    file = writer.fout[0]
+    for factors in model.rope.tensors.values():
+        writer.write_padding(file, file.tell())
+        factors.tofile(file)
+    for parts in tensors.values():
+        writer.write_padding(file, file.tell())
+        for torch_name, spec in parts:
+            write_tensor(file, stored[torch_name], spec, _stored_dtype(spec, dtype), name=torch_name)
+    writer.write_padding(file, file.tell())
 
 
 def _add_metadata(
     writer: GGUFWriter,
-    architecture: str,
+    model: Model,
     keys: Mapping[str, MetadataValue],
     tokenizer: GgufTokenizer,
     *,
@@ -200,7 +182,9 @@ def _add_metadata(
     writer.add_uint32("general.file_type", int(file_type))
     writer.add_uint32("general.quantization_version", QUANTIZATION_VERSION)
     for key, value in keys.items():
-        _add(writer, f"{architecture}.{key}", value)
+        _add(writer, f"{model.family.gguf}.{key}", value)
+    if model.sizes.token_types:
+        writer.add_uint32("tokenizer.ggml.token_type_count", model.sizes.token_types)
     writer.add_string("tokenizer.ggml.model", tokenizer.model)
     writer.add_string("tokenizer.ggml.pre", tokenizer.pre)
     writer.add_array("tokenizer.ggml.tokens", tokenizer.tokens)
@@ -216,7 +200,9 @@ def _add_metadata(
 
 
 def _add(writer: GGUFWriter, key: str, value: MetadataValue) -> None:
-    if isinstance(value, bool):
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)

@@ -1,8 +1,8 @@
-"""A GGUF's stored weights as float32 under transformers' names: what the torch model must hold to equal it."""
+"""A GGUF's stored weights as float32 under the torch modules' names: what the torch model must hold to equal it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,17 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError, did_you_mean
-from edgedistill.gguf.architectures import GGUF_FAMILIES, Architecture, from_interleaved, tensor_map
-from edgedistill.records import Shape
+from edgedistill.gguf.architectures import TensorSpec, by_gguf_name, from_interleaved, specs_of
+from edgedistill.gguf.config import Sizes
+from edgedistill.gguf.families import FAMILIES, Family
+from edgedistill.gguf.rope import FACTORS, LONG_FACTORS, SHORT_FACTORS
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-COMPUTED = frozenset({"rope_freqs.weight"})  # from the config; no parameter of the torch model
+COMPUTED = frozenset({FACTORS, LONG_FACTORS, SHORT_FACTORS})  # from the config; no parameters of the torch model
+# llama and mistral are one architecture there, with the same names.
+GGUF_FAMILIES: dict[str, Family] = {family.gguf: family for family in reversed(FAMILIES.values())}
 
 
 def dequantized(gguf: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """(transformers name, float32 values in torch's shape and row order), one tensor at a time.
+    """(torch name, float32 values in torch's shape and row order), one GGUF tensor at a time.
 
     A tied head is not repeated. Raises UserError for a file that is no GGUF of a family in the table.
     """
@@ -31,19 +35,29 @@ def dequantized(gguf: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
         reader = GGUFReader(gguf)
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise UserError(f"{gguf} cannot be read as GGUF: {error}", "export the artifact again") from error
-    shape, architecture = _shape_of(reader, gguf)
-    by_gguf_name = {spec.gguf_name: (name, spec) for name, spec in tensor_map(shape, architecture).items()}
+    tensors = by_gguf_name(_specs(reader, gguf))
     for tensor in reader.tensors:
         if tensor.name in COMPUTED:
             continue
-        if tensor.name not in by_gguf_name:
+        if tensor.name not in tensors:
             raise UserError(f"{gguf}: unexpected tensor {tensor.name}", "export it with this version of edgedistill")
-        name, spec = by_gguf_name[tensor.name]
-        values = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32).reshape(spec.shape)
-        yield name, from_interleaved(values, spec.rope_heads) if spec.rope_heads else values
+        values = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        for name, spec in tensors[tensor.name]:
+            yield name, _as_in_torch(values.reshape(spec.stored_shape), spec)
 
 
-def _shape_of(reader: GGUFReader, gguf: Path) -> tuple[Shape, Architecture]:
+def _as_in_torch(values: NDArray[np.float32], spec: TensorSpec) -> NDArray[np.float32]:
+    """The inverse of what the conversion did."""
+    if spec.rope_heads:
+        return from_interleaved(values, spec.rope_heads)
+    if spec.change == "transposed":
+        return np.ascontiguousarray(values.T)
+    if spec.change == "plus_one":
+        return values - np.float32(1)
+    return values[spec.row] if spec.rows else values
+
+
+def _specs(reader: GGUFReader, gguf: Path) -> Mapping[str, TensorSpec]:
     def value(key: str) -> int:
         field = reader.get_field(key)
         if field is None:
@@ -51,22 +65,23 @@ def _shape_of(reader: GGUFReader, gguf: Path) -> tuple[Shape, Architecture]:
         return int(field.contents())
 
     named = reader.get_field("general.architecture")
-    family = str(named.contents()) if named is not None else ""
-    if family not in GGUF_FAMILIES:
-        raise UserError(f"{gguf} is of architecture '{family}'", did_you_mean(family, GGUF_FAMILIES))
-    architecture = GGUF_FAMILIES[family]
-    shape = Shape(
-        family=family,
-        vocab_size=value(f"{family}.vocab_size"),
-        hidden_size=value(f"{family}.embedding_length"),
-        intermediate_size=value(f"{family}.feed_forward_length"),
-        num_hidden_layers=value(f"{family}.block_count"),
-        num_attention_heads=value(f"{family}.attention.head_count"),
-        num_key_value_heads=value(f"{family}.attention.head_count_kv"),
-        head_dim=value(f"{family}.attention.key_length"),
-        tie_word_embeddings=all(t.name != "output.weight" for t in reader.tensors),
-        max_position_embeddings=value(f"{family}.context_length"),
-        attention_bias=architecture.qkv_bias,
-        qk_norm=architecture.qk_norm,
+    architecture = str(named.contents()) if named is not None else ""
+    if architecture not in GGUF_FAMILIES:
+        raise UserError(f"{gguf} is of architecture '{architecture}'", did_you_mean(architecture, GGUF_FAMILIES))
+    family = GGUF_FAMILIES[architecture]
+    rows = {tensor.name: int(tensor.shape[-1]) for tensor in reader.tensors}
+    # A flag is what decides whether its tensors are there: take all that could be, and keep those that are.
+    flags = frozenset({"untied", *(f for f in family.flags if f != "use_parallel_residual")})
+    sizes = Sizes(
+        vocab_size=value(f"{architecture}.vocab_size"),
+        hidden_size=value(f"{architecture}.embedding_length"),
+        intermediate_size=value(f"{architecture}.feed_forward_length"),
+        num_hidden_layers=value(f"{architecture}.block_count"),
+        num_attention_heads=value(f"{architecture}.attention.head_count"),
+        num_key_value_heads=value(f"{architecture}.attention.head_count_kv"),
+        head_dim=value(f"{architecture}.attention.key_length"),
+        max_position_embeddings=rows.get("position_embd.weight", value(f"{architecture}.context_length")),
+        token_types=rows.get("token_types.weight", 0),
+        flags=flags,
     )
-    return shape, architecture
+    return {name: spec for name, spec in specs_of(family, sizes).items() if spec.gguf_name in rows}

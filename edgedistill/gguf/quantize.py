@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from edgedistill.errors import UserError, did_you_mean
-from edgedistill.gguf.convert import convert_to_gguf
+from edgedistill.gguf.architectures import FLOAT32_MATRICES
+from edgedistill.gguf.converter import to_gguf
 from edgedistill.records import Artifact, Fallback
 from edgedistill.runtimes.quantize import quantize_in_child
 from edgedistill.store import combined_sha256, file_entries, fsync_folder, versions
@@ -44,11 +45,19 @@ FALLBACK_LINE = re.compile(
 
 
 def export_gguf(
-    checkpoint: Path, out: Path, *, quantization: str, context_tokens: int, threads: int, name: str
+    checkpoint: Path,
+    out: Path,
+    *,
+    quantization: str,
+    context_tokens: int,
+    threads: int,
+    name: str,
+    converter: Path | None = None,
 ) -> Artifact:
     """Write `out`/model.gguf from a transformers folder and describe what is in it, read back from the file.
 
-    `context_tokens` is capped at what the model was trained for. Raises UserError for a quantization that is
+    `context_tokens` is capped at what the model was trained for. `converter`: llama.cpp's own script, for a family that
+    has no converter here. Raises UserError for a quantization that is
     unknown and for whatever cannot be converted; RuntimeCrashed where llama.cpp dies. Nothing half-written
     stays in `out` on failure.
     """
@@ -59,11 +68,11 @@ def export_gguf(
     log: list[str] = []
     if quantization in UNQUANTIZED:
         dtype = cast(Literal["F32", "F16", "BF16"], quantization)
-        facts = convert_to_gguf(checkpoint, model, dtype=dtype, name=name)
+        facts = to_gguf(checkpoint, model, dtype=dtype, name=name, converter=converter)
     else:
         whole = out / f".{MODEL_FILE}.f16"
         try:
-            facts = convert_to_gguf(checkpoint, whole, dtype="F16", name=name)
+            facts = to_gguf(checkpoint, whole, dtype="F16", name=name, converter=converter)
             log = quantize_in_child(whole, model, quantization=quantization, threads=threads)
         finally:
             whole.unlink(missing_ok=True)
@@ -79,6 +88,8 @@ def fallbacks_of(types: dict[str, tuple[str, int]], log: list[str], *, quantizat
     reported = {m["tensor"]: m for line in log if (m := FALLBACK_LINE.search(line))}
     found = []
     for tensor, (got, columns) in types.items():
+        if got == "F32" and (tensor in FLOAT32_MATRICES or tensor.endswith("_norm.weight")):
+            continue  # no matrix that a product is made with
         line = reported.get(tensor)
         if line is not None:
             wanted, why = line["wanted"].upper(), f"{columns} columns are not a multiple of {line['block']}"
@@ -105,6 +116,8 @@ def _describe(
         format="gguf",
         quantization=quantization,
         runtime="llama.cpp",
+        task=facts["task"],
+        notes=facts["notes"],
         entry=model.name,
         files=files,
         bytes=files[0].bytes,

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import RuntimeCrashed, UserError, did_you_mean
-from edgedistill.gguf.architectures import architecture_of, rope_of, tensor_map
-from edgedistill.gguf.convert import TIED_HEAD, as_stored
+from edgedistill.gguf.architectures import TIED_HEAD, architecture_of, rope_of, tensor_map
+from edgedistill.gguf.streaming import as_stored
 from edgedistill.onnx.graph import count_types, stored_weights
 from edgedistill.records import Artifact, Fallback, Shape
 from edgedistill.runtimes.child import RuntimeProcess, signal_name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,13 @@ class Backend(Protocol):
     def timed(self, tokens_T: NDArray[np.int32], new_tokens: int) -> dict[str, Any]:
         """Greedy decoding from an empty KV cache: `tokens` (the new ones), `ttft_ms` (prompt and first
         token), `token_ms` (each later one: new_tokens - 1 of them)."""
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """A runtime that turns a sequence into one vector."""
+
+    def embedding(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]: ...
 
 
 def greedy_timed(

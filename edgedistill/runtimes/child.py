@@ -274,6 +274,13 @@ class RuntimeProcess:
             out[params["row"] : params["row"] + len(rows)] = rows
         return out
 
+    def embedding(self, tokens_T: IntArray | Sequence[int]) -> FloatArray:
+        """[H] float32 of an encoder: the sequence's embedding, pooled as the artifact says, of any length."""
+        tokens = _token_array(tokens_T)
+        what = f"the embedding of {len(tokens)} tokens"
+        _, arrays = next(self._child.stream("embedding", what, {}, {"tokens": tokens}))
+        return np.array(arrays["embedding"], dtype=np.float32)
+
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
         """Token ids by the artifact's own tokenizer. `parse_special`: control tokens in the text are tokens."""
         params = {"text": text, "add_special": add_special, "parse_special": parse_special}

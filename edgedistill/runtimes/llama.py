@@ -1,4 +1,4 @@
-"""llama.cpp, in the child process: decoding, its tokenizer, and `llama_model_quantize`.
+"""llama.cpp, in the child process: decoding, embeddings, its tokenizer, and `llama_model_quantize`.
 
 The low-level API of llama-cpp-python, because its `Llama` class cannot set `use_extra_bufts` (see probe.py).
 """
@@ -121,7 +121,8 @@ class LlamaBackend:
 
     Kept at llama.cpp's defaults, as an app would have it, and recorded: an F16 KV cache, flash
     attention by its own choice, the weights mapped from the file, all layers offloaded where the
-    build has a GPU.
+    build has a GPU. An encoder (a GGUF whose attention is not causal) gives embeddings and no logits, of
+    a whole sequence at once.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class LlamaBackend:
             )
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        self._encoder = self._metadata(f"{self._metadata('general.architecture')}.attention.causal") == "false"
         self._context, self._context_params = self._new_context(context_tokens)
         self.context_tokens = int(llama_cpp.llama_n_ctx(self._context))
         self._n_gpu_layers = int(model_params.n_gpu_layers)
@@ -159,16 +161,23 @@ class LlamaBackend:
     def _new_context(self, context_tokens: int) -> tuple[Any, Any]:
         params = self._api.llama_context_default_params()
         params.n_ctx = context_tokens
-        params.n_batch = min(MAX_BATCH_TOKENS, context_tokens)
+        params.n_batch = context_tokens if self._encoder else min(MAX_BATCH_TOKENS, context_tokens)
+        params.embeddings = self._encoder
         params.n_ubatch = params.n_batch
         params.n_threads = self._threads
         params.n_threads_batch = self._threads
-        if not self._logits_all and hasattr(params, "n_outputs_max"):
+        if not self._logits_all and not self._encoder and hasattr(params, "n_outputs_max"):
             params.n_outputs_max = 1
         context = self._api.llama_init_from_model(self._model, params)
         if not context:
             raise RuntimeError(f"no context of {context_tokens} tokens: {self._log.complaint()}")
         return context, params
+
+    def _metadata(self, key: str) -> str:
+        """A value of the GGUF as text; "" where it is not there."""
+        buffer = ctypes.create_string_buffer(64)
+        length = self._api.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode() if length >= 0 else ""
 
     def _batch_columns(self) -> dict[str, NDArray[Any]]:
         """numpy views of the C arrays of the batch; every token belongs to sequence 0."""
@@ -207,12 +216,32 @@ class LlamaBackend:
     def logits(self, tokens_T: NDArray[np.int32]) -> Iterator[NDArray[np.float32]]:
         if not self._logits_all:
             raise ValueError("opened with logits_all=False: only the last token's logits are kept")
+        self._require(encoder=False)
         self._clear()
         for start in range(0, len(tokens_T), self._batch_tokens):
             part = tokens_T[start : start + self._batch_tokens]
             self._decode(part, every_row=True)
             # A view of llama.cpp's own buffer: sent before the next batch overwrites it.
             yield np.ctypeslib.as_array(self._api.llama_get_logits(self._context), (len(part), self.vocab_size))
+
+    def embedding(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
+        """[H]: the sequence's embedding, pooled as the GGUF says; [T, H] where it says nothing of pooling."""
+        self._require(encoder=True)
+        pooled = int(self._api.llama_pooling_type(self._context)) != self._api.LLAMA_POOLING_TYPE_NONE
+        self._filled = 0
+        self._decode(tokens_T, every_row=True, encode=True)
+        width = int(self._api.llama_model_n_embd(self._model))
+        if pooled:
+            found = np.ctypeslib.as_array(self._api.llama_get_embeddings_seq(self._context, 0), (width,))
+        else:
+            found = np.ctypeslib.as_array(self._api.llama_get_embeddings(self._context), (len(tokens_T), width))
+        return np.array(found, dtype=np.float32)
+
+    def _require(self, *, encoder: bool) -> None:
+        if encoder and not self._encoder:
+            raise UserError("the artifact is a decoder and gives logits", "export a BERT for embeddings")
+        if self._encoder and not encoder:
+            raise UserError("the artifact is an encoder and gives embeddings, no logits", "ask for its embedding")
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         if self._api.llama_vocab_type(self._vocab) == NO_VOCABULARY:
@@ -229,6 +258,7 @@ class LlamaBackend:
             size = -count
 
     def timed(self, tokens_T: NDArray[np.int32], new_tokens: int) -> dict[str, Any]:
+        self._require(encoder=False)
         self._clear()
         return greedy_timed(self._step, [int(t) for t in tokens_T], new_tokens)
 
@@ -243,16 +273,18 @@ class LlamaBackend:
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
         self._filled = 0
 
-    def _decode(self, tokens: NDArray[np.int32], *, every_row: bool) -> None:
+    def _decode(self, tokens: NDArray[np.int32], *, every_row: bool, encode: bool = False) -> None:
         count = len(tokens)
         self._batch.n_tokens = count
         self._columns["token"][:count] = tokens
         self._columns["pos"][:count] = np.arange(self._filled, self._filled + count)
         self._columns["logits"][:count] = every_row
         self._columns["logits"][count - 1] = True
-        answer = self._api.llama_decode(self._context, self._batch)
+        run = self._api.llama_encode if encode else self._api.llama_decode
+        answer = run(self._context, self._batch)
         if answer != 0:
             raise RuntimeError(
-                f"llama_decode answered {answer} for {count} tokens at position {self._filled}: {self._log.complaint()}"
+                f"{run.__name__} answered {answer} for {count} tokens at position {self._filled}:"
+                f" {self._log.complaint()}"
             )
         self._filled += count

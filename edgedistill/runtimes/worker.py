@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
 from edgedistill.runtimes import frames
-from edgedistill.runtimes.backend import Backend
+from edgedistill.runtimes.backend import Backend, Embedder
 
 BACKENDS = {
     "llama.cpp": "edgedistill.runtimes.llama:LlamaBackend",
@@ -122,6 +122,8 @@ class Worker:
         elif op == "timed":
             new_tokens = int(params["new_tokens"])
             yield self._opened().timed(self._checked(arrays["tokens"], new_tokens), new_tokens), {}
+        elif op == "embedding":
+            yield {}, {"embedding": self._embedder().embedding(self._checked(arrays["tokens"], 0))}
         elif op == "logits":
             yield from self._logits(self._checked(arrays["tokens"], 0))
         else:
@@ -147,6 +149,12 @@ class Worker:
                 yield {"row": sent}, {"logits": part}
                 sent += len(part)
         yield {"done": sent}, {}
+
+    def _embedder(self) -> Embedder:
+        backend = self._opened()
+        if not isinstance(backend, Embedder):
+            raise UserError(f"{type(backend).__name__} gives no embeddings", "open a GGUF of an encoder")
+        return backend
 
     def _opened(self) -> Backend:
         if self.backend is None:
