@@ -95,7 +95,9 @@ def _pack_projections(model: onnx_ir.Model, node: onnx_ir.Node) -> None:
     if any(bias.shape != (width,) for bias in biases):
         return
     tensor = onnx_ir.tensor(np.concatenate(biases), name=f"{weight.name}_bias")
-    bias = onnx_ir.Value(name=tensor.name, const_value=tensor, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype))
+    bias = onnx_ir.Value(
+        name=tensor.name, const_value=tensor, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype)
+    )
     model.graph.register_initializer(bias)
     given = [*node.inputs, *[None] * 6][:6]
     attention = onnx_ir.node(
