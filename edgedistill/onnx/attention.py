@@ -27,9 +27,13 @@ def ort_attention(
     attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
+    position_bias: Any = None,
     **_kwargs: Any,
 ) -> tuple[Any, None]:
-    """softmax(q k^T scaling + mask) v as [B, T, H, D]. `attention_mask`: None, [B, S] of 0 and 1, or [B, 1|H, T, S]."""
+    """softmax(q k^T scaling + bias + mask) v as [B, T, H, D].
+
+    `attention_mask`: None, [B, S] of 0 and 1, or [B, 1|H, T, S], boolean or added; `position_bias`: [1|B, H, T, S].
+    """
     import torch
 
     del dropout  # of training
@@ -47,6 +51,8 @@ def ort_attention(
         bias = attention_mask
         if bias.dtype == torch.bool:
             bias = (~bias).to(query.dtype) * MASKED
+    if position_bias is not None:
+        bias = position_bias if bias is None else bias + position_bias
     out = torch.onnx.ops.symbolic(
         "com.microsoft::MultiHeadAttention",
         [query, key_BHSD.transpose(1, 2).flatten(2), value_BHSD.transpose(1, 2).flatten(2), None, padding, bias],

@@ -156,8 +156,10 @@ def _program(graph: Graph, opset: int) -> Any:
 
     shapes = {name: dict.fromkeys(graph.axes.get(name, {}), torch.export.Dim.AUTO) for name in graph.examples}
     config = OnnxConfig(dynamic_shapes=shapes, opset_version=opset, ort_fusions="cpu")
+    # Copies: one tensor given for two inputs would be one input of the graph.
+    examples = {name: value.clone() for name, value in graph.examples.items()}
     try:
-        program, _ = OnnxExporter().export_program(graph.module, dict(graph.examples), config)
+        program, _ = OnnxExporter().export_program(graph.module, examples, config)
     # torch.export and torch.onnx raise whatever their passes meet; nothing of it is this program's state.
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -169,7 +171,7 @@ def _program(graph: Graph, opset: int) -> Any:
 
 
 def _strip(program: Any) -> None:
-    """Of what tracing notes, keep the name of the module that a node comes from: the rest names this machine's files."""
+    """Of what tracing notes, keep the module that a node comes from: the rest names files of this machine."""
     import ast
 
     program.metadata_props.clear()

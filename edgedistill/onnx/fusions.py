@@ -6,6 +6,7 @@ are one MatMul followed by a Split.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +49,13 @@ def name_axes(model: onnx_ir.Model, axes: Mapping[str, Mapping[int, str]]) -> No
         if value.shape is None:
             continue
         value.shape = onnx_ir.Shape(
-            [dim if isinstance(dim, int) else names.get(str(dim.value), dim) for dim in value.shape]
+            [dim if isinstance(dim, int) else _renamed(str(dim.value), names) for dim in value.shape]
         )
+
+
+def _renamed(size: str, names: Mapping[str, str]) -> str:
+    """ "s59 + s70" → "past + tokens"."""
+    return re.sub(r"\w+", lambda found: names.get(found[0], found[0]), size)
 
 
 def _drop_empty_reshapes(model: onnx_ir.Model) -> None:

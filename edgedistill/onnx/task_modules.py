@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, S source tokens, P past tokens, D width, H heads.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch  # noqa: TID253
@@ -72,21 +73,22 @@ class Encoder(nn.Module):
         states_BSD = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         # One token through the decoder fills the cache; the rest of that pass has no output here and is dropped.
-        model.get_decoder()(
+        decoder = model.get_decoder()
+        decoder(
             input_ids=input_ids[:, :1], encoder_hidden_states=states_BSD, encoder_attention_mask=attention_mask,
-            past_key_values=cache, use_cache=True,
+            use_cache=True, **{_cache_name(decoder): cache},
         )  # fmt: skip
         found = {"last_hidden_state": states_BSD}
         for index, layer in enumerate(cache.cross_attention_cache.layers):
-            found[f"cross.{index}.key"], found[f"cross.{index}.value"] = layer.keys, layer.values
+            found[f"cross_{index}_key"], found[f"cross_{index}_value"] = layer.keys, layer.values
         return found
 
 
 class Decoder(nn.Module):
     """Decoder and head of a sequence-to-sequence model, a cache in and a longer one out; the cache may be empty.
 
-    Inputs: input_ids [B, T], encoder_attention_mask [B, S], past.i.key/value [B, H, P, D], cross.i.key/value
-    [B, H, S, D]. Outputs: logits [B, T, V], present.i.key/value [B, H, P + T, D].
+    Inputs: input_ids [B, T], encoder_attention_mask [B, S], past_i_key/value [B, H, P, D], cross_i_key/value
+    [B, H, S, D]. Outputs: logits [B, T, V], present_i_key/value [B, H, P + T, D].
     """
 
     def __init__(self, model: nn.Module, layers: int) -> None:
@@ -100,19 +102,24 @@ class Decoder(nn.Module):
 
         past, cross = DynamicCache(), DynamicCache()
         for index in range(self.layers):
-            past.update(inputs[f"past.{index}.key"], inputs[f"past.{index}.value"], index)
-            cross.update(inputs[f"cross.{index}.key"], inputs[f"cross.{index}.value"], index)
+            past.update(inputs[f"past_{index}_key"], inputs[f"past_{index}_value"], index)
+            cross.update(inputs[f"cross_{index}_key"], inputs[f"cross_{index}_value"], index)
         cache = EncoderDecoderCache(past, cross)
         cache.is_updated = dict.fromkeys(range(self.layers), True)
         mask = inputs["encoder_attention_mask"]
         # Only its length is read, for the cross-attention's keys are in the cache.
-        width = self.model.config.hidden_size  # type: ignore[union-attr]
-        states_BSD = torch.zeros(mask.shape[0], mask.shape[1], width)
+        model: Any = self.model
+        states_BSD = torch.zeros(mask.shape[0], mask.shape[1], model.config.hidden_size)
         found = self.model(
             decoder_input_ids=inputs["input_ids"], encoder_outputs=BaseModelOutput(last_hidden_state=states_BSD),
-            attention_mask=mask, past_key_values=cache, use_cache=True,
+            attention_mask=mask, use_cache=True, **{_cache_name(self.model): cache},
         )  # fmt: skip
         outputs = {"logits": found.logits}
         for index, layer in enumerate(past.layers):
-            outputs[f"present.{index}.key"], outputs[f"present.{index}.value"] = layer.keys, layer.values
+            outputs[f"present_{index}_key"], outputs[f"present_{index}_value"] = layer.keys, layer.values
         return outputs
+
+
+def _cache_name(module: nn.Module) -> str:
+    """What the cache is called: transformers 5.24 gives it a new name, model by model."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"

@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgedistill.errors import UserError, did_you_mean
-from edgedistill.weights import read_json, read_tensor, stored_tensors
+from edgedistill.weights import read_json
 
 # Task → the transformers class that loads it, how its architectures are called in config.json, the graph's outputs.
 TASKS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "causal-lm": ("AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel"), ("logits",)),
     "embedding": ("AutoModel", (), ("sentence_embedding",)),
-    "feature-extraction": ("AutoModel", ("Model",), ("last_hidden_state",)),
     "text-classification": ("AutoModelForSequenceClassification", ("ForSequenceClassification",), ("logits",)),
     "token-classification": ("AutoModelForTokenClassification", ("ForTokenClassification",), ("logits",)),
     "question-answering": (
@@ -25,6 +22,8 @@ TASKS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "fill-mask": ("AutoModelForMaskedLM", ("ForMaskedLM",), ("logits",)),
     "image-classification": ("AutoModelForImageClassification", ("ForImageClassification",), ("logits",)),
     "text2text": ("AutoModelForSeq2SeqLM", ("ForConditionalGeneration", "MTModel"), ("logits",)),
+    # Last, for its ending is that of other classes too.
+    "feature-extraction": ("AutoModel", ("Model",), ("last_hidden_state",)),
 }  # fmt: skip
 POOLING_FILE = "1_Pooling/config.json"
 NORMALIZE_FOLDER = "2_Normalize"
@@ -74,13 +73,13 @@ def task_of(checkpoint: Path, asked: str | None = None) -> str:
 
 
 def open_task(checkpoint: Path, task: str | None = None) -> TaskModel:
-    """Load a checkpoint for its task. UserError: unknown task, weights with NaN, missing or left over, no text model."""
+    """Load a checkpoint for its task. UserError: unknown task; weights that are missing, damaged or not finite."""
     import transformers
+    from safetensors import SafetensorError
 
     task = task_of(checkpoint, task)
     if task == "causal-lm":
         raise UserError(f"{checkpoint} is a decoder", "export it without --task: onnxruntime-genai's builder takes it")
-    _require_finite(checkpoint)
     loader = getattr(transformers, TASKS[task][0])
     try:
         model, loaded = loader.from_pretrained(
@@ -89,7 +88,7 @@ def open_task(checkpoint: Path, task: str | None = None) -> TaskModel:
                else {}),
         )  # fmt: skip
     # transformers raises many kinds for a config that it cannot read as this class
-    except (ValueError, KeyError, OSError, RuntimeError, TypeError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError, TypeError, SafetensorError) as error:
         raise UserError(
             f"{checkpoint} cannot be loaded for {task}: {str(error).strip().splitlines()[0][:300]}",
             f"name what it does with --task: {', '.join(TASKS)}",
@@ -101,6 +100,7 @@ def open_task(checkpoint: Path, task: str | None = None) -> TaskModel:
             f"train it for that task, or name what it does with --task: {', '.join(TASKS)}",
         )
     model.eval()
+    _require_finite(checkpoint, model)
     vocab_size = int(getattr(model.config, "vocab_size", 0) or 0)
     _require_vocabulary(checkpoint, model, vocab_size)
     return TaskModel(
@@ -165,13 +165,13 @@ def _text2text(model: Any) -> tuple[Graph, ...]:
     source = {"input_ids": tokens, "attention_mask": tokens}
     with torch.inference_mode():
         made = encoder(**source)
-    cross = {name: value.clone() for name, value in made.items() if name.startswith("cross.")}
+    cross = {name: value.clone() for name, value in made.items() if name.startswith("cross_")}
     layers = len(cross) // 2
     examples = {"input_ids": tokens[:, :5], "encoder_attention_mask": tokens}
     for name, value in cross.items():
-        examples[name.replace("cross.", "past.")] = value[:, :, :SAMPLE_PAST].clone()
+        examples[name.replace("cross_", "past_")] = value[:, :, :SAMPLE_PAST].clone()
     axes: dict[str, dict[int, str]] = {
-        name: {0: BATCH, 2: "past"} if name.startswith("past.") else {0: BATCH, 1: "tokens"} for name in examples
+        name: {0: BATCH, 2: "past"} if name.startswith("past_") else {0: BATCH, 1: "tokens"} for name in examples
     }
     axes["encoder_attention_mask"] = {0: BATCH, 1: SEQUENCE}
     axes.update({name: {0: BATCH, 2: SEQUENCE} for name in cross})
@@ -206,9 +206,9 @@ def _has_pooler(checkpoint: Path) -> bool:
     return "add_pooling_layer" in inspect.signature(kind.__init__).parameters
 
 
-def _require_finite(checkpoint: Path) -> None:
-    for name, tensor in stored_tensors(checkpoint).items():
-        bad = int(np.count_nonzero(~np.isfinite(read_tensor(tensor))))
+def _require_finite(checkpoint: Path, model: Any) -> None:
+    for name, values in [*model.named_parameters(), *model.named_buffers()]:
+        bad = int((~values.isfinite()).sum()) if values.is_floating_point() else 0
         if bad:
             raise UserError(
                 f"{checkpoint}: tensor {name} holds {bad:,} values that are NaN or infinite",
