@@ -211,6 +211,14 @@ class Fallback(Record):
     why: str
 
 
+class TensorSpec(Record):
+    """An input or output of a graph: a name in `shape` is an axis that varies."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
 class Parity(Record):
     """The artifact in its runtime against the torch model on real inputs, before anything says success.
 
@@ -304,6 +312,8 @@ class Artifact(Record):
     sensitivity: Sensitivity | None = None
     speed: SpeedComparison | None = None
     notes: list[str] = []
+    inputs: list[TensorSpec] = []
+    outputs: list[TensorSpec] = []
 
 
 class Rung(Record):

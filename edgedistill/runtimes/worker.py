@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +88,7 @@ class Worker:
         self.read_fd = read_fd
         self.write_fd = write_fd
         self.backend: Backend | None = None
+        self.graph: GraphSession | None = None
 
     def serve(self) -> None:
         while (frame := frames.receive(self.read_fd)) is not None:
@@ -116,6 +117,15 @@ class Worker:
             from edgedistill.runtimes.llama_quantize import quantize
 
             yield {"log": quantize(**params)}, {}
+        elif op == "open_graph":
+            from edgedistill.runtimes.graph import GraphSession
+
+            self.graph = GraphSession(Path(params.pop("path")), **params)
+            yield self.graph.info(), {}
+        elif op == "run_graph":
+            if self.graph is None:
+                raise ValueError("no graph is open")
+            yield {}, self.graph.run(arrays)
         elif op == "peak_rss":
             yield {"bytes": peak_rss_bytes()}, {}
         elif op == "tokenize":

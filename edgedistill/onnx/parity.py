@@ -1,0 +1,187 @@
+"""A graph in its runtime against the torch module that it came from; where they part, the first tensor that does.
+
+The graph runs in a child process, the module in this one, on the same inputs. Where an output differs by more than
+rounding, the graph is run again with the output of every module exposed that can be matched (nodes keep the name of
+the module that they were traced in), and the first of them that departs is named.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgedistill.errors import UserError
+from edgedistill.onnx.encoder import MODULE_KEY, FloatExport
+from edgedistill.records import Parity
+from edgedistill.runtimes.graph import GraphProcess
+
+Arrays = Mapping[str, NDArray[Any]]
+# Root mean square of the difference over that of the output about its mean, beyond which it is no rounding: of
+# float32 sums in another order, of half precision's 11 bits and bfloat16's 8 through tens of layers.
+LIMITS = {"FP32": 1e-4, "FP16": 2e-2, "BF16": 1e-1}
+ATTENTION = ("Attention", "MultiHeadAttention")
+PRODUCTS = ("MatMul", "FusedMatMul")
+
+
+@dataclass(frozen=True)
+class Departure:
+    """The first tensor of a graph that is not the module's: `tensor` in the graph, `module` in torch."""
+
+    tensor: str
+    module: str
+    relative_rms: float
+
+
+def check_parity(
+    export: FloatExport,
+    graph: Path,
+    batches: Sequence[Arrays],
+    *,
+    quantization: str,
+    inputs: str,
+    limit: float | None = None,
+    threads: int = 1,
+) -> Parity:
+    """Compare `graph` with the module of `export` on every batch; `inputs` says what they are, for the record.
+
+    Raises UserError where an output's relative difference is over `limit`, naming the first tensor that departs.
+    """
+    limit = LIMITS[quantization] if limit is None else limit
+    values, largest, total, worst, where = 0, 0.0, 0.0, 0.0, ""
+    failed: Arrays | None = None
+    with GraphProcess(graph, threads=threads) as process:
+        version = str(process.info["runtime_version"])
+        for batch in batches:
+            expected, found = export.reference(batch), process.run(batch)
+            for name, reference in expected.items():
+                difference = np.abs(_real(found[name], batch) - _real(reference, batch))
+                error = relative_rms(_real(found[name], batch), _real(reference, batch))
+                values += difference.size
+                largest = max(largest, float(difference.max(initial=0.0)))
+                total += float(difference.sum())
+                if not error <= limit and failed is None:
+                    failed, worst, where = batch, error, name
+                worst = max(worst, error) if failed is None else worst
+    if failed is not None:
+        first = first_departure(export, graph, failed, limit=limit, threads=threads)
+        raise UserError(
+            f"the {quantization} ONNX graph does not compute what torch does: {where} differs by {worst:.2g} of its own"
+            f" size (at most {limit:g} is rounding); the first tensor that departs is {first.tensor} of"
+            f" {first.module or 'the whole model'}, by {first.relative_rms:.2g}",
+            "report this with the model's config.json; another opset (--set export.opset=) or format may be right",
+        )
+    return Parity(
+        runtime=version, inputs=inputs, reference="original", values=values, max_abs_difference=largest,
+        mean_abs_difference=total / max(1, values), relative_rms=worst, limit=limit,
+    )  # fmt: skip
+
+
+def relative_rms(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Root mean square of the difference over that of `expected` about its mean; infinite where a value is none."""
+    if not np.isfinite(found).all():
+        return float("inf")
+    error = float(np.sqrt(np.mean(np.square(found.astype(np.float64) - expected)))) if found.size else 0.0
+    scale = float(np.std(expected.astype(np.float64))) if expected.size > 1 else float(np.abs(expected).max(initial=0))
+    return error / scale if scale > 0 else error
+
+
+def first_departure(export: FloatExport, graph: Path, batch: Arrays, *, limit: float, threads: int = 1) -> Departure:
+    """The first output of a module, in the graph's order, that differs by more than `limit` from torch's."""
+    import onnx
+
+    model = onnx.load(str(graph), load_external_data=False)
+    modules = dict(export.module.named_modules())
+    candidates = _candidates(model, modules)
+    outputs = {value.name for value in model.graph.output}
+    for tensor, _ in candidates:
+        if tensor not in outputs:
+            model.graph.output.append(onnx.ValueInfoProto(name=tensor))
+    with tempfile.NamedTemporaryFile(dir=graph.parent, prefix=".exposed.", suffix=".onnx") as exposed:
+        exposed.write(model.SerializeToString())
+        exposed.flush()
+        # As they are: the runtime's own fusions would remove what is to be compared.
+        with GraphProcess(Path(exposed.name), threads=threads, optimize=False) as process:
+            found = process.run(batch)
+    with _recorded(modules) as recorded:
+        expected = export.reference(batch)
+    for tensor, module in candidates:
+        values = recorded.get(module, [])
+        if len(values) == 1 and values[0].shape == found[tensor].shape:
+            error = relative_rms(_real(found[tensor], batch), _real(values[0], batch))
+            if not error <= limit:
+                return Departure(tensor, module.removeprefix("model."), error)
+    errors = {name: relative_rms(_real(found[name], batch), _real(value, batch)) for name, value in expected.items()}
+    name = next((name for name, error in errors.items() if not error <= limit), next(iter(errors)))
+    return Departure(name, "", errors[name])
+
+
+def _candidates(model: Any, modules: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Tensors of the graph that are a module's output, in order: (tensor, module)."""
+    last: dict[str, int] = {}
+    deepest: dict[str, int] = {}
+    nodes = list(model.graph.node)
+    for index, node in enumerate(nodes):
+        name = next((p.value for p in node.metadata_props if p.key == MODULE_KEY), None)
+        if not name:
+            continue
+        last[name] = index
+        for end in (i for i, c in enumerate(name + ".") if c == "."):
+            deepest[name[:end]] = index
+    # A convolution that took its batch norm in is not what torch's convolution gives: the next module is compared.
+    folded = any(type(m).__name__.startswith("BatchNorm") for m in modules.values()) and not any(
+        node.op_type == "BatchNormalization" for node in nodes
+    )
+    found = []
+    for name, index in last.items():
+        node, module = nodes[index], modules.get(name)
+        if module is None or deepest[name] != index:
+            continue
+        leaf = next(module.children(), None) is None
+        # Its bias went into the node behind it.
+        absorbed = node.op_type in PRODUCTS and getattr(module, "bias", None) is not None
+        if (leaf and not absorbed and not (folded and node.op_type == "Conv")) or node.op_type in ATTENTION:
+            found.append((index, node.output[0], name))
+    return [(tensor, name) for _, tensor, name in sorted(found)]
+
+
+@contextmanager
+def _recorded(modules: Mapping[str, Any]) -> Iterator[dict[str, list[NDArray[Any]]]]:
+    """What every module gives while it lasts: the first tensor of each call."""
+    import torch
+
+    kept: dict[str, list[NDArray[Any]]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            first = output if isinstance(output, torch.Tensor) else next(iter(_tensors(output)), None)
+            if first is not None and first.is_floating_point():
+                kept.setdefault(name, []).append(first.detach().float().numpy().copy())
+
+        return hook
+
+    def _tensors(output: Any) -> list[Any]:
+        parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+        return [part for part in parts if isinstance(part, torch.Tensor)]
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items() if name]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _real(values: NDArray[Any], batch: Arrays) -> NDArray[Any]:
+    """Without the positions that are padding: [batch, sequence, ...] where the mask has that shape."""
+    mask = batch.get("attention_mask")
+    if mask is None or values.ndim < 3 or values.shape[:2] != mask.shape:
+        return values
+    kept: NDArray[Any] = values[mask.astype(bool)]
+    return kept
