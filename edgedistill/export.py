@@ -169,7 +169,7 @@ def _timed_gguf(
 ) -> Artifact:
     """The artifact with its speed against F16's, where it is quantized and the options ask for it."""
     from edgedistill.gguf.converter import to_gguf
-    from edgedistill.gguf.quantize import UNQUANTIZED
+    from edgedistill.gguf.mixes import UNQUANTIZED
     from edgedistill.speed import compare_decoders, report
 
     if not options.compare_speed or made.quantization in UNQUANTIZED or made.task != "causal-lm":

@@ -102,7 +102,7 @@ def test_a_second_build_finds_it_and_another_rate_does_not(built: Command) -> No
 
 
 def test_masters_stay_fp32_and_differ_from_what_is_stored(built: Command) -> None:
-    folder, result = records(built)["gguf:Q4_0"]
+    _, result = records(built)["gguf:Q4_0"]
     weights = load_file(folder / result.path / "model.safetensors")
     assert {t.dtype for t in weights.values()} == {torch.float32}
     quantizer = FakeQuantizer(load_torch(folder / result.path), Rounding("gguf", "Q4_0", result.tensor_types))
@@ -112,7 +112,7 @@ def test_masters_stay_fp32_and_differ_from_what_is_stored(built: Command) -> Non
 
 def test_the_importance_matrix_is_the_float_students_and_goes_with_the_masters(built: Command) -> None:
     """The calibration part of the tiny text is large enough here: Q4_0's `auto` takes a matrix."""
-    folder, result = records(built)["gguf:Q4_0"]
+    _, result = records(built)["gguf:Q4_0"]
     assert result.importance_file is not None
     exported = next(r for r in exports(built).values() if r["quantization"] == "Q4_0")
     assert exported["calibration"] is not None

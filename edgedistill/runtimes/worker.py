@@ -23,6 +23,9 @@ from edgedistill.errors import UserError
 from edgedistill.runtimes import frames
 from edgedistill.runtimes.backend import Backend, Embedder
 
+if TYPE_CHECKING:
+    from edgedistill.runtimes.graph import GraphSession
+
 BACKENDS = {
     "llama.cpp": "edgedistill.runtimes.llama:LlamaBackend",
     "onnxruntime": "edgedistill.runtimes.ort:OrtBackend",
