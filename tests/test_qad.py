@@ -102,7 +102,7 @@ def test_a_second_build_finds_it_and_another_rate_does_not(built: Command) -> No
 
 
 def test_masters_stay_fp32_and_differ_from_what_is_stored(built: Command) -> None:
-    _, result = records(built)["gguf:Q4_0"]
+    folder, result = records(built)["gguf:Q4_0"]
     weights = load_file(folder / result.path / "model.safetensors")
     assert {t.dtype for t in weights.values()} == {torch.float32}
     quantizer = FakeQuantizer(load_torch(folder / result.path), Rounding("gguf", "Q4_0", result.tensor_types))

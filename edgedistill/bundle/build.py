@@ -213,7 +213,7 @@ def _artifact(
         store=store,
     )
     return BundleArtifact(
-        **artifact.model_dump(exclude={"tool_versions"}),
+        **artifact.model_dump(exclude={"tool_versions", "inputs", "outputs"}),
         name=_name(artifact),
         folder=f"model{suffix}",
         inputs=inputs,
