@@ -112,7 +112,7 @@ def test_masters_stay_fp32_and_differ_from_what_is_stored(built: Command) -> Non
 
 def test_the_importance_matrix_is_the_float_students_and_goes_with_the_masters(built: Command) -> None:
     """The calibration part of the tiny text is large enough here: Q4_0's `auto` takes a matrix."""
-    folder, result = records(built)["gguf:Q4_0"]
+    _, result = records(built)["gguf:Q4_0"]
     assert result.importance_file is not None
     exported = next(r for r in exports(built).values() if r["quantization"] == "Q4_0")
     assert exported["calibration"] is not None
