@@ -21,11 +21,12 @@ from edgedistill.distill.fake_quant import rounding_of
 from edgedistill.distill.qad import IMPORTANCE_FILE, float_importance, pinned, qad_settings, train_under_rounding
 from edgedistill.distill.ranks import Ranks
 from edgedistill.distill.save import save_model, weights_digest
+from edgedistill.distill.signals import LiveSignals
 from edgedistill.distill.stage import load_teachers
 from edgedistill.distill.text import training_text
 from edgedistill.models import copy_tokenizer
 from edgedistill.progress import Progress
-from edgedistill.records import Record, TrainResult
+from edgedistill.records import Artifact, Record, TrainResult
 from edgedistill.store import Store, Stored, Work, versions
 from edgedistill.targets import parse_artifact
 from edgedistill.verify.metrics import Summary, mean_over_tokens, perplexity_of
@@ -34,6 +35,20 @@ TYPES = ("gguf:Q4_0", "gguf:Q3_K_M", "gguf:Q2_K", "onnx:INT4")
 TOKENS_SHARE = 0.05
 MOST_TOKENS_SHARE = 0.10
 HALF = 0.5
+
+
+class Remembered(LiveSignals):
+    """The teacher, which answers a batch once: all runs of a seed see the same batches in the same order."""
+
+    def __init__(self, live: LiveSignals) -> None:
+        super().__init__(live.teacher, low_precision=live.low_precision, device=live.device, kept=live.kept)
+        self.answers: dict[tuple[int, ...], Any] = {}
+
+    def batch(self, rows: Any, inputs: torch.Tensor, positions: torch.Tensor | None = None) -> Any:
+        key = tuple(int(row) for row in rows)
+        if key not in self.answers:
+            self.answers[key] = super().batch(rows, inputs, positions)
+        return self.answers[key]
 
 
 class Run(Record):
@@ -45,7 +60,9 @@ class Run(Record):
     training: TrainResult
 
 
-def trained(of: Subject, artifact: str | None, seed: int, *, store: Store, progress: Progress) -> Stored[Run]:
+def trained(
+    of: Subject, artifact: str | None, seed: int, *, teacher: Remembered, store: Store, progress: Progress
+) -> Stored[Run]:
     """The student after the extra tokens: under `artifact`'s rounding, or (None) as it is. Found in the store, or made."""
     asked = of.recipe.distill.qad.model_copy(update={"tokens_share": TOKENS_SHARE})
     settings = qad_settings(of.recipe.distill.model_copy(update={"qad": asked}), distilled_tokens=of.distilled_tokens)
@@ -66,7 +83,7 @@ def trained(of: Subject, artifact: str | None, seed: int, *, store: Store, progr
         ranks = Ranks(0, 1, torch.device("cpu"), False)
         model, float_student = (AutoModelForCausalLM.from_pretrained(of.folder, dtype=torch.float32) for _ in range(2))
         result, signals = train_under_rounding(
-            model, rounding, float_student=float_student, teacher=load_teachers(of.recipe, of.trained.teacher, ranks),
+            model, rounding, float_student=float_student, teacher=teacher,
             text=training_text(of.folder, of.trained.data, settings, seed=seed), settings=settings,
             state=work.state / "checkpoints", ranks=ranks, progress=progress,
         )  # fmt: skip
@@ -87,13 +104,16 @@ def qad_table(
     draws = draws_for(of)
     pairs: dict[str, list[tuple[Scores, Scores]]] = {artifact: [] for artifact in TYPES}
     for seed in seeds:
-        control = trained(of, None, seed, store=store, progress=progress)
+        live = load_teachers(of.recipe, of.trained.teacher, Ranks(0, 1, torch.device("cpu"), False))
+        assert isinstance(live, LiveSignals)
+        teacher = Remembered(live)
+        control = trained(of, None, seed, teacher=teacher, store=store, progress=progress)
         figures["tokens"] = control.result.training.tokens
         where: dict[str, Any] = {"folder": control.directory / "model", "weights": control.result.weights_sha256}
         reference = exported(of, "gguf:F16", store=store, progress=progress, **where)
         for artifact in TYPES:
             plain = exported(of, artifact, store=store, progress=progress, **where)
-            aware = exported_aware(of, artifact, seed, store=store, progress=progress)
+            aware = exported_aware(of, artifact, seed, teacher=teacher, store=store, progress=progress)
             one, other = (scored(of, made, reference, store=store) for made in (aware, plain))
             kl, of_control = mean_kl(one, draws), mean_kl(other, draws)
             share = ratio(kl, of_control)
@@ -118,8 +138,10 @@ def qad_table(
     return figures, rows, bounds
 
 
-def exported_aware(of: Subject, artifact: str, seed: int, *, store: Store, progress: Progress) -> Any:
-    run = trained(of, artifact, seed, store=store, progress=progress)
+def exported_aware(
+    of: Subject, artifact: str, seed: int, *, teacher: Remembered, store: Store, progress: Progress
+) -> Stored[Artifact]:
+    run = trained(of, artifact, seed, teacher=teacher, store=store, progress=progress)
     matrix: Path | None = run.directory / IMPORTANCE_FILE if run.result.importance else None
     chosen = dataclasses.replace(pinned(options(of), matrix), compare_speed=False)
     return exported(
