@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import tiny, torch_model
+from family_models import DECODERS, family
 
 from edgedistill.distill.fake_quant import FakeQuantizer, Rounding, gguf_values, rounding_of
 from edgedistill.errors import UserError
+from edgedistill.export_options import ExportOptions
 from edgedistill.gguf.dequantize import dequantized
+from edgedistill.gguf.importance import compute_importance, write_importance
 from edgedistill.gguf.quantize import export_gguf
 from edgedistill.onnx.blocks import matmul_nbits_values, qdq_values
 from edgedistill.onnx.dequantize import stored
@@ -63,8 +67,9 @@ def test_every_gguf_mix_equals_the_quantized_file(quantization: str, widths: dic
     checkpoint = tiny(tmp_path / "model", tie_word_embeddings=quantization.startswith("Q4"), **widths)
     awkward(checkpoint)
     out = tmp_path / "out"
+    off = ExportOptions(importance_matrix="off")
     rounding = rounding_of(checkpoint, "gguf", quantization, scratch=tmp_path / "scratch")
-    export_gguf(checkpoint, out, quantization=quantization, context_tokens=64, threads=1, name="test")
+    export_gguf(checkpoint, out, quantization=quantization, context_tokens=64, threads=1, name="test", options=off)
     file = dict(dequantized(out / "model.gguf"))
     weights = masters(checkpoint)
     assert set(file) == set(weights) == set(rounding.types)
@@ -142,6 +147,41 @@ def test_qdq_values_are_what_onnxruntime_stores(
     expected = (found["w_quantized"].astype(np.int32) - zero.astype(np.int32)).astype(np.float32) * scale
     rounded = qdq_values(weight, axis=1 if per_channel else None, signed=signed, symmetric=symmetric)
     assert same(rounded, expected)
+
+
+@pytest.mark.parametrize("quantization", ["Q4_0", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K", "IQ3_S"])
+def test_mixes_with_an_importance_matrix_equal_the_quantized_file(quantization: str, tmp_path: Path) -> None:
+    """With a matrix llama.cpp chooses other types, and other values of the same type."""
+    checkpoint = tiny(tmp_path / "model", **WIDE)
+    awkward(checkpoint)
+    sequences = [RNG.integers(0, 400, 64).astype(np.int32) for _ in range(8)]
+    matrix = tmp_path / "matrix.safetensors"
+    write_importance(compute_importance(checkpoint, sequences), matrix)
+    options = ExportOptions(importance_matrix="off", importance_file=matrix)
+    rounding = rounding_of(checkpoint, "gguf", quantization, scratch=tmp_path / "scratch", options=options)
+    weights = masters(checkpoint)
+    plain = dataclasses.replace(rounding, importance={})
+    differ = False
+    for name, values in dequantized(tmp_path / "scratch" / "model.gguf"):
+        assert same(rounding.stored(name, weights[name]), values), (name, rounding.types[name])
+        if rounding.types[name] in ("Q4_0", "Q4_K", "Q3_K", "Q2_K"):  # quick ones
+            differ = differ or not same(plain.stored(name, weights[name]), values)
+    assert differ or quantization.startswith("IQ")
+
+
+@pytest.mark.parametrize(
+    "case", ["gpt2", "gemma2", "qwen2, tied", "phi3", "olmo2", "stablelm, biases, linear", "granite, tied"]
+)
+def test_families_equal_their_quantized_file(case: str, tmp_path: Path) -> None:
+    """Transposed weights, norms stored plus one, fused projections: in torch's layout again, bit for bit."""
+    if case not in DECODERS:
+        case = next(name for name in DECODERS if name.split(",")[0] == case.split(",")[0])
+    checkpoint = family(tmp_path / "model", *DECODERS[case])
+    rounding = rounding_of(checkpoint, "gguf", "Q4_0", scratch=tmp_path / "scratch")
+    weights = masters(checkpoint)
+    for name, values in dequantized(tmp_path / "scratch" / "model.gguf"):
+        assert same(rounding.stored(name, weights[name]), values), (name, rounding.types[name])
+    FakeQuantizer(torch_model(checkpoint), rounding)  # every parameter has its rounding
 
 
 def test_gradients_pass_straight_through_and_the_masters_come_back(tmp_path: Path) -> None:

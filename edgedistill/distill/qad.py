@@ -208,7 +208,7 @@ def _make(
     shutil.rmtree(scratch, ignore_errors=True)
     progress.say(f"qad: {artifact}, {settings.tokens:,} tokens under its rounding")
     work.out.mkdir(parents=True, exist_ok=True)
-    importance = _importance(folder, artifact, options, work.out / IMPORTANCE_FILE, progress)
+    importance = float_importance(folder, artifact, options, work.out / IMPORTANCE_FILE, progress)
     options = dataclasses.replace(pinned(options, importance), compare_speed=False)
     rounding = rounding_of(
         folder, format_, quantization, scratch=scratch, options=options, context_tokens=context_tokens,
@@ -242,7 +242,7 @@ def _make(
     )
 
 
-def _importance(folder: Path, artifact: str, options: ExportOptions, out: Path, progress: Progress) -> Path | None:
+def float_importance(folder: Path, artifact: str, options: ExportOptions, out: Path, progress: Progress) -> Path | None:
     """The importance matrix of the float student, written to `out`, where an export of it would use one; else None."""
     from edgedistill.gguf.importance import calibration_sequences, compute_importance, write_importance
     from edgedistill.gguf.mixes import MIXES_THAT_NEED_IMPORTANCE, uses_importance

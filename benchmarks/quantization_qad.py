@@ -1,0 +1,167 @@
+"""Stage of quantization.py that trains: quantization-aware distillation against a control, over three seeds.
+
+Per seed both start at the distilled student and see the same extra tokens with the same loss (the teacher's and the float
+student's probabilities, see distill/qad.py); only the aware run computes with the stored weights. The control is then
+quantized by the product's defaults. Both are held to the control's F16 file, in the runtimes that ship.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import Bound
+from quantization_setup import Scores, Subject, draws_for, exported, mean_kl, options, ratio, scored
+from transformers import AutoModelForCausalLM
+
+from edgedistill.distill.fake_quant import rounding_of
+from edgedistill.distill.qad import IMPORTANCE_FILE, float_importance, pinned, qad_settings, train_under_rounding
+from edgedistill.distill.ranks import Ranks
+from edgedistill.distill.save import save_model, weights_digest
+from edgedistill.distill.signals import LiveSignals
+from edgedistill.distill.stage import load_teachers
+from edgedistill.distill.text import training_text
+from edgedistill.models import copy_tokenizer
+from edgedistill.progress import Progress
+from edgedistill.records import Artifact, Record, TrainResult
+from edgedistill.store import Store, Stored, Work, versions
+from edgedistill.targets import parse_artifact
+from edgedistill.verify.metrics import Summary, mean_over_tokens, perplexity_of
+
+TYPES = ("gguf:Q4_0", "gguf:Q3_K_M", "gguf:Q2_K", "onnx:INT4")
+TOKENS_SHARE = 0.05
+MOST_TOKENS_SHARE = 0.10
+HALF = 0.5
+
+
+class Remembered(LiveSignals):
+    """The teacher, which answers a batch once: all runs of a seed see the same batches in the same order."""
+
+    def __init__(self, live: LiveSignals) -> None:
+        super().__init__(live.teacher, low_precision=live.low_precision, device=live.device, kept=live.kept)
+        self.answers: dict[tuple[int, ...], Any] = {}
+
+    def batch(self, rows: Any, inputs: torch.Tensor, positions: torch.Tensor | None = None) -> Any:
+        key = tuple(int(row) for row in rows)
+        if key not in self.answers:
+            self.answers[key] = super().batch(rows, inputs, positions)
+        return self.answers[key]
+
+
+class Run(Record):
+    """model/ and, where the rounding has one, its importance matrix."""
+
+    weights_sha256: str
+    importance: bool
+    signals: str
+    training: TrainResult
+
+
+def trained(
+    of: Subject, artifact: str | None, seed: int, *, teacher: Remembered, store: Store, progress: Progress
+) -> Stored[Run]:
+    """The student after the extra tokens: under `artifact`'s rounding, or (None) as it is. Found in the store, or made."""
+    asked = of.recipe.distill.qad.model_copy(update={"tokens_share": TOKENS_SHARE})
+    settings = qad_settings(of.recipe.distill.model_copy(update={"qad": asked}), distilled_tokens=of.distilled_tokens)
+    inputs = {
+        "student": of.trained.student.result.weights_sha256, "artifact": artifact, "seed": seed,
+        "settings": settings.model_dump(mode="json", exclude={"checkpoint_every_s", "tracker"}),
+        "versions": versions("torch", "llama-cpp-python", "onnxruntime"),
+    }  # fmt: skip
+
+    def make(work: Work) -> Run:
+        chosen, rounding = options(of), None
+        matrix = None
+        if artifact is not None:
+            matrix = float_importance(of.folder, artifact, chosen, work.out / IMPORTANCE_FILE, progress)
+            rounding = rounding_of(
+                of.folder, *parse_artifact(artifact), scratch=work.state / "rounding", options=pinned(chosen, matrix)
+            )
+        ranks = Ranks(0, 1, torch.device("cpu"), False)
+        model, float_student = (AutoModelForCausalLM.from_pretrained(of.folder, dtype=torch.float32) for _ in range(2))
+        result, signals = train_under_rounding(
+            model, rounding, float_student=float_student, teacher=teacher,
+            text=training_text(of.folder, of.trained.data, settings, seed=seed), settings=settings,
+            state=work.state / "checkpoints", ranks=ranks, progress=progress,
+        )  # fmt: skip
+        save_model(model, work.out / "model", ranks)
+        copy_tokenizer(of.folder, work.out / "model")
+        digest = weights_digest(work.out / "model")
+        return Run(weights_sha256=digest, importance=matrix is not None, signals=signals, training=result)
+
+    return store.run("quantization-qad", inputs, make, Run)
+
+
+def qad_table(
+    of: Subject, seeds: list[int], *, store: Store, progress: Progress
+) -> tuple[dict[str, Any], list[tuple[str, ...]], list[Bound]]:
+    """Mean KL from the control's F16 file: of the aware student's artifact over that of the control's own."""
+    figures: dict[str, Any] = {"tokens_share": TOKENS_SHARE, "types": {}}
+    rows, bounds = [], []
+    draws = draws_for(of)
+    pairs: dict[str, list[tuple[Scores, Scores]]] = {artifact: [] for artifact in TYPES}
+    for seed in seeds:
+        live = load_teachers(of.recipe, of.trained.teacher, Ranks(0, 1, torch.device("cpu"), False))
+        assert isinstance(live, LiveSignals)
+        teacher = Remembered(live)
+        control = trained(of, None, seed, teacher=teacher, store=store, progress=progress)
+        figures["tokens"] = control.result.training.tokens
+        where: dict[str, Any] = {"folder": control.directory / "model", "weights": control.result.weights_sha256}
+        reference = exported(of, "gguf:F16", store=store, progress=progress, **where)
+        for artifact in TYPES:
+            plain = exported(of, artifact, store=store, progress=progress, **where)
+            aware = exported_aware(of, artifact, seed, teacher=teacher, store=store, progress=progress)
+            one, other = (scored(of, made, reference, store=store) for made in (aware, plain))
+            kl, of_control = mean_kl(one, draws), mean_kl(other, draws)
+            share = ratio(kl, of_control)
+            pairs[artifact].append((one, other))
+            figures["types"].setdefault(artifact, {})[f"seed {seed}"] = {
+                "kl_aware": kl.value, "kl_control": of_control.value, "ratio": share.value, "ratio_ci95": share.ci95,
+                "perplexity_aware": perplexity(one, draws), "perplexity_control": perplexity(other, draws),
+            }  # fmt: skip
+            rows.append(_row(artifact, str(seed), kl, of_control, share))
+    for artifact, seen in pairs.items():
+        kl, of_control = (pooled([pair[side] for pair in seen], draws) for side in (0, 1))
+        share = ratio(kl, of_control)
+        figures["types"][artifact]["all seeds"] = {"ratio": share.value, "ratio_ci95": share.ci95}
+        rows.append(_row(artifact, "all", kl, of_control, share))
+        bounds.append(
+            Bound(f"{artifact}: KL from the F16 control, aware / control, upper end", share.ci95[1], "<=", HALF)
+        )
+        worst = max(figures["types"][artifact][f"seed {seed}"]["ratio_ci95"][1] for seed in seeds)
+        bounds.append(Bound(f"{artifact}: the same, worst of {len(seeds)} seeds", worst, "<=", HALF))
+    spent = figures["tokens"] / of.distilled_tokens
+    bounds.append(Bound("extra tokens / tokens of the distillation", spent, "<=", MOST_TOKENS_SHARE))
+    return figures, rows, bounds
+
+
+def exported_aware(
+    of: Subject, artifact: str, seed: int, *, teacher: Remembered, store: Store, progress: Progress
+) -> Stored[Artifact]:
+    run = trained(of, artifact, seed, teacher=teacher, store=store, progress=progress)
+    matrix: Path | None = run.directory / IMPORTANCE_FILE if run.result.importance else None
+    chosen = dataclasses.replace(pinned(options(of), matrix), compare_speed=False)
+    return exported(
+        of, artifact, store=store, folder=run.directory / "model", weights=run.result.weights_sha256, chosen=chosen,
+        progress=progress,
+    )  # fmt: skip
+
+
+def perplexity(scores: Scores, draws: np.ndarray) -> float:
+    return perplexity_of(mean_over_tokens(scores.nll, scores.document, draws)).value
+
+
+def pooled(seen: list[Scores], draws: np.ndarray) -> Summary:
+    """The mean over seeds, each document's tokens of all seeds drawn together."""
+    means = [mean_kl(scores, draws) for scores in seen]
+    return Summary(float(np.mean([m.value for m in means])), np.mean([m.draws for m in means], axis=0))
+
+
+def _row(artifact: str, seed: str, kl: Summary, of_control: Summary, share: Summary) -> tuple[str, ...]:
+    return (
+        artifact, seed, f"{kl.value:.5f}", f"{of_control.value:.5f}",
+        f"{share.value:.3f} [{share.ci95[0]:.3f}, {share.ci95[1]:.3f}]",
+    )  # fmt: skip
