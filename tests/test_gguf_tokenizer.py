@@ -15,7 +15,7 @@ from vocabularies import differing, random_texts, unknown_to_llama_cpp, vocabula
 from edgedistill.errors import UserError
 from edgedistill.gguf.convert import convert_to_gguf
 from edgedistill.gguf.pretokenizers import BYTES_ONLY, NEW_CHARACTERS_NOTE
-from edgedistill.gguf.tokenizer import CONTROL, UNUSED, USER_DEFINED, added_ends, read_tokenizer
+from edgedistill.gguf.tokenizer import CONTROL, UNUSED, USER_DEFINED, added_ends, general_name, read_tokenizer
 from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.verify.tokenizer_check import VARIED_TEXTS, check_tokenizer
 
@@ -222,6 +222,39 @@ def test_metaspace_as_transformers_5_saves_it(test_data: Path, tmp_path: Path) -
         wrong = differing(folder, runtime, [*VARIED_TEXTS, *random_texts()], plain=True)
         assert wrong
         assert [text for text in wrong if not text.startswith((" ", "\u2581"))] == []
+
+
+def test_special_tokens_that_take_the_white_space_behind_them(test_data: Path, tmp_path: Path) -> None:
+    """Phi-3's: llama.cpp strips by the model's name, which is therefore set, and cleared where nothing is stripped."""
+    folder = tmp_path / "model"
+    with_tokenizer(folder, *(test_data / "tokenizers" / "hf_tinyllama").iterdir(), vocab_size=32004)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    assert not read_tokenizer(folder, vocab_size=32004).strips_right
+    added = tokenizer["added_tokens"]
+    next(a for a in added if a["content"] == "</s>")["rstrip"] = True
+    more = {**added[0], "rstrip": True}
+    added += [{**more, "id": 32000 + i, "content": c} for i, c in enumerate(("<|user|>", "<|end|>", "<|assistant|>"))]
+    added.append({**more, "id": 32003, "content": "<|endoftext|>", "rstrip": False})
+    edit_json(folder / "tokenizer.json", added_tokens=added)
+    found = read_tokenizer(folder, vocab_size=32004)
+    assert found.strips_right
+    assert [n for n in found.notes if "ASCII white space" not in n] == []
+    texts = ["<|user|>\n hello <|end|>\n<|assistant|>  hi</s>\t\n x<s>  y <unk> z"]
+    texts += [t for t in TRICKY if not {"\u00a0", "\u3000"} & set(t)]
+    with vocabulary_in_llama_cpp(folder, 32004) as runtime:
+        assert differing(folder, runtime, texts) == []
+        assert differing(folder, runtime, ["<|end|>\u00a0a"]) == ["<|end|>\u00a0a"]
+    assert (general_name("Phi3-mini", found), general_name("mine", found)) == ("Phi3-mini", "mine (phi-3)")
+
+
+def test_a_model_called_phi_3_with_another_tokenizer(tmp_path: Path) -> None:
+    """llama.cpp would not load it: it looks for Phi-3's tokens by the name."""
+    folder = tiny(tmp_path / "model")
+    convert_to_gguf(folder, tmp_path / "model.gguf", name="my-Phi-3-student")
+    with RuntimeProcess(
+        "llama.cpp", tmp_path / "model.gguf", threads=1, context_tokens=32, use_extra_bufts=False
+    ) as runtime:
+        checked(folder, runtime)
 
 
 def test_chat_template_from_file_and_config(tmp_path: Path) -> None:

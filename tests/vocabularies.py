@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgedistill.gguf.tokenizer import add_tokenizer, read_tokenizer
+from edgedistill.gguf.tokenizer import add_tokenizer, general_name, read_tokenizer
 from edgedistill.runtimes.child import RuntimeProcess
 
 # One or more of every kind of character that tokenizers tell apart.
@@ -85,7 +85,9 @@ def vocabulary_in_llama_cpp(folder: Path, vocab_size: int) -> RuntimeProcess:
         writer.add_uint32(f"llama.{key}", 64)
     writer.add_uint32("llama.attention.head_count", 1)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-    add_tokenizer(writer, read_tokenizer(folder, vocab_size=vocab_size))
+    tokenizer = read_tokenizer(folder, vocab_size=vocab_size)
+    writer.add_string("general.name", general_name("a model", tokenizer))
+    add_tokenizer(writer, tokenizer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -14,7 +14,7 @@ from edgedistill.gguf.architectures import TIED_HEAD, Model, TensorSpec, as_modu
 from edgedistill.gguf.pooling import pooling_of
 from edgedistill.gguf.rope import MetadataValue
 from edgedistill.gguf.streaming import ELEMENT_BYTES, Dtype, equal, write_tensor
-from edgedistill.gguf.tokenizer import GgufTokenizer, add_tokenizer, read_tokenizer
+from edgedistill.gguf.tokenizer import GgufTokenizer, add_tokenizer, general_name, read_tokenizer
 from edgedistill.store import fsync_folder
 from edgedistill.weights import StoredTensor, check_tensors, read_json, stored_tensors
 
@@ -178,7 +178,7 @@ def _add_metadata(
         "BF16": LlamaFileType.MOSTLY_BF16,
     }[dtype]
     writer.add_string("general.type", "model")
-    writer.add_string("general.name", name)
+    writer.add_string("general.name", general_name(name, tokenizer))
     writer.add_uint32("general.file_type", int(file_type))
     writer.add_uint32("general.quantization_version", QUANTIZATION_VERSION)
     for key, value in keys.items():

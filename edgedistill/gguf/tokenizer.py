@@ -6,6 +6,7 @@ recognised here is refused: a near miss gives other tokens and no error.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BYTES", "CONTROL", "NORMAL", "UNUSED", "USER_DEFINED", "GgufTokenizer", "add_tokenizer", "added_ends",
-    "read_tokenizer",
+    "general_name", "read_tokenizer",
 ]  # fmt: skip
 
+PHI3 = re.compile("phi-?3", re.IGNORECASE)
 KINDS: dict[str, Callable[[TokenizerFiles, Mapping[str, Any], int], GgufTokenizer]] = {
     "BPE": bpe,
     "Unigram": unigram,
@@ -55,6 +57,14 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> GgufTokenizer:
     if kind not in KINDS:
         raise unknown(files.where, f"a {kind} model")
     return KINDS[kind](files, model, vocab_size)
+
+
+def general_name(name: str, tokenizer: GgufTokenizer) -> str:
+    """`name` as `general.name` may hold it: with "phi-3" in it where special tokens take the white space behind them,
+    and only there, for llama.cpp goes by the name (and loads no model so named without Phi-3's tokens)."""
+    if tokenizer.strips_right:
+        return name if PHI3.search(name) else f"{name} (phi-3)"
+    return PHI3.sub("phi 3", name)
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: GgufTokenizer) -> None:

@@ -19,6 +19,8 @@ SPACE_MARK = "\u2581"
 BYTES = frozenset(f"<0x{value:02X}>" for value in range(256))
 # Whatever their type in the file, llama.cpp reads these as tokens, in plain text too.
 ALWAYS_PARSED = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
+# Phi-3's special tokens take the white space behind them, but for these.
+NEVER_STRIPPED = ("<unk>", "<s>", "<|endoftext|>")
 KNOWN_TOKENIZERS = (
     "byte-level BPE, SentencePiece-style BPE with byte fallback (as in Llama 2, Gemma), SentencePiece unigram, "
     "WordPiece as in BERT"
@@ -29,7 +31,8 @@ KNOWN_TOKENIZERS = (
 class GgufTokenizer:
     """What a GGUF says about its tokenizer. Lists are indexed by token id; `special` maps llama.cpp's roles (bos,
     eos, unknown, padding, seperator, mask) to ids; `extra` holds further keys under `tokenizer.ggml.`.
-    `notes`: the texts for which llama.cpp is known to differ from the original."""
+    `notes`: the texts for which llama.cpp is known to differ from the original. `strips_right`: as Phi-3's, special
+    tokens take the white space behind them, which llama.cpp does for a model of such a name (see `general_name`)."""
 
     model: str
     pre: str
@@ -43,6 +46,7 @@ class GgufTokenizer:
     add_space_prefix: bool
     chat_template: str
     notes: list[str] = field(default_factory=list)
+    strips_right: bool = False
     extra: dict[str, bool | bytes] = field(default_factory=dict)
 
 
@@ -119,7 +123,8 @@ def assemble(
         add_eos=ends[1] is not None and roles[1] == "eos",
         add_space_prefix=space,
         chat_template=_chat_template(files),
-        notes=[*notes, *_notes_on_added(added, kind)],
+        notes=[*notes, *_notes_on_added(added, kind, strips_right=_strips_as_phi3(added))],
+        strips_right=_strips_as_phi3(added),
         extra=extra or {},
     )
 
@@ -230,7 +235,14 @@ def _set_ends(
             )
 
 
-def _notes_on_added(added: list[dict[str, Any]], kind: str) -> list[str]:
+def _strips_as_phi3(added: list[dict[str, Any]]) -> bool:
+    strips = {str(a["content"]): bool(a.get("rstrip")) for a in added}
+    other = any(a.get("lstrip") or a.get("single_word") for a in added)
+    named = {"</s>", *NEVER_STRIPPED} <= strips.keys()  # llama.cpp looks for these by name
+    return named and not other and all(strips[t] != (t in NEVER_STRIPPED) for t in strips)
+
+
+def _notes_on_added(added: list[dict[str, Any]], kind: str, *, strips_right: bool) -> list[str]:
     notes = []
     # Where all spaces around words are dropped, those around special tokens are too.
     drops_spaces = kind in ("bert", "t5")
@@ -239,7 +251,9 @@ def _notes_on_added(added: list[dict[str, Any]], kind: str) -> list[str]:
         for a in added
         if a.get("single_word") or (not drops_spaces and (a.get("lstrip") or a.get("rstrip")))
     ]
-    if around:
+    if strips_right:
+        notes.append("llama.cpp strips only ASCII white space behind special tokens, not U+00A0 and the like")
+    elif around:
         notes.append(f"llama.cpp does not strip spaces or look for word ends around {_listed(around)}")
     parsed = [a["content"] for a in added if a.get("special") and a["content"] in ALWAYS_PARSED]
     if parsed:
