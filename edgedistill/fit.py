@@ -146,16 +146,16 @@ def _breaches_of_one(planned: ArtifactPlan, target: Target) -> list[Breach]:
 def artifact_plan(shape: Shape, recipe: Recipe, target: Target, format_: str, quantization: str) -> ArtifactPlan:
     context = context_of(recipe, target, shape)
     importance = uses_importance(quantization, recipe.export.importance_matrix) if format_ == "gguf" else None
-    size = sizes.artifact_bytes(shape, format_, quantization, importance=importance)
+    types = tuple(recipe.export.tensor_types.items())
+    size = sizes.artifact_bytes(shape, format_, quantization, importance=importance, tensor_types=types)
     cache = sizes.kv_cache_bytes(shape, context, format_, quantization)
     floats = "F16" if format_ == "gguf" else "FP32"
     scratch = sizes.compute_buffer_bytes(shape, context)
     runtime = int(target.runtime_bytes.value) + scratch
     # The ceiling is at the least that decoding reads: the cache as the bench's prompt leaves it.
     prompt = min(recipe.bench.prompt_tokens or target.bench.prompt_tokens, context)
-    read = sizes.read_bytes_a_token(shape, format_, quantization, importance=importance) + sizes.kv_cache_bytes(
-        shape, prompt, format_, quantization
-    )
+    read = sizes.read_bytes_a_token(shape, format_, quantization, importance=importance, tensor_types=types)
+    read += sizes.kv_cache_bytes(shape, prompt, format_, quantization)
 
     def derived(value: float, source: str) -> Figure:
         return Figure(value=value, unit="B", basis="derived", source=source)

@@ -261,6 +261,12 @@ class Export(Section):
     ort_format: bool = Field(False, description="write the graph in ORT format too, for mobile builds of the runtime")
     compare_speed: bool = Field(True, description="measure float against quantized where the runtime is at hand")
 
+    @field_validator("importance_matrix", mode="before")
+    @classmethod
+    def _on_or_off(cls, value: Any) -> Any:
+        # YAML reads a bare on and off as true and false.
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
     @field_validator("artifacts", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from edgedistill.errors import UserError
+from edgedistill.gguf.mixes import MIXES_THAT_NEED_IMPORTANCE
 from edgedistill.recipe import Recipe
 
 
@@ -52,3 +55,15 @@ def refuse_trimming(recipe: Recipe) -> None:
             "student.trim_vocabulary is true, and student.start is pretrained: that student keeps its own tokens",
             "set student.trim_vocabulary=false, or start from the teacher: student.start=layers, width or both",
         )
+
+
+def refuse_importance(recipe: Recipe, artifacts: Iterable[tuple[str, str]]) -> None:
+    """Refuse (format, quantization) that llama.cpp writes with an importance matrix alone, where none is to be made."""
+    if recipe.export.importance_matrix != "off":
+        return
+    for format_, quantization in artifacts:
+        if format_ == "gguf" and quantization in MIXES_THAT_NEED_IMPORTANCE:
+            raise UserError(
+                f"export.importance_matrix is off, and llama.cpp writes {quantization} with an importance matrix alone",
+                "set it to auto, or choose IQ3_S, Q3_K_M or a larger quantization",
+            )

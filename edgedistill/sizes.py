@@ -6,10 +6,10 @@ one by themselves; tests/test_sizes.py holds it to files that llama.cpp quantize
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from edgedistill.gguf.mixes import BASE_TYPES, GGML_BLOCKS, types_of, uses_importance
+from edgedistill.gguf.mixes import BASE_TYPES, GGML_BLOCKS, chosen_overrides, types_of, usable_type, uses_importance
 from edgedistill.records import Shape
 
 # Names, dimensions and offsets in the header; the tokenizer's pieces, types, scores or merges.
@@ -44,10 +44,16 @@ class Tensor(NamedTuple):
         return self.rows * self.columns // weights * size
 
 
-def gguf_tensors(shape: Shape, quantization: str, *, importance: bool | None = None) -> Iterator[Tensor]:
+TensorTypes = Sequence[tuple[str, str]]
+
+
+def gguf_tensors(
+    shape: Shape, quantization: str, *, importance: bool | None = None, tensor_types: TensorTypes = ()
+) -> Iterator[Tensor]:
     """Every tensor of the GGUF of this shape with the type that llama.cpp gives it.
 
     `importance`: whether an importance matrix is used; None: as `export.importance_matrix: auto` does.
+    `tensor_types`: (regular expression, type) as `export.tensor_types` has it; UserError for one that cannot be.
     """
     query, key_value = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     hidden, inner = shape.hidden_size, shape.intermediate_size
@@ -71,13 +77,16 @@ def gguf_tensors(shape: Shape, quantization: str, *, importance: bool | None = N
             vectors |= {f"blk.{i}.attn_{name}.bias": width for name, width in widths.items()}
         if shape.qk_norm:
             vectors |= {f"blk.{i}.attn_{name}_norm": shape.head_dim for name in "qk"}
+    widths = {f"{name}.weight": columns for name, (_, columns) in matrices.items()}
     types = types_of(
-        {f"{name}.weight": columns for name, (_, columns) in matrices.items()},
+        widths,
         quantization,
         layers=shape.num_hidden_layers,
         heads_a_key=shape.num_attention_heads // shape.num_key_value_heads,
         importance=uses_importance(quantization) if importance is None else importance,
     )
+    for name, type_ in chosen_overrides(widths, tensor_types).items():
+        types[name] = usable_type(type_, widths[name])
     for name, (rows, columns) in matrices.items():
         yield Tensor(name, rows, columns, types[f"{name}.weight"])
     for name, width in vectors.items():
@@ -92,10 +101,12 @@ def k_quant_fallbacks(shape: Shape, quantization: str) -> int:
     return sum(GGML_BLOCKS[tensor.type][0] != K_QUANT_COLUMNS for tensor in matrices)
 
 
-def artifact_bytes(shape: Shape, format_: str, quantization: str, *, importance: bool | None = None) -> int:
-    """Bytes of the artifact's files, tokenizer included. `importance`: as `gguf_tensors` has it."""
+def artifact_bytes(
+    shape: Shape, format_: str, quantization: str, *, importance: bool | None = None, tensor_types: TensorTypes = ()
+) -> int:
+    """Bytes of the artifact's files, tokenizer included. The rest: as `gguf_tensors` has it."""
     if format_ == "gguf":
-        tensors = list(gguf_tensors(shape, quantization, importance=importance))
+        tensors = list(gguf_tensors(shape, quantization, importance=importance, tensor_types=tensor_types))
         weights = sum(-(-t.bytes // GGUF_ALIGNMENT) * GGUF_ALIGNMENT for t in tensors)
         return weights + len(tensors) * GGUF_BYTES_A_TENSOR + shape.vocab_size * GGUF_BYTES_A_TOKEN
     table = shape.vocab_size * shape.hidden_size
@@ -108,11 +119,13 @@ def artifact_bytes(shape: Shape, format_: str, quantization: str, *, importance:
     return int(matmul) + floats + graph
 
 
-def read_bytes_a_token(shape: Shape, format_: str, quantization: str, *, importance: bool | None = None) -> int:
+def read_bytes_a_token(
+    shape: Shape, format_: str, quantization: str, *, importance: bool | None = None, tensor_types: TensorTypes = ()
+) -> int:
     """Weight bytes that decoding one token must read: every layer and the head, of the embedding one row."""
     if format_ == "gguf":
         untied = not shape.tie_word_embeddings
-        tensors = gguf_tensors(shape, quantization, importance=importance)
+        tensors = gguf_tensors(shape, quantization, importance=importance, tensor_types=tensor_types)
         return sum(t.bytes for t in tensors if not (untied and t.name == "token_embd"))
     head = shape.vocab_size * shape.hidden_size
     return int((_matmul_weights(shape) + head) * ONNX_MATMUL_BYTES[quantization])

@@ -451,3 +451,18 @@ def test_the_default_start_is_said_and_so_is_why_it_is_another() -> None:
     with pytest.raises(UserError, match="head_dim is 32"):
         _plan(JETSON, recipe=_recipe(f"student.start={best}", asked))
     assert _plan(JETSON, student=TEACHER).start == "given"
+
+
+def test_types_by_tensor_and_matrices_are_planned_and_refused() -> None:
+    """What export would refuse after hours of training is refused now; what it takes is in the sizes."""
+    plain = _plan(JETSON).artifacts[0].artifact_bytes.value
+    higher = _plan(JETSON, recipe=_recipe("export.tensor_types={ffn_down: Q8_0}"), student=_plan(JETSON).student)
+    assert higher.artifacts[0].artifact_bytes.value > plain
+    with pytest.raises(UserError, match="matches no matrix"):
+        _plan(JETSON, recipe=_recipe("export.tensor_types={ffn_dwn: Q8_0}"))
+    with pytest.raises(UserError, match="no ggml type 'Q8'"):
+        _plan(JETSON, recipe=_recipe("export.tensor_types={ffn_down: Q8}"))
+    low = ("export.artifacts=gguf:IQ2_XS", "export.importance_matrix=off")
+    with pytest.raises(UserError, match="writes IQ2_XS with an importance matrix alone"):
+        _plan(JETSON, recipe=_recipe(*low))
+    assert _plan(JETSON, recipe=_recipe(low[0])).artifacts[0].artifact_bytes.value < plain

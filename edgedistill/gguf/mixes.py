@@ -8,7 +8,9 @@ those of llama.cpp's src/llama-quant.cpp for dense models; tests/test_sizes.py h
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+from edgedistill.errors import UserError, did_you_mean
 
 # type -> (weights a block, bytes a block), as in ggml
 GGML_BLOCKS = {
@@ -156,6 +158,36 @@ def types_of(
     """Type that each matrix is stored as: `wanted_types`, and the fallbacks at odd widths."""
     wanted = wanted_types(columns, mix, layers=layers, heads_a_key=heads_a_key, importance=importance)
     return wanted if mix in UNQUANTIZED else {name: usable_type(type_, columns[name]) for name, type_ in wanted.items()}
+
+
+def chosen_overrides(columns: Mapping[str, int], tensor_types: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Matrix → type that the user asked for. `tensor_types`: regular expression searched in the name → ggml type; the
+    first that matches counts.
+
+    UserError for a pattern that is no regular expression or matches no matrix, and for a type that there is not.
+    """
+    found: dict[str, str] = {}
+    for pattern, type_ in tensor_types:
+        if type_.upper() not in GGML_BLOCKS:
+            mix = BASE_TYPES.get(type_.upper())
+            raise UserError(
+                f"export.tensor_types: no ggml type '{type_}' (for {pattern!r})",
+                f"{type_} is a mix; name a type of one tensor, e.g. {mix}" if mix else did_you_mean(type_, GGML_BLOCKS),
+            )
+        try:
+            matching = [name for name in columns if re.search(pattern, name)]
+        except re.error as error:
+            raise UserError(
+                f"export.tensor_types: {pattern!r} is no regular expression: {error}", "e.g. ffn_down, or blk\\.0\\."
+            ) from error
+        if not matching:
+            raise UserError(
+                f"export.tensor_types: {pattern!r} matches no matrix of this model",
+                f"its matrices are {', '.join(sorted({re.sub(r'^blk[.][0-9]+[.]', 'blk.N.', n) for n in columns}))}",
+            )
+        for name in matching:
+            found.setdefault(name, type_.upper())
+    return found
 
 
 def _wanted(name: str, columns: int, mix: str, *, tied: bool, layers: int, heads_a_key: int, importance: bool) -> str:

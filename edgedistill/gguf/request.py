@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from edgedistill.errors import UserError, did_you_mean
+from edgedistill.errors import UserError
 from edgedistill.export_options import ExportOptions
 from edgedistill.gguf.architectures import Model
 from edgedistill.gguf.importance import (
@@ -19,10 +18,9 @@ from edgedistill.gguf.importance import (
     read_importance,
 )
 from edgedistill.gguf.mixes import (
-    BASE_TYPES,
-    GGML_BLOCKS,
     MIXES_THAT_NEED_IMPORTANCE,
     UNQUANTIZED,
+    chosen_overrides,
     needs_importance,
     quantizable,
     usable_type,
@@ -127,36 +125,6 @@ def matrices_of(model: Model) -> dict[str, int]:
         for spec in model.specs.values()
         if not spec.vector and quantizable(spec.gguf_name, len(spec.stored_shape))
     }
-
-
-def chosen_overrides(columns: Mapping[str, int], tensor_types: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Matrix → type that the user asked for. `tensor_types`: regular expression searched in the name → ggml type; the
-    first that matches counts.
-
-    UserError for a pattern that is no regular expression or matches no matrix, and for a type that there is not.
-    """
-    found: dict[str, str] = {}
-    for pattern, type_ in tensor_types:
-        if type_.upper() not in GGML_BLOCKS:
-            mix = BASE_TYPES.get(type_.upper())
-            raise UserError(
-                f"export.tensor_types: no ggml type '{type_}' (for {pattern!r})",
-                f"{type_} is a mix; name a type of one tensor, e.g. {mix}" if mix else did_you_mean(type_, GGML_BLOCKS),
-            )
-        try:
-            matching = [name for name in columns if re.search(pattern, name)]
-        except re.error as error:
-            raise UserError(
-                f"export.tensor_types: {pattern!r} is no regular expression: {error}", "e.g. ffn_down, or blk\\.0\\."
-            ) from error
-        if not matching:
-            raise UserError(
-                f"export.tensor_types: {pattern!r} matches no matrix of this model",
-                f"its matrices are {', '.join(sorted({re.sub(r'^blk[.][0-9]+[.]', 'blk.N.', n) for n in columns}))}",
-            )
-        for name in matching:
-            found.setdefault(name, type_.upper())
-    return found
 
 
 def planned_types(model: Model, quantization: str, overrides: Mapping[str, str], *, importance: bool) -> dict[str, str]:
