@@ -108,8 +108,22 @@ def write_artifact(
             checkpoint, out, quantization=quantization, context_tokens=context_tokens, threads=threads, name=name,
             converter=options.converter,
         )  # fmt: skip
+    if format_ == "onnx" and not is_decoder(checkpoint, options.task):
+        from edgedistill.onnx.encoder import export_encoder
+
+        return export_encoder(
+            checkpoint, out, quantization=quantization, context_tokens=context_tokens, threads=threads,
+            options=options, progress=progress,
+        )  # fmt: skip
     if format_ == "onnx":
         from edgedistill.onnx.decoder import export_onnx
 
         return export_onnx(checkpoint, out, quantization=quantization, context_tokens=context_tokens, name=name)
     raise UserError(f"no format '{format_}'", "use gguf or onnx")
+
+
+def is_decoder(checkpoint: Path, task: str | None) -> bool:
+    """Whether the decoder's exporter takes a folder: by its config, unless `task` says what it does."""
+    from edgedistill.onnx.tasks import task_of
+
+    return task_of(checkpoint, task) == "causal-lm"
