@@ -120,6 +120,13 @@ def write_artifact(
         )  # fmt: skip
         made = _checked_gguf(made, checkpoint, out, options=options, threads=threads, progress=progress)
         return _timed_gguf(made, checkpoint, out, options=options, threads=threads, progress=progress)
+    if format_ == "onnx" and not is_decoder(checkpoint, options.task):
+        from edgedistill.onnx.encoder import export_encoder
+
+        return export_encoder(
+            checkpoint, out, quantization=quantization, context_tokens=context_tokens, threads=threads,
+            options=options, progress=progress,
+        )  # fmt: skip
     if format_ == "onnx":
         from edgedistill.onnx.decoder import export_onnx
 
@@ -185,3 +192,10 @@ def _timed_gguf(
         whole.unlink(missing_ok=True)
     report(found, made.quantization, progress)
     return made.model_copy(update={"speed": found})
+
+
+def is_decoder(checkpoint: Path, task: str | None) -> bool:
+    """Whether the decoder's exporter takes a folder: by its config, unless `task` says what it does."""
+    from edgedistill.onnx.tasks import task_of
+
+    return task_of(checkpoint, task) == "causal-lm"

@@ -1,212 +1,271 @@
-"""ONNX of what is no decoder: a checkpoint or any torch module → a float graph for ONNX Runtime, and what describes it.
+"""ONNX artifacts of what is no decoder: encoders, classifiers, embeddings, vision, text2text, and any torch module.
 
-`export_float` gives the graph that quantization starts from; `export_encoder` the artifact; `export_module` is the way
-for modules that are no transformers checkpoint.
+A float32 graph is traced and fused (float_export.py), converted or quantized, reloaded in onnxruntime and held to torch
+(parity.py); only then is it put in place.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
-import warnings
+import importlib
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edgedistill.errors import UserError
-from edgedistill.onnx.attention import fused_attention
-from edgedistill.onnx.fusions import fuse, name_axes
-from edgedistill.onnx.tasks import Graph, TaskModel, open_task
-from edgedistill.records import TensorSpec
+from edgedistill.errors import UserError, did_you_mean
+from edgedistill.export_options import DEFAULT_OPTIONS, ExportOptions
+from edgedistill.onnx.float_export import FloatExport, export_graphs, module_graph, trace
+from edgedistill.onnx.inputs import Batch, greedy_text2text, parity_batches
+from edgedistill.onnx.ort_format import to_ort
+from edgedistill.onnx.parity import LIMITS, check_parity
+from edgedistill.onnx.precision import NOTES, convert
+from edgedistill.onnx.tasks import open_task
+from edgedistill.progress import QUIET, Progress
+from edgedistill.records import Artifact, Parity
+from edgedistill.runtimes.graph import GraphProcess
+from edgedistill.store import combined_sha256, file_entries, fsync_tree, versions
 
-DEFAULT_OPSET = 20
-OPSETS = range(18, 24)
-# A protobuf message ends at 2 GiB; beyond this the weights lie beside the graph.
-MAX_EMBEDDED_BYTES = 1_500_000_000
-MODULE_KEY = "module"
-_SCOPES = "pkg.torch.onnx.name_scopes"
-
-
-@dataclass(frozen=True)
-class FloatExport:
-    """A float32 graph on disk and the torch module that it must agree with."""
-
-    path: Path
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    module: Any
-    parameters: int
-
-    def reference(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """The module's outputs for named inputs, computed by torch in float32."""
-        import torch
-
-        with torch.inference_mode():
-            found = self.module(**{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()})
-        return {name: value.numpy() for name, value in found.items()}
+# quantization → "module:function", called with (list of FloatExport, folder to write the graphs of the same names into,
+# keywords quantization, batches (list of list of named arrays, a list for each graph), options, progress); it gives a
+# dict of further fields of the artifact's record, its own `parity` among them.
+QUANTIZERS: dict[str, str] = {}
+PREPROCESS_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm", "preprocessor_config.json", "config.json",
+    "generation_config.json", "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json",
+)  # fmt: skip
+FOLDER = "."
 
 
-def export_float(
-    checkpoint: Path, out: Path, *, task: str | None = None, opset: int | None = None
-) -> list[FloatExport]:
-    """Write the float32 graph (two for text2text: encoder and decoder) of a transformers folder into the folder `out`.
+def export_encoder(
+    checkpoint: Path,
+    out: Path,
+    *,
+    quantization: str,
+    context_tokens: int | None = None,
+    threads: int = 1,
+    options: ExportOptions = DEFAULT_OPTIONS,
+    progress: Progress = QUIET,
+) -> Artifact:
+    """Write model.onnx (text2text: encoder.onnx, decoder.onnx) and what preprocesses for it into the folder `out`.
 
-    Raises UserError for an unknown task, weights that are missing or not finite, and a model that cannot be traced.
+    The same checkpoint gives the same bytes. `context_tokens` caps the longest text that the record names. Raises
+    UserError for what cannot be exported and for a graph that does not compute what torch does; on failure `out` is as
+    it was.
     """
-    return export_graphs(open_task(checkpoint, task), out, opset=opset)
+    _require_quantization(quantization)
+    opened = open_task(checkpoint, options.task)
+    texts = None if options.calibration is None else ["\n".join(block) for block in options.calibration]
+    with _scratch(out) as scratch:
+        exports = export_graphs(opened, scratch / "float", opset=options.opset)
+        progress.say(f"export: {opened.task}, {', '.join(export.path.name for export in exports)} traced", level=2)
+        batches, said = parity_batches(checkpoint, opened, exports, texts, options.calibration_source)
+        built = scratch / "built"
+        fields = _finish(
+            exports, built, batches, said, quantization=quantization, threads=threads, options=options,
+            progress=progress,
+        )  # fmt: skip
+        if opened.task == "text2text":
+            fields["parity"] = _with_greedy(fields["parity"], exports, built, batches[0][0], opened.model, threads)
+        for name in PREPROCESS_FILES:
+            if (checkpoint / name).is_file():
+                shutil.copyfile(checkpoint / name, built / name)
+        context = min(context_tokens or opened.max_tokens, opened.max_tokens)
+        artifact = _describe(
+            built, exports, quantization=quantization, task=opened.task, context=context,
+            vocab_size=opened.vocab_size, fields=fields,
+        )  # fmt: skip
+        _move(built, out)
+    return artifact
 
 
-def export_graphs(opened: TaskModel, out: Path, *, opset: int | None = None) -> list[FloatExport]:
-    """The graphs of an opened checkpoint, written into the folder `out`."""
-    return [trace(graph, opened.model, out, opset=opset, parameters=opened.parameters) for graph in opened.graphs]
-
-
-def trace(graph: Graph, model: Any, out: Path, *, opset: int | None, parameters: int) -> FloatExport:
-    """Trace one module, fuse it for ONNX Runtime and write it. The same module gives the same bytes. UserError."""
-    import onnx_ir
-
-    opset = DEFAULT_OPSET if opset is None else opset
-    if opset not in OPSETS:
-        raise UserError(f"opset {opset}", f"use {OPSETS.start} to {OPSETS.stop - 1}")
-    with _quiet(), fused_attention(model):
-        program = _program(graph, opset)
-    fuse(program)
-    name_axes(program, graph.axes)
-    _strip(program)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / graph.file
-    size = sum(v.const_value.nbytes for v in program.graph.initializers.values() if v.const_value is not None)
-    onnx_ir.save(program, str(path), external_data=f"{path.name}.data" if size > MAX_EMBEDDED_BYTES else None)
-    return FloatExport(
-        path=path,
-        inputs=tuple(_spec(value) for value in program.graph.inputs),
-        outputs=tuple(_spec(value) for value in program.graph.outputs),
-        module=graph.module,
-        parameters=parameters,
-    )
-
-
-def module_graph(
+def export_module(
     module: Any,
     example_inputs: Mapping[str, Any] | Sequence[Any],
+    out: Path,
     *,
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
-    file: str = "model.onnx",
-) -> Graph:
-    """A user's module as a graph to trace. `dynamic` defaults to the first axis of every input, named `batch`."""
-    import inspect
+    quantization: str = "FP32",
+    batches: Sequence[Batch] | None = None,
+    threads: int = 1,
+    options: ExportOptions = DEFAULT_OPTIONS,
+    progress: Progress = QUIET,
+) -> Artifact:
+    """Any `torch.nn.Module` in evaluation mode as model.onnx in the folder `out`, through torch.export.
 
-    import torch
+    `example_inputs`: a tensor for each parameter of `forward`, by name or in order. `dynamic`: input → axis → name of
+    the axes that vary; default: the first of every input, `batch`. `input_names` rename the graph's inputs, in order.
+    `batches`: named arrays that the graph is held to torch on, and calibrated with; default: the examples.
 
-    from edgedistill.onnx.task_modules import Outputs
-
-    if not isinstance(module, torch.nn.Module):
-        raise UserError(f"a {type(module).__name__} is no torch.nn.Module", "give the model itself")
-    if module.training:
-        raise UserError("the module is in training mode: dropout and batch norm would be exported", "call .eval()")
-    if isinstance(example_inputs, Mapping):
-        examples = dict(example_inputs)
-    else:
-        names = list(inspect.signature(module.forward).parameters)
-        examples = dict(zip(names, example_inputs, strict=False))
-    if not examples or not all(isinstance(value, torch.Tensor) for value in examples.values()):
-        raise UserError(f"example inputs {sorted(examples)} are not all tensors", "give a tensor for each input")
-    for name, value in [*module.named_parameters(), *module.named_buffers()]:
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise UserError(f"tensor {name} holds values that are NaN or infinite", "train or load the model again")
-    unknown = set(dynamic or {}) - set(examples)
-    if unknown:
-        raise UserError(f"dynamic axes for the inputs {sorted(unknown)}", f"the inputs are {', '.join(examples)}")
-    with torch.inference_mode():
-        found = module(**examples)
-    if output_names is None:
-        if isinstance(found, Mapping):
-            output_names = list(found)
-        elif isinstance(found, torch.Tensor):
-            output_names = ["output"]
-        else:
-            output_names = [f"output_{index}" for index in range(len(found))]
-    axes = {name: dict(a) for name, a in (dynamic or {name: {0: "batch"} for name in examples}).items()}
-    return Graph(file, Outputs(module, tuple(output_names)), _wide_enough(examples, axes), axes)
+    Raises UserError for a module that torch.export does not take, weights that are not finite, and a graph that does
+    not compute what the module does; on failure `out` is as it was.
+    """
+    _require_quantization(quantization)
+    graph = module_graph(module, example_inputs, dynamic=dynamic, input_names=input_names, output_names=output_names)
+    with _scratch(out) as scratch:
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        export = trace(graph, module, scratch / "float", opset=options.opset, parameters=parameters)
+        given = list(batches or [{name: value.numpy() for name, value in graph.examples.items()}])
+        said = f"{len(given)} batches of the caller's" if batches else "the example inputs"
+        built = scratch / "built"
+        fields = _finish(
+            [export], built, [given], said, quantization=quantization, threads=threads, options=options,
+            progress=progress,
+        )  # fmt: skip
+        artifact = _describe(
+            built, [export], quantization=quantization, task="module", context=0, vocab_size=0, fields=fields
+        )
+        _move(built, out)
+    return artifact
 
 
-def _wide_enough(examples: Mapping[str, Any], axes: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
-    """Examples whose varying axes have at least two entries: tracing takes an axis of one for a constant."""
-    import torch
-
-    made = {}
-    for name, value in examples.items():
-        for axis in axes.get(name, {}):
-            if value.shape[axis] == 1:
-                value = torch.cat([value, value], dim=axis)
-        made[name] = value
-    return made
-
-
-def _program(graph: Graph, opset: int) -> Any:
-    """transformers' exporter on one module, with ONNX Runtime's fusions. UserError with what torch.export said."""
-    import torch
-    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
-
-    shapes = {name: dict.fromkeys(graph.axes.get(name, {}), torch.export.Dim.AUTO) for name in graph.examples}
-    config = OnnxConfig(dynamic_shapes=shapes, opset_version=opset, ort_fusions="cpu")
-    # Copies: one tensor given for two inputs would be one input of the graph.
-    examples = {name: value.clone() for name, value in graph.examples.items()}
-    try:
-        program, _ = OnnxExporter().export_program(graph.module, examples, config)
-    # torch.export and torch.onnx raise whatever their passes meet; nothing of it is this program's state.
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def _require_quantization(quantization: str) -> None:
+    known = [*LIMITS, *QUANTIZERS]
+    if quantization not in known:
         raise UserError(
-            f"torch cannot trace {type(graph.module).__name__}: {type(error).__name__}: {' '.join(lines[:3])[:400]}",
-            "write the module so that torch.export takes it, or export another task of it",
-        ) from error
-    return program
-
-
-def _strip(program: Any) -> None:
-    """Of what tracing notes, keep the module that a node comes from: the rest names files of this machine."""
-    import ast
-
-    program.metadata_props.clear()
-    program.graph.metadata_props.clear()
-    program.doc_string = program.graph.doc_string = None
-    program.graph.name = "main_graph"
-    program.producer_version = None
-    for index, node in enumerate(program.graph.all_nodes()):
-        scopes = node.metadata_props.get(_SCOPES)
-        node.metadata_props.clear()
-        node.doc_string = None
-        node.name = node.name or f"{node.op_type}_{index}"
-        if scopes is not None:
-            inside = ast.literal_eval(scopes)
-            node.metadata_props[MODULE_KEY] = inside[-2] if len(inside) > 1 else ""
-        for output in node.outputs:
-            output.metadata_props.clear()
-    for value in [*program.graph.inputs, *program.graph.initializers.values()]:
-        value.metadata_props.clear()
-        value.doc_string = None
-
-
-def _spec(value: Any) -> TensorSpec:
-    shape = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
-    return TensorSpec(name=value.name, dtype=str(value.dtype).lower(), shape=shape)
+            f"no ONNX quantization '{quantization}' for a model that is no decoder", did_you_mean(quantization, known)
+        )
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Neither torch.onnx's progress lines nor its remarks on packages that are not there."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+def _scratch(out: Path) -> Iterator[Path]:
+    """A folder beside `out`: what is finished is moved from it without crossing a file system."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
+        yield Path(name)
+
+
+def _finish(
+    exports: Sequence[FloatExport],
+    built: Path,
+    batches: Sequence[Sequence[Batch]],
+    said: str,
+    *,
+    quantization: str,
+    threads: int,
+    options: ExportOptions,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The graphs as they ship, in `built`, each held to torch. Gives fields of the record: parity, notes, ..."""
+    built.mkdir()
+    fields: dict[str, Any] = {"notes": [NOTES[quantization]] if quantization in NOTES else []}
+    if quantization in QUANTIZERS:
+        module, _, name = QUANTIZERS[quantization].partition(":")
+        quantize = getattr(importlib.import_module(module), name)
+        fields |= quantize(
+            exports, built, quantization=quantization, batches=batches, options=options, progress=progress
+        )
+    else:
+        for export in exports:
+            target = built / export.path.name
+            if quantization == "FP32":
+                for file in export.path.parent.glob(f"{export.path.name}*"):
+                    shutil.copyfile(file, built / file.name)
+            else:
+                convert(export.path, target, quantization)
+    shipped = {export.path.name: export.path.name for export in exports}
+    if options.ort_format:
+        shipped = dict(zip(sorted(shipped), (path.name for path in to_ort(built)), strict=True))
+    if quantization in QUANTIZERS:
+        return fields
+    checked = [
+        check_parity(export, built / file, batch, quantization=quantization, inputs=said, threads=threads)
+        for export, batch in zip(exports, batches, strict=True)
+        for file in dict.fromkeys((export.path.name, shipped[export.path.name]))
+    ]
+    return fields | {"parity": _together(checked)}
+
+
+def _together(parts: Sequence[Parity]) -> Parity:
+    values = sum(part.values for part in parts)
+    return parts[0].model_copy(
+        update={
+            "values": values,
+            "max_abs_difference": max(part.max_abs_difference for part in parts),
+            "mean_abs_difference": sum(part.mean_abs_difference * part.values for part in parts) / max(1, values),
+            "relative_rms": max(part.relative_rms for part in parts),
+        }
+    )
+
+
+def _with_greedy(
+    parity: Parity, exports: Sequence[FloatExport], built: Path, source: Batch, model: Any, threads: int
+) -> Parity:
+    """Greedy text of both, token by token. A first difference of text makes all that follows differ."""
+    start = getattr(model.config, "decoder_start_token_id", None) or 0
+    specs = exports[1].inputs
+    expected = np.asarray(greedy_text2text([export.reference for export in exports], specs, source, start))
+    with (
+        GraphProcess(built / exports[0].path.name, threads=threads) as encoder,
+        GraphProcess(built / exports[1].path.name, threads=threads) as decoder,
+    ):
+        found = np.asarray(greedy_text2text([encoder.run, decoder.run], specs, source, start))
+    return parity.model_copy(
+        update={"greedy_tokens": int(expected.size), "greedy_tokens_equal": int((found == expected).sum())}
+    )
+
+
+def _describe(
+    folder: Path,
+    exports: Sequence[FloatExport],
+    *,
+    quantization: str,
+    task: str,
+    context: int,
+    vocab_size: int,
+    fields: dict[str, Any],
+) -> Artifact:
+    types, stored_bytes = _stored_types(folder)
+    files = file_entries(folder)
+    # Of text2text both graphs, whose head or embedding they share, are stored: bits are of the parameters, once.
+    parameters = exports[0].parameters
+    return Artifact(
+        format="onnx",
+        quantization=quantization,
+        runtime="onnxruntime",
+        task=task,
+        entry=FOLDER,
+        files=files,
+        bytes=sum(file.bytes for file in files),
+        sha256=combined_sha256(files),
+        parameters=parameters,
+        bits_per_weight=8 * stored_bytes / max(1, parameters),
+        tensor_types=types,
+        context_tokens=context,
+        vocab_size=vocab_size,
+        inputs=list(exports[-1].inputs) if len(exports) > 1 else list(exports[0].inputs),
+        outputs=list(exports[-1].outputs) if len(exports) > 1 else list(exports[0].outputs),
+        tool_versions=versions("onnxruntime", "onnx", "onnx-ir", "onnxscript", "torch", "transformers"),
+        **fields,
+    )
+
+
+def _stored_types(folder: Path) -> tuple[dict[str, int], int]:
+    """How many weights of each type the graphs hold, and their bytes."""
+    import onnx
+
+    counts: dict[str, int] = {}
+    size = 0
+    for path in sorted(folder.glob("*.onnx")):
+        for tensor in onnx.load(str(path), load_external_data=False).graph.initializer:
+            if len(tensor.dims) == 0 or tensor.data_type == onnx.TensorProto.INT64:
+                continue
+            name = onnx.TensorProto.DataType.Name(tensor.data_type)
+            counts[name] = counts.get(name, 0) + 1
+            bits = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}.get(name)
+            width = bits or 8 * np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
+            size += int(np.prod(tensor.dims)) * width // 8
+    return dict(sorted(counts.items())), size
+
+
+def _move(built: Path, out: Path) -> None:
+    fsync_tree(built)
+    out.mkdir(parents=True, exist_ok=True)
+    for file in sorted(built.iterdir()):
+        file.replace(out / file.name)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
-from edgedistill.onnx.encoder import MODULE_KEY, FloatExport
+from edgedistill.onnx.float_export import ATTENTION, MODULE_KEY, FloatExport
 from edgedistill.records import Parity
 from edgedistill.runtimes.graph import GraphProcess
 
@@ -26,7 +26,6 @@ Arrays = Mapping[str, NDArray[Any]]
 # Root mean square of the difference over that of the output about its mean, beyond which it is no rounding: of
 # float32 sums in another order, of half precision's 11 bits and bfloat16's 8 through tens of layers.
 LIMITS = {"FP32": 1e-4, "FP16": 2e-2, "BF16": 1e-1}
-ATTENTION = ("Attention", "MultiHeadAttention")
 PRODUCTS = ("MatMul", "FusedMatMul")
 
 
@@ -71,10 +70,15 @@ def check_parity(
                 worst = max(worst, error) if failed is None else worst
     if failed is not None:
         first = first_departure(export, graph, failed, limit=limit, threads=threads)
+        named = (
+            "; without the runtime's own optimizations it does"
+            if first is None
+            else f"; the first tensor that departs is {first.tensor} of {first.module or 'the whole model'},"
+            f" by {first.relative_rms:.2g}"
+        )
         raise UserError(
-            f"the {quantization} ONNX graph does not compute what torch does: {where} differs by {worst:.2g} of its own"
-            f" size (at most {limit:g} is rounding); the first tensor that departs is {first.tensor} of"
-            f" {first.module or 'the whole model'}, by {first.relative_rms:.2g}",
+            f"the {quantization} ONNX graph {graph.name} does not compute what torch does: {where} differs by"
+            f" {worst:.2g} of its own size (at most {limit:g} is rounding){named}",
             "report this with the model's config.json; another opset (--set export.opset=) or format may be right",
         )
     return Parity(
@@ -92,7 +96,9 @@ def relative_rms(found: NDArray[Any], expected: NDArray[Any]) -> float:
     return error / scale if scale > 0 else error
 
 
-def first_departure(export: FloatExport, graph: Path, batch: Arrays, *, limit: float, threads: int = 1) -> Departure:
+def first_departure(
+    export: FloatExport, graph: Path, batch: Arrays, *, limit: float, threads: int = 1
+) -> Departure | None:
     """The first output of a module, in the graph's order, that differs by more than `limit` from torch's."""
     import onnx
 
@@ -117,9 +123,11 @@ def first_departure(export: FloatExport, graph: Path, batch: Arrays, *, limit: f
             error = relative_rms(_real(found[tensor], batch), _real(values[0], batch))
             if not error <= limit:
                 return Departure(tensor, module.removeprefix("model."), error)
-    errors = {name: relative_rms(_real(found[name], batch), _real(value, batch)) for name, value in expected.items()}
-    name = next((name for name, error in errors.items() if not error <= limit), next(iter(errors)))
-    return Departure(name, "", errors[name])
+    for name, value in expected.items():
+        error = relative_rms(_real(found[name], batch), _real(value, batch))
+        if not error <= limit:
+            return Departure(name, "", error)
+    return None
 
 
 def _candidates(model: Any, modules: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -146,7 +154,9 @@ def _candidates(model: Any, modules: Mapping[str, Any]) -> list[tuple[str, str]]
         leaf = next(module.children(), None) is None
         # Its bias went into the node behind it.
         absorbed = node.op_type in PRODUCTS and getattr(module, "bias", None) is not None
-        if (leaf and not absorbed and not (folded and node.op_type == "Conv")) or node.op_type in ATTENTION:
+        if (
+            leaf and not absorbed and not (folded and type(module).__name__.startswith("Conv"))
+        ) or node.op_type in ATTENTION:
             found.append((index, node.output[0], name))
     return [(tensor, name) for _, tensor, name in sorted(found)]
 

@@ -13,16 +13,19 @@ from torch import Tensor, nn  # noqa: TID253
 
 
 class Outputs(nn.Module):
-    """A module whose outputs are named: of a model's own output class those of `names`, else in their order."""
+    """A module whose outputs are named: of a model's own output class those of `names`, else in their order.
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...], fixed: dict[str, Any] | None = None) -> None:
+    `arguments`: what an input is called in the module's own forward, where that is another name.
+    """
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...], arguments: dict[str, str] | None = None) -> None:
         super().__init__()
         self.model = model
         self.names = names
-        self.fixed = fixed or {}
+        self.arguments = arguments or {}
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        found = self.model(**inputs, **self.fixed)
+        found = self.model(**{self.arguments.get(name, name): value for name, value in inputs.items()})
         if isinstance(found, Tensor):
             found = (found,)
         if isinstance(found, dict):

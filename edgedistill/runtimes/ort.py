@@ -1,4 +1,4 @@
-"""onnxruntime, in the child process: a decoder's ONNX graph with its KV cache as inputs and outputs.
+"""onnxruntime, in the child process: any graph with named arrays, or a decoder with its KV cache as inputs and outputs.
 
 What the graph needs is read from its inputs: `input_ids`, and where it has them `attention_mask`,
 `position_ids` and `past_key_values.*`, whose `present.*` outputs are fed back.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ DTYPES = {
 PAST = "past_key_values"
 PRESENT = "present"
 CONFIG = "genai_config.json"
+FRAME_TYPES = (np.float32, np.int32, np.int64)
 
 
 def model_file(artifact: Path) -> Path:
@@ -164,3 +165,46 @@ class OrtBackend:
             )
         after = {name.replace(PRESENT, PAST, 1): value for name, value in found.items() if name.startswith(PRESENT)}
         return rows, after
+
+
+class GraphSession:
+    """A graph open in onnxruntime on the CPU; what runs in the child. `optimize` False: run the nodes as they are."""
+
+    def __init__(self, path: Path, *, threads: int, optimize: bool) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        if not optimize:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        # onnxruntime's exceptions share no base class.
+        except Exception as error:
+            raise UserError(
+                f"onnxruntime cannot open {path} ({path.stat().st_size} bytes): {str(error)[:500]}",
+                "the graph is damaged, or has an operator that this onnxruntime lacks: export it again",
+            ) from error
+        self._inputs = {node.name: (node.type, list(node.shape)) for node in self._session.get_inputs()}
+        self._outputs = [node.name for node in self._session.get_outputs()]
+        self._version = onnxruntime.__version__
+
+    def info(self) -> dict[str, Any]:
+        return {
+            "runtime_version": f"onnxruntime {self._version}",
+            "inputs": {name: {"type": kind, "shape": shape} for name, (kind, shape) in self._inputs.items()},
+            "outputs": self._outputs,
+        }
+
+    def run(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Every output; floats as float32, which frames carry. UserError for inputs that are not the graph's."""
+        if set(arrays) != set(self._inputs):
+            raise UserError(
+                f"the inputs {', '.join(sorted(arrays))} were given", f"the graph takes {', '.join(self._inputs)}"
+            )
+        found = self._session.run(self._outputs, dict(arrays))
+        return {
+            name: value if value.dtype in FRAME_TYPES else value.astype(np.float32)
+            for name, value in zip(self._outputs, found, strict=True)
+        }

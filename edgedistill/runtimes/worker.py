@@ -24,7 +24,7 @@ from edgedistill.runtimes import frames
 from edgedistill.runtimes.backend import Backend, Embedder
 
 if TYPE_CHECKING:
-    from edgedistill.runtimes.graph import GraphSession
+    from edgedistill.runtimes.ort import GraphSession
 
 BACKENDS = {
     "llama.cpp": "edgedistill.runtimes.llama:LlamaBackend",
@@ -121,7 +121,7 @@ class Worker:
 
             yield {"log": quantize(**params)}, {}
         elif op == "open_graph":
-            from edgedistill.runtimes.graph import GraphSession
+            from edgedistill.runtimes.ort import GraphSession
 
             self.graph = GraphSession(Path(params.pop("path")), **params)
             yield self.graph.info(), {}
