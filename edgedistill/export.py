@@ -107,9 +107,13 @@ def write_artifact(
     context_tokens: int,
     name: str,
     options: ExportOptions = DEFAULT_OPTIONS,
+    checked: bool = True,
     progress: Progress = QUIET,
 ) -> Artifact:
-    """Write the artifact into `out`, which must be empty or new."""
+    """Write the artifact into `out`, which must be empty or new.
+
+    `checked=False` leaves a GGUF unheld to its checkpoint and untimed: for one that is read back and thrown away.
+    """
     threads = max(1, len(machine.usable_cpus()))
     if format_ == "gguf":
         from edgedistill.gguf.quantize import export_gguf
@@ -118,6 +122,8 @@ def write_artifact(
             checkpoint, out, quantization=quantization, context_tokens=context_tokens, threads=threads, name=name,
             options=options, progress=progress,
         )  # fmt: skip
+        if not checked:
+            return made
         made = _checked_gguf(made, checkpoint, out, options=options, threads=threads, progress=progress)
         return _timed_gguf(made, checkpoint, out, options=options, threads=threads, progress=progress)
     if format_ == "onnx" and not is_decoder(checkpoint, options.task):

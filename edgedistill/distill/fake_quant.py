@@ -91,7 +91,7 @@ def rounding_of(
         options = dataclasses.replace(options, importance_matrix="off")
     artifact = write_artifact(
         checkpoint, scratch, format_=artifact_format, quantization=quantization, context_tokens=context_tokens,
-        name="rounding", options=options, progress=progress,
+        name="rounding", options=options, checked=False, progress=progress,
     )  # fmt: skip
     config = read_json(checkpoint / "config.json", what="config.json")
     if artifact_format == "onnx":
