@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any, Literal
 
 import numpy as np
@@ -48,9 +49,17 @@ def write_tensor(file: IO[bytes], tensor: StoredTensor, spec: TensorSpec, dtype:
         as_stored(values, dtype, tensor=name).tofile(file)
         return
     convert = converter(source, dtype)
-    for block in _blocks(tensor, spec):
-        _check(block, source, dtype, tensor, name)
-        convert(block).tofile(file)
+    # Written by a thread while the next block is read and converted: half of the time is the kernel's copying.
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        written: Future[None] | None = None
+        for block in _blocks(tensor, spec):
+            _check(block, source, dtype, tensor, name)
+            values = convert(block)
+            if written is not None:
+                written.result()
+            written = writer.submit(values.tofile, file)
+        if written is not None:
+            written.result()
 
 
 def equal(one: StoredTensor, other: StoredTensor) -> bool:
@@ -127,16 +136,16 @@ def _float16_of_bfloat16() -> NDArray[np.uint16]:
 
 def _blocks(tensor: StoredTensor, spec: TensorSpec) -> Iterator[NDArray[Any]]:
     """The tensor's bits in order, whole rows at a time; of a rotated one whole heads, permuted. A block is overwritten
-    by the next one."""
+    by the next but one."""
     rows = tensor.shape[0] if tensor.shape else 1
     columns = tensor.elements // max(rows, 1)
     unit = rows // spec.rope_heads if spec.rope_heads else 1
     step = max(1, BLOCK_ELEMENTS // max(1, columns * unit)) * unit
-    buffer = np.empty((min(step, rows), columns), dtype=BITS[tensor.dtype][0])
+    buffers = [np.empty((min(step, rows), columns), dtype=BITS[tensor.dtype][0]) for _ in range(2 if step < rows else 1)]
     with tensor.path.open("rb", buffering=0) as file:
         file.seek(tensor.offset)
-        for start in range(0, rows, step):
-            block = buffer[: min(step, rows - start)]
+        for number, start in enumerate(range(0, rows, step)):
+            block = buffers[number % len(buffers)][: min(step, rows - start)]
             _read_whole(file, block, tensor)
             yield to_interleaved(block, len(block) // unit) if spec.rope_heads else block
 
