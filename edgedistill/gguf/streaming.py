@@ -141,7 +141,8 @@ def _blocks(tensor: StoredTensor, spec: TensorSpec) -> Iterator[NDArray[Any]]:
     columns = tensor.elements // max(rows, 1)
     unit = rows // spec.rope_heads if spec.rope_heads else 1
     step = max(1, BLOCK_ELEMENTS // max(1, columns * unit)) * unit
-    buffers = [np.empty((min(step, rows), columns), dtype=BITS[tensor.dtype][0]) for _ in range(2 if step < rows else 1)]
+    block_shape = (min(step, rows), columns)
+    buffers = [np.empty(block_shape, dtype=BITS[tensor.dtype][0]) for _ in range(2 if step < rows else 1)]
     with tensor.path.open("rb", buffering=0) as file:
         file.seek(tensor.offset)
         for number, start in enumerate(range(0, rows, step)):
