@@ -8,6 +8,7 @@ from typing import Any
 from edgedistill import machine
 from edgedistill.errors import UserError
 from edgedistill.export_options import DEFAULT_OPTIONS, ExportOptions
+from edgedistill.gguf.pretokenizers import NEW_CHARACTERS_NOTE
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Export
 from edgedistill.records import Artifact
@@ -88,7 +89,9 @@ def export_model(
         f"{' (from the store)' if stored.reused else ''}"
     )
     for note in made.notes:
-        progress.warn(f"export: {artifact}: {note}")
+        # True of every byte-level BPE, and of scripts that few texts hold: no reason to look up.
+        tell = progress.say if note == NEW_CHARACTERS_NOTE else progress.warn
+        tell(f"export: {artifact}: {note}")
     if made.fallbacks:
         first = made.fallbacks[0]
         progress.say(
