@@ -36,7 +36,10 @@ def test_what_differs_is_noted_and_warned_about(tmp_path: Path) -> None:
     assert artifact.notes[:2] == [NFC_NOTE, NEW_CHARACTERS_NOTE]
     assert "llama.cpp's tokens differ on 1 of" in differs
     assert "cafe\u0301" in differs
-    assert all(f"warning: export: gguf:F16: {note}" in said.getvalue() for note in artifact.notes)
+    assert all(f"warning: export: gguf:F16: {note}" in said.getvalue() for note in (NFC_NOTE, differs))
+    # True of every byte-level BPE: said, and no warning.
+    assert f"export: gguf:F16: {NEW_CHARACTERS_NOTE}" in said.getvalue()
+    assert f"warning: export: gguf:F16: {NEW_CHARACTERS_NOTE}" not in said.getvalue()
     again = io.StringIO()
     assert exported(checkpoint, tmp_path / "store", again)[0] == artifact
     assert f"warning: export: gguf:F16: {NFC_NOTE}" in again.getvalue()
