@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from edgedistill import machine
 from edgedistill.errors import UserError, did_you_mean
 
 QUICKSTART = "quickstart"
@@ -66,7 +67,11 @@ class Training(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second moment")
     clip_norm: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: autocast over fp32 weights")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto",
+        validate_default=True,
+        description="bf16: autocast over fp32 weights; auto: bf16 on a GPU and on CPUs that multiply in it, else fp32",
+    )
     evaluate_every_share: float = Field(0.1, gt=0, le=1, description="evaluations, as a share of the steps")
     patience: int = Field(0, ge=0, description="evaluations without a better one before stopping; 0: never stop early")
     checkpoint_every_s: float = Field(30.0, gt=0, description="seconds between checkpoints")
@@ -84,6 +89,12 @@ class Training(Section):
     tracker: str | None = Field(
         "tensorboard", description="where every step's figures go: tensorboard, or another that accelerate knows"
     )
+
+    @field_validator("precision")
+    @classmethod
+    def _of_this_machine(cls, value: str) -> str:
+        # At once, so that keys, plans and records name what is computed.
+        return machine.training_precision() if value == "auto" else value
 
 
 class TeacherTraining(Training):

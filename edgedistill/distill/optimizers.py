@@ -7,6 +7,7 @@ import math
 import torch  # noqa: TID253  this module is imported by training alone
 from torch import nn  # noqa: TID253
 
+from edgedistill.distill.muon import FloatMuon
 from edgedistill.errors import UserError
 from edgedistill.recipe import Training
 
@@ -39,8 +40,9 @@ def make_optimizers(model: nn.Module, settings: Training) -> list[torch.optim.Op
         if group
     ]
     if settings.optimizer == "muon" and matrices:
+        muon = torch.optim.Muon if settings.precision == "bf16" else FloatMuon
         optimizers = [
-            torch.optim.Muon(matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay),
+            muon(matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay),
         ]
         if rest:
             optimizers.append(
