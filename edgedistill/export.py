@@ -12,6 +12,7 @@ from edgedistill.gguf.pretokenizers import NEW_CHARACTERS_NOTE
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Export
 from edgedistill.records import Artifact
+from edgedistill.refusals import refuse_mixed_format
 from edgedistill.store import Store, Stored, Work, versions
 from edgedistill.targets import parse_artifact
 
@@ -118,6 +119,10 @@ def write_artifact(
     `checked=False` leaves a GGUF unheld to its checkpoint and untimed: for one that is read back and thrown away.
     """
     threads = max(1, len(machine.usable_cpus()))
+    if options.mixed_retention is not None:
+        refuse_mixed_format(
+            format_, quantization, decoder=format_ == "onnx" and is_decoder(checkpoint, options.task)
+        )  # fmt: skip
     if format_ == "gguf":
         from edgedistill.gguf.quantize import export_gguf
 

@@ -157,6 +157,8 @@ def artifact_plan(shape: Shape, recipe: Recipe, target: Target, format_: str, qu
     read = sizes.read_bytes_a_token(shape, format_, quantization, importance=importance, tensor_types=types)
     read += sizes.kv_cache_bytes(shape, prompt, format_, quantization)
 
+    raised = "" if recipe.export.mixed_retention is None else ", at least: export.mixed_retention may raise layers"
+
     def derived(value: float, source: str) -> Figure:
         return Figure(value=value, unit="B", basis="derived", source=source)
 
@@ -167,7 +169,7 @@ def artifact_plan(shape: Shape, recipe: Recipe, target: Target, format_: str, qu
         quantization=quantization,
         context_tokens=context,
         artifact_bytes=derived(
-            size, f"{quantization} by tensor" if format_ == "gguf" else f"{quantization} blocks of 32"
+            size, (f"{quantization} by tensor" if format_ == "gguf" else f"{quantization} blocks of 32") + raised
         ),
         memory_bytes=derived(
             size + cache + runtime, f"weights + KV cache of {context:,} tokens in {floats} + runtime of {target.name}"

@@ -24,7 +24,7 @@ from edgedistill.fit import (
 from edgedistill.gguf.mixes import BASE_TYPES, GGML_BLOCKS
 from edgedistill.recipe import Recipe
 from edgedistill.records import Figure, Record, Shape
-from edgedistill.refusals import refuse_importance, refuse_mixture, refuse_trimming
+from edgedistill.refusals import refuse_importance, refuse_mixed, refuse_mixture, refuse_trimming
 from edgedistill.targets import Target, parse_artifact
 from edgedistill.training_fit import GENERAL_LOSSES, PROCESS_BYTES, Run, distillation, propose, teacher_training
 
@@ -111,6 +111,7 @@ def plan(
     hits = dict(store_hits or {})
     wanted = [(target, *parse_artifact(a)) for target in targets for a in artifacts_of(recipe, target)]
     refuse_importance(recipe, [(format_, quantization) for _, format_, quantization in wanted])
+    refuse_mixed(recipe, [(format_, quantization) for _, format_, quantization in wanted])
     multiple = K_QUANT_MULTIPLE
     designing, designed_from = _with_vocabulary(recipe, teacher, trimmed_tokens)
     if student is not None:

@@ -260,7 +260,11 @@ class Export(Section):
         {}, description="regular expression of a tensor's (GGUF) or node's (ONNX) name: its type, e.g. {ffn_down: Q6_K}"
     )
     mixed_retention: float | None = Field(
-        None, gt=0, le=1, description="raise the costliest layers until retention meets this, at the smallest size"
+        None,
+        gt=0,
+        le=1,
+        description="GGUF: raise the layers that cost most until the quantized student keeps this of the float one, at"
+        " the smallest size",
     )
     max_file_bytes: int | None = Field(None, ge=1 << 20, description="split a larger GGUF into files of at most this")
     calibration_samples: int = Field(128, ge=2, le=1_000_000, description="sequences or inputs for calibration")

@@ -8,6 +8,8 @@ from edgedistill.errors import UserError
 from edgedistill.gguf.mixes import MIXES_THAT_NEED_IMPORTANCE
 from edgedistill.recipe import Recipe
 
+WITHOUT_MIXES = ("bitsandbytes", "executorch")
+
 
 def refuse_mixture(recipe: Recipe, *, caching: bool) -> None:
     """Refuse what several teachers at once cannot give; `caching`: their signals are to lie on disk. UserError."""
@@ -67,3 +69,29 @@ def refuse_importance(recipe: Recipe, artifacts: Iterable[tuple[str, str]]) -> N
                 f"export.importance_matrix is off, and llama.cpp writes {quantization} with an importance matrix alone",
                 "set it to auto, or choose IQ3_S, Q3_K_M or a larger quantization",
             )
+
+
+def refuse_mixed(recipe: Recipe, artifacts: Iterable[tuple[str, str]]) -> None:
+    """Refuse to search for a mix of types where a format has none, or where training is to learn the rounding of one
+    that is not chosen yet. UserError.
+    """
+    if recipe.export.mixed_retention is None:
+        return
+    for format_, quantization in artifacts:
+        refuse_mixed_format(format_, quantization, decoder=True)
+    if recipe.distill.qad.tokens_share > 0:
+        raise UserError(
+            "distill.qad.tokens_share and export.mixed_retention are both set: the mix would be chosen again after"
+            " training under it",
+            "name the mix with export.tensor_types, or set distill.qad.tokens_share=0",
+        )
+
+
+def refuse_mixed_format(format_: str, quantization: str, *, decoder: bool) -> None:
+    """UserError for a format in which types cannot be chosen layer by layer."""
+    if format_ in WITHOUT_MIXES or (format_ == "onnx" and decoder):
+        what = "an ONNX decoder, whose builder" if format_ == "onnx" else f"{format_}, which"
+        raise UserError(
+            f"export.mixed_retention is set, and {format_}:{quantization} is {what} takes one type for all layers",
+            "export as GGUF, or leave export.mixed_retention out",
+        )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgedistill.records import Artifact, Latency, Retention, SignalsResult
+from edgedistill.records import Artifact, Latency, Retention, Sensitivity, SignalsResult
 
 if TYPE_CHECKING:
     from edgedistill.bundle.check import BundleCheck
@@ -163,7 +163,30 @@ def artifact_text(artifact: Artifact, out: Path) -> str:
         f"tensors: {types}",
     ]
     lines += [f"fallback: {f.tensor} is {f.got} instead of {f.wanted}: {f.why}" for f in artifact.fallbacks]
+    if artifact.sensitivity is not None:
+        lines += sensitivity_lines(artifact.sensitivity)
     return "\n".join(lines)
+
+
+def sensitivity_lines(record: Sensitivity) -> list[str]:
+    """What each group costs when it is quantized alone, the costliest a byte first, and what was chosen."""
+    rows = [
+        (
+            row.group,
+            f"{row.cost:.2e} [{row.cost_ci95[0]:.2e}, {row.cost_ci95[1]:.2e}]",
+            human_bytes(row.bytes_saved),
+            row.type,
+            row.chosen if row.chosen != row.type else "",
+        )
+        for row in record.rows
+    ]
+    return [
+        table("quantized alone", ("group", record.metric, "saves", "type", "raised to"), rows),
+        f"on {record.examples:,} examples of {record.documents} documents of the {record.source}; intervals: 95 %,"
+        " bootstrap over documents",
+        f"retention {record.reached:.4f} (asked: {record.target:g}; {record.as_quantized:.4f} with nothing raised), for"
+        f" {human_bytes(record.bytes_added)} more",
+    ]
 
 
 def retention_text(retention: Retention) -> str:

@@ -21,8 +21,7 @@ from torch import nn  # noqa: TID253
 
 from edgedistill.errors import UserError
 from edgedistill.export_options import DEFAULT_OPTIONS, ExportOptions
-from edgedistill.gguf import ggml
-from edgedistill.gguf.streaming import as_stored
+from edgedistill.gguf.stored import as_converted, as_in_torch, gguf_values
 from edgedistill.onnx.blocks import decoder_values
 from edgedistill.progress import QUIET, Progress
 from edgedistill.weights import read_json
@@ -53,20 +52,9 @@ class Rounding:
             )
         if self.format == "onnx":
             return decoder_values(values, self.types[name])
-        changed = _as_converted(values, self.changes.get(name, ""))
+        changed = as_converted(values, self.changes.get(name, ""))
         kept = gguf_values(changed, self.types[name], self.importance.get(name), tensor=name, threads=threads)
-        return _as_in_torch(kept, self.changes.get(name, ""))
-
-
-def gguf_values(values: Floats, type_name: str, importance: Floats | None, *, tensor: str, threads: int = 1) -> Floats:
-    """A tensor as the converter and llama.cpp store it: a quantized one is rounded to float16 first.
-
-    Rows are quantized each by itself, so the order in which a family stores them does not matter.
-    """
-    if type_name in ("F32", "F16", "BF16"):
-        return ggml.dequantize(as_stored(values, type_name, tensor=tensor).view(np.uint8), type_name, values.shape)  # type: ignore[arg-type]
-    halved = as_stored(values, "F16", tensor=tensor).astype(np.float32)
-    return ggml.dequantize(ggml.quantize(halved, type_name, importance, threads=threads), type_name, values.shape)
+        return as_in_torch(kept, self.changes.get(name, ""))
 
 
 def rounding_of(
@@ -109,19 +97,6 @@ def rounding_of(
         importance = {name: by_gguf[spec.gguf_name] for name, spec in specs.items() if spec.gguf_name in by_gguf}
     changes = {name: spec.change for name, spec in specs.items() if spec.change}
     return Rounding("gguf", quantization, stored_types(scratch / artifact.entry), importance, changes)
-
-
-def _as_converted(values: Floats, change: str) -> Floats:
-    """The values as the converter writes them (see gguf/streaming.py); the order of rows does not matter here."""
-    if change == "transposed":
-        return np.ascontiguousarray(values.T)
-    return values + np.float32(1) if change == "plus_one" else values
-
-
-def _as_in_torch(values: Floats, change: str) -> Floats:
-    if change == "transposed":
-        return np.ascontiguousarray(values.T)
-    return values - np.float32(1) if change == "plus_one" else values
 
 
 class FakeQuantizer:

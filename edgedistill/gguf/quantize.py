@@ -17,10 +17,11 @@ from edgedistill.gguf.converter import to_gguf
 from edgedistill.gguf.importance import gguf_importance
 from edgedistill.gguf.mixes import BASE_TYPES, UNQUANTIZED, quantizable
 from edgedistill.gguf.request import Request, refuse_importance, request_of, request_of_file, with_importance
+from edgedistill.gguf.sensitivity import choose_mix, refuse_mixed
 from edgedistill.gguf.split import split_gguf
 from edgedistill.gguf.streaming import Dtype
 from edgedistill.progress import QUIET, Progress
-from edgedistill.records import Artifact, Fallback
+from edgedistill.records import Artifact, Fallback, Sensitivity
 from edgedistill.runtimes.quantize import quantize_in_child
 from edgedistill.store import combined_sha256, file_entries, fsync_folder, versions
 from edgedistill.weights import read_json
@@ -49,13 +50,15 @@ def export_gguf(
 
     `context_tokens` is capped at what the model was trained for. With `options.max_file_bytes` a larger file becomes
     model-00001-of-0000N.gguf and so on. Raises UserError, before any work, for a quantization that is unknown, for
-    overrides that name no matrix or no type, for a type that needs an importance matrix where no calibration text is
-    given, and for whatever cannot be converted; RuntimeCrashed where llama.cpp dies. Nothing half-written stays in
+    overrides that name no matrix or no type, for a type that needs an importance matrix (or a search for a mix) where
+    no calibration text is given, and for whatever cannot be converted; after it, where no mix keeps
+    `options.mixed_retention`; RuntimeCrashed where llama.cpp dies. Nothing half-written stays in
     `out` on failure.
     """
     if quantization not in QUANTIZATIONS:
         raise UserError(f"no GGUF quantization '{quantization}'", did_you_mean(quantization, QUANTIZATIONS))
-    parsed, request = None, None
+    refuse_mixed(options, quantization)
+    parsed, request, sensitivity = None, None, None
     if options.converter is None:
         parsed = model_of(read_json(checkpoint / "config.json", what="config.json"), where=str(checkpoint))
         request = request_of(checkpoint, parsed, quantization, options, progress=progress)
@@ -72,6 +75,7 @@ def export_gguf(
             request = request_of_file(whole, quantization, options)
         else:
             request = with_importance(request, checkpoint, parsed, progress=progress)
+            request, sensitivity = choose_mix(request, checkpoint, parsed, options, threads=threads, progress=progress)
         if quantization in UNQUANTIZED and not request.types:
             whole.replace(model)
         else:
@@ -87,7 +91,7 @@ def export_gguf(
             model.unlink(missing_ok=True)
             raise
     fsync_folder(out)
-    return _artifact(files, facts, described, request, context_tokens=context_tokens, log=log)
+    return _artifact(files, facts, described, request, sensitivity, context_tokens=context_tokens, log=log)
 
 
 def fallbacks_of(
@@ -154,6 +158,7 @@ def _artifact(
     facts: dict[str, Any],
     found: _Contents,
     request: Request,
+    sensitivity: Sensitivity | None,
     *,
     context_tokens: int,
     log: list[str],
@@ -178,5 +183,6 @@ def _artifact(
         tool_versions=versions("gguf", "llama-cpp-python"),
         overrides=request.overrides,
         calibration=request.calibration,
+        sensitivity=sensitivity,
         notes=[*facts["notes"], *request.notes],
     )
