@@ -53,7 +53,8 @@ class Int8Writer:
         self.ranges = ranges
         self.chain = chain
         self.steps: dict[str, Step] = {}
-        self._inputs: dict[str, tuple[str, str]] = {}
+        self._inputs: dict[str, str] = {}
+        self._dequantized: dict[str, str] = {}
         self._pending: dict[str, Step | None] = {}
         self._dynamic: dict[str, tuple[str, str, str]] = {}
 
@@ -143,9 +144,8 @@ class Int8Writer:
             product = self.graph.add("MatMul", [quantized, weight], projected)
             split_attention(self.graph, node, product, len(scales) // 3, info.output)
             return
-        self._dequantized_input(info.input)
-        step = self.steps[info.input]
-        self._attention(node, info, (self._inputs[info.input][0], step.scale_name, step.zero_point_name))
+        step = self._step(info.input)
+        self._attention(node, info, (self._quantized_input(info.input), step.scale_name, step.zero_point_name))
 
     def _dynamic_attention(self, node: Any, info: Quantizable) -> None:
         if not self._has_kernel(node):
@@ -188,17 +188,20 @@ class Int8Writer:
         """The tensor as it comes out of int8; itself where it is quantized already."""
         if name in self.steps and name not in self._inputs:
             return name
-        if name not in self._inputs:
-            self._quantize_input(name, self._step(name))
-        return self._inputs[name][1]
+        if name not in self._dequantized:
+            stored, step = self._quantized_input(name), self._step(name)
+            pair = [step.scale_name, step.zero_point_name]
+            back = self.graph.fresh(f"{name}_dequantized")
+            self._dequantized[name] = self.graph.add("DequantizeLinear", [stored, *pair], back)
+        return self._dequantized[name]
 
-    def _quantize_input(self, name: str, step: Step) -> None:
-        graph = self.graph
-        pair = [step.scale_name, step.zero_point_name]
-        stored = graph.add("QuantizeLinear", [name, *pair], graph.fresh(f"{name}_quantized"))
-        back = graph.add("DequantizeLinear", [stored, *pair], graph.fresh(f"{name}_dequantized"))
-        self.steps[name] = step
-        self._inputs[name] = (stored, back)
+    def _quantized_input(self, name: str) -> str:
+        """The tensor's integers."""
+        if name not in self._inputs:
+            step = self.steps[name] = self._step(name)
+            stored = self.graph.fresh(f"{name}_quantized")
+            self._inputs[name] = self.graph.add("QuantizeLinear", [name, step.scale_name, step.zero_point_name], stored)
+        return self._inputs[name]
 
     def _step(self, name: str) -> Step:
         if name in self.steps:
