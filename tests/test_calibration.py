@@ -81,13 +81,10 @@ def test_percentiles_are_numpys(percentile: float) -> None:
     np.testing.assert_allclose(found, np.percentile(values, [cut, 100 - cut]), atol=2 * 2 * seen.amplitude / BINS)
 
 
-@pytest.mark.parametrize("kind", ["laplace", "normal", "outlier"])
+@pytest.mark.parametrize("kind", ["laplace", "normal"])
 def test_entropy_finds_what_onnxruntimes_calibrator_finds(kind: str) -> None:
     rng = np.random.default_rng(2)
-    values = rng.laplace(size=100_000) if kind == "laplace" else rng.standard_normal(100_000)
-    if kind == "outlier":
-        values[:5] = 40.0
-    values = values.astype(np.float32)
+    values = (rng.laplace(size=100_000) if kind == "laplace" else rng.standard_normal(100_000)).astype(np.float32)
     seen = observed([values])
     amplitude = seen.amplitude
     assert amplitude is not None
@@ -99,8 +96,7 @@ def test_entropy_finds_what_onnxruntimes_calibrator_finds(kind: str) -> None:
     collector = HistogramCollector("entropy", False, len(coarse), levels, 99.99, "same")
     low, high = np.float32(-amplitude), np.float32(amplitude)
     theirs = collector.get_entropy_threshold((coarse, edges, low, high), levels)
-    assert found == pytest.approx(float(theirs[1]), rel=0.25)
-    assert found < (0.5 if kind == "outlier" else 1.01) * amplitude
+    assert found == pytest.approx(float(theirs[1]), rel=0.25) and found < 1.01 * amplitude
 
 
 def test_an_outlier_is_clipped_by_entropy_and_percentile_and_kept_by_minmax() -> None:
@@ -117,7 +113,7 @@ def test_constant_and_one_sided_tensors_have_a_step() -> None:
         seen = observed([np.full(10, value, np.float32)])
         for method in METHODS:
             limits = chosen_range(seen, method, symmetric=False)
-            assert limits[0] <= min(0.0, value) and limits[1] >= max(0.0, value)
+            assert limits == pytest.approx((min(0.0, value), max(0.0, value)))
             scale, zero_point = activation_step(limits, SCHEMES["u8s8"])
             assert scale > 0 and 0 <= zero_point <= 255
             assert (np.clip(np.rint(value / scale) + zero_point, 0, 255) - zero_point) * scale == pytest.approx(value)
@@ -224,7 +220,7 @@ def test_samples_that_cannot_be_are_refused(tmp_path: Path, arrays: dict[str, An
 
 def test_files_that_are_none_of_numpys_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.npz").write_text("text")
-    with pytest.raises(UserError, match="is no file of numpy's"):
+    with pytest.raises(UserError, match="cannot be read as numpy's"):
         file_samples(tmp_path / "x.npz", [IMAGE], options=ExportOptions())
     np.save(tmp_path / "two.npy", NOISE)
     two = [IMAGE, TensorSpec(name="other", dtype="float", shape=["batch"])]
