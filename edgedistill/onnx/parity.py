@@ -25,8 +25,10 @@ from edgedistill.runtimes.graph import GraphProcess
 Arrays = Mapping[str, NDArray[Any]]
 # Root mean square of the difference over that of the output about its mean, beyond which it is no rounding: of
 # float32 sums in another order, of half precision's 11 bits and bfloat16's 8 through tens of layers.
-LIMITS = {"FP32": 1e-4, "FP16": 2e-2, "BF16": 1e-1}
-PRODUCTS = ("MatMul", "FusedMatMul")
+LIMITS = {
+    "FP32": 1e-4, "FP16": 2e-2, "BF16": 1e-1, "INT8": 0.5, "INT8-DYNAMIC": 0.5, "INT8-WEIGHTS": 0.2, "INT4": 0.8,
+}  # fmt: skip
+PRODUCTS = ("MatMul", "FusedMatMul", "MatMulNBits", "DynamicQuantizeMatMul", "MatMulIntegerToFloat")
 
 
 @dataclass(frozen=True)
