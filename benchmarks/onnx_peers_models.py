@@ -179,8 +179,8 @@ def text_task(data: Path, folder: Path, timed: int) -> Task:
 
 
 def image_task(data: Path, timed: int) -> Task:
-    """2,000 images; calibration sees others."""
-    feeds, labels = images(data, range(800, 1000))
+    """1,000 images; calibration sees others."""
+    feeds, labels = images(data, range(900, 1000))
     return Task(feeds, labels, feeds[:timed])
 
 

@@ -11,7 +11,6 @@ cannot run here otherwise: calibration on the job's data in place of wikitext-2 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-EXPORTERS = {"dynamo": "dynamo_exporter", "torchscript": "torchscript_exporter"}
+EXPORTERS = {"torchscript": "torchscript_exporter", "dynamo": "dynamo_exporter"}
 SCRIPT = """
 import json
 import numpy as np
@@ -55,13 +54,15 @@ def peers_images(job, **_):
 
 def scheduled(model: str, precision: str, exporter: str | None, out: Path) -> dict[str, Any]:
     """The workflow that `olive optimize` would run."""
+    from olive.cli.launcher import main as olive
+
     command = [
-        sys.executable, "-m", "olive", "optimize", "-m", model, "--provider", "CPUExecutionProvider", "--device", "cpu",
-        "--precision", precision, "-o", str(out), "--dry_run", "--use_qdq_format",
+        "optimize", "-m", model, "--provider", "CPUExecutionProvider", "--device", "cpu", "--precision", precision,
+        "-o", str(out), "--dry_run", "--use_qdq_format",
     ]  # fmt: skip
     if exporter is not None:
         command += ["--exporter", exporter, "-t", "text-classification"]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    olive(command)
     config: dict[str, Any] = json.loads((out / "config.json").read_text(encoding="utf-8"))
     return config
 
@@ -104,9 +105,7 @@ def attempt(failed: dict[str, str], name: str, work: Callable[[], Path]) -> Path
     """A configuration that fails is named with its words, and the others go on."""
     try:
         return work()
-    except subprocess.CalledProcessError as error:
-        failed[name] = f"{error.returncode}: {' '.join(error.stderr.split())[-300:]}"
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return None
 
