@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 CalibrationMethod = Literal["minmax", "entropy", "percentile"]
+Int8Scheme = Literal["auto", "u8s8", "u8s8-7bit", "u8u8", "s8s8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class ExportOptions:
     `mixed_retention`: raise the layers that cost most until retention meets this at the smallest size; None: no search.
     `max_file_bytes`: split larger files. `converter`: llama.cpp's own convert_hf_to_gguf.py, for other families.
     `task`: what a model without a causal head does; None: from its config. `ort_format`: write `.ort` too.
+    `int8_scheme`: signs and width of INT8, by the CPU; auto: this machine's (onnx/int8_scheme.py).
     `compare_speed`: measure float against quantized here. `notes`: what the record shall say of the weights' origin.
     """
 
@@ -42,6 +44,7 @@ class ExportOptions:
     task: str | None = None
     opset: int | None = None
     ort_format: bool = False
+    int8_scheme: Int8Scheme = "auto"
     compare_speed: bool = True
     notes: tuple[str, ...] = ()
 

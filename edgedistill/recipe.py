@@ -272,6 +272,11 @@ class Export(Section):
     calibration_method: Literal["minmax", "entropy", "percentile"] = Field(
         "minmax", description="of the ranges of static INT8"
     )
+    calibration_batch: int = Field(8, ge=1, le=4096, description="samples a run of calibration; changes no range")
+    int8_scheme: Literal["auto", "u8s8", "u8s8-7bit", "u8u8", "s8s8"] = Field(
+        "auto",
+        description="signs and bits of ONNX INT8; auto: what this CPU multiplies without saturating; s8s8: TensorRT",
+    )
     opset: int | None = Field(None, ge=17, le=30, description="of ONNX graphs; default: the exporter's")
     ort_format: bool = Field(False, description="write the graph in ORT format too, for mobile builds of the runtime")
     compare_speed: bool = Field(True, description="measure float against quantized where the runtime is at hand")

@@ -23,6 +23,8 @@ from edgedistill.store import Store, Stored, fsync_tree, sha256_of
 from edgedistill.targets import Target, parse_artifact
 
 RECORD = "artifact.json"
+# What holds inputs of a graph instead of text.
+ARRAYS = (".npz", ".npy")
 
 
 def export(
@@ -48,6 +50,9 @@ def export(
     from edgedistill.gguf.convert import gguf_positions
 
     format_, quantization = parse_artifact(f"{format_}:{quantization}")
+    arrays = calibration is not None and Path(calibration).suffix.lower() in ARRAYS
+    if arrays and (format_ != "onnx" or is_decoder(locate(student, role="student")[0], task)):
+        raise UserError(f"{calibration} holds arrays, but {format_} of a decoder is calibrated on text", "give text")
     if format_ == "gguf":
         # Many more families become GGUFs than this package plans and trains.
         path, _ = locate(student, role="student")
@@ -97,10 +102,15 @@ def _options(recipe: Recipe, calibration: str | None, converter: Path | None, ta
     from edgedistill.export import options_of
 
     blocks = None
-    if calibration is not None:
+    arrays = None
+    if calibration is not None and Path(calibration).suffix.lower() in ARRAYS:
+        arrays = Path(calibration).expanduser()
+        if not arrays.is_file():
+            raise UserError(f"no calibration file {arrays}", "check the path given with --calibration")
+    elif calibration is not None:
         blocks = [[text] for text in read_documents(calibration, recipe.data)]
     options = options_of(recipe.export, blocks, calibration or "", recipe.seed)
-    return replace(options, converter=converter, task=task)
+    return replace(options, converter=converter, task=task, calibration_path=arrays)
 
 
 def _runs(artifact: Artifact, folder: Path, store: Store) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgedistill import machine
 from edgedistill.progress import Progress
 from edgedistill.records import SpeedComparison
 from edgedistill.runtimes.child import RuntimeName, RuntimeProcess
+from edgedistill.runtimes.graph import GraphProcess
 from edgedistill.store import Store
 
 PAIRS = 12
@@ -20,6 +22,10 @@ WARMUP = 2
 PROMPT_TOKENS = 32
 NEW_TOKENS = 24
 BOOTSTRAP_SAMPLES = 2000
+SAMPLE_MS = 20.0
+MOST_REPEATS = 200
+
+Arrays = Mapping[str, NDArray[Any]]
 
 
 def compare_decoders(
@@ -53,6 +59,37 @@ def compare_decoders(
         float_run, info = opened(float_artifact, both)
         quantized_run, _ = opened(quantized_artifact, both)
         return compare(float_run, quantized_run, runtime=str(info["runtime_version"]), threads=threads, seed=seed)
+
+
+def compare_graphs(
+    float_graphs: Sequence[Path],
+    quantized_graphs: Sequence[Path],
+    inputs: Sequence[Arrays],
+    *,
+    threads: int,
+    seed: int = 0,
+) -> SpeedComparison:
+    """Milliseconds of a run of both, each graph on its inputs in a process of its own; several graphs are summed.
+
+    A sample is the mean of so many runs as take SAMPLE_MS.
+    """
+    with ExitStack() as both:
+
+        def opened(paths: Sequence[Path]) -> tuple[Callable[[], float], str]:
+            parts = [both.enter_context(GraphProcess(path, threads=threads)) for path in paths]
+            first = [min(part.timed(arrays, 3)) for part, arrays in zip(parts, inputs, strict=True)]
+            repeats = int(np.clip(SAMPLE_MS / max(1e-3, sum(first)), 1, MOST_REPEATS))
+
+            def run() -> float:
+                return sum(
+                    float(np.mean(part.timed(arrays, repeats))) for part, arrays in zip(parts, inputs, strict=True)
+                )
+
+            return run, str(parts[0].info["runtime_version"])
+
+        float_run, version = opened(float_graphs)
+        quantized_run, _ = opened(quantized_graphs)
+        return compare(float_run, quantized_run, runtime=version, threads=threads, seed=seed)
 
 
 def compare(

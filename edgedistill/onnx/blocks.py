@@ -26,22 +26,8 @@ def matmul_nbits_values(
     The quantizer is onnxruntime's (`quantize_matmul_4bits`, `quantize_matmul_8bits`), which the onnxruntime-genai
     builder uses in its default method. Raises UserError for other bits and for values that are not finite.
     """
-    from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits
-
-    if bits not in BITS:
-        raise UserError(f"MatMulNBits of {bits} bits", "use 4 or 8")
-    _require_finite(values_RC)
-    rows, columns = values_RC.shape
-    blocks = -(-columns // block_size)
-    per_byte = 8 // bits
-    # onnxruntime takes it as MatMul does, [in, out], whole blocks
-    padded_CR = np.zeros((blocks * block_size, rows), dtype=np.float32)
-    padded_CR[:columns] = values_RC.T
-    packed = np.zeros((rows, blocks, block_size // per_byte), dtype=np.uint8)
-    zero_points = np.zeros((rows, -(-blocks // per_byte)), dtype=np.uint8)
-    scales = np.zeros((rows, blocks), dtype=np.float32)
-    quantize = quantize_matmul_4bits if bits == 4 else quantize_matmul_8bits
-    quantize(packed, padded_CR, scales, zero_points, block_size, rows, columns, symmetric)
+    packed, scales, zero_points = matmul_nbits_stored(values_RC, bits, block_size=block_size, symmetric=symmetric)
+    columns = values_RC.shape[1]
     return unpack(packed, scales, None if symmetric else zero_points, columns=columns, bits=bits, block_size=block_size)
 
 
@@ -73,6 +59,51 @@ def qdq_values(
         difference = np.asarray(stored).astype(np.int32) - np.asarray(zero_point).astype(np.int32)
         out[where] = difference.astype(np.float32).reshape(part.shape) * np.float32(scale)
     return out
+
+
+def qdq_stored(
+    values: NDArray[np.float32], *, axis: int, reduce_range: bool = False
+) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int8]]:
+    """int8 weights about zero with a scale for each entry of `axis`: integers, scales, zero points (all 0).
+
+    All channels at once, with the arithmetic of `qdq_values`, which takes them one by one: the same bits.
+    """
+    _require_finite(values)
+    largest = 64 if reduce_range else 127
+    others = tuple(i for i in range(values.ndim) if i != axis)
+    highest = np.abs(values).max(axis=others, initial=0.0).astype(np.float64)
+    scales = (2 * highest / (2 * largest)).astype(np.float32)
+    scales[2 * highest / (2 * largest) < np.finfo(np.float32).tiny] = 1.0
+    shape = [1] * values.ndim
+    shape[axis] = -1
+    stored = np.clip((values / scales.reshape(shape)).round(), -128, 127).astype(np.int8)
+    return stored, scales, np.zeros(len(scales), dtype=np.int8)
+
+
+def matmul_nbits_stored(
+    values_RC: NDArray[np.float32], bits: int, *, block_size: int = BLOCK_SIZE, symmetric: bool = True
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
+    """What `matmul_nbits_values` gives, as it is stored: [R, blocks, block bytes], scales [R, blocks], zero points.
+
+    `symmetric`: the zero point is 2^(bits − 1), and need not be stored. UserError as there.
+    """
+    from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits
+
+    if bits not in BITS:
+        raise UserError(f"MatMulNBits of {bits} bits", "use 4 or 8")
+    _require_finite(values_RC)
+    rows, columns = values_RC.shape
+    blocks = -(-columns // block_size)
+    per_byte = 8 // bits
+    # onnxruntime takes it as MatMul does, [in, out], whole blocks
+    padded_CR = np.zeros((blocks * block_size, rows), dtype=np.float32)
+    padded_CR[:columns] = values_RC.T
+    packed = np.zeros((rows, blocks, block_size // per_byte), dtype=np.uint8)
+    zero_points = np.zeros((rows, -(-blocks // per_byte)), dtype=np.uint8)
+    scales = np.zeros((rows, blocks), dtype=np.float32)
+    quantize = quantize_matmul_4bits if bits == 4 else quantize_matmul_8bits
+    quantize(packed, padded_CR, scales, zero_points, block_size, rows, columns, symmetric)
+    return packed, scales, zero_points
 
 
 def decoder_values(values: NDArray[np.float32], kind: Literal["INT4", "INT8", "FP32"] | str) -> NDArray[np.float32]:

@@ -18,21 +18,27 @@ import numpy as np
 
 from edgedistill.errors import UserError, did_you_mean
 from edgedistill.export_options import DEFAULT_OPTIONS, ExportOptions
+from edgedistill.onnx.calibration import Samples, file_samples, given_samples, text_samples
 from edgedistill.onnx.float_export import FloatExport, export_graphs, module_graph, trace
-from edgedistill.onnx.inputs import Batch, greedy_text2text, parity_batches
+from edgedistill.onnx.inputs import LONGEST_TOKENS, Batch, greedy_text2text, parity_batches
 from edgedistill.onnx.ort_format import to_ort
 from edgedistill.onnx.parity import LIMITS, check_parity
 from edgedistill.onnx.precision import NOTES, convert
-from edgedistill.onnx.tasks import open_task
+from edgedistill.onnx.quantizable import STATIC
+from edgedistill.onnx.quantize import require_static
+from edgedistill.onnx.tasks import TaskModel, open_task
 from edgedistill.progress import QUIET, Progress
 from edgedistill.records import Artifact, Parity
 from edgedistill.runtimes.graph import GraphProcess
+from edgedistill.speed import compare_graphs, report
 from edgedistill.store import combined_sha256, file_entries, fsync_tree, versions
 
 # quantization → "module:function", called with (list of FloatExport, folder to write the graphs of the same names into,
-# keywords quantization, batches (list of list of named arrays, a list for each graph), options, progress); it gives a
-# dict of further fields of the artifact's record, its own `parity` among them.
-QUANTIZERS: dict[str, str] = {}
+# keywords quantization, samples (calibration.Samples or None), threads, options, progress); it gives a dict of further
+# fields of the artifact's record.
+QUANTIZERS: dict[str, str] = dict.fromkeys(
+    ("INT8", "INT8-DYNAMIC", "INT8-WEIGHTS", "INT4"), "edgedistill.onnx.quantize:quantize"
+)
 PREPROCESS_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm", "preprocessor_config.json", "config.json",
@@ -57,17 +63,21 @@ def export_encoder(
     UserError for what cannot be exported and for a graph that does not compute what torch does; on failure `out` is as
     it was.
     """
-    _require_quantization(quantization)
+    _require_quantization(quantization, options)
     opened = open_task(checkpoint, options.task)
+    if quantization == STATIC:
+        require_static(len(opened.graphs), options.calibration is not None or options.calibration_path is not None)
     texts = None if options.calibration is None else ["\n".join(block) for block in options.calibration]
     with _scratch(out) as scratch:
         exports = export_graphs(opened, scratch / "float", opset=options.opset)
         progress.say(f"export: {opened.task}, {', '.join(export.path.name for export in exports)} traced", level=2)
         batches, said = parity_batches(checkpoint, opened, exports, texts, options.calibration_source)
+        samples = _samples(checkpoint, opened, exports[0], texts, options) if quantization == STATIC else None
+        timed = [_timing_batch(batch[0], opened.max_tokens) for batch in batches]
         built = scratch / "built"
         fields = _finish(
-            exports, built, batches, said, quantization=quantization, threads=threads, options=options,
-            progress=progress,
+            exports, built, batches, said, samples=samples, timed=timed, quantization=quantization, threads=threads,
+            options=options, progress=progress,
         )  # fmt: skip
         if opened.task == "text2text":
             fields["parity"] = _with_greedy(fields["parity"], exports, built, batches[0][0], opened.model, threads)
@@ -101,22 +111,30 @@ def export_module(
 
     `example_inputs`: a tensor for each parameter of `forward`, by name or in order. `dynamic`: input → axis → name of
     the axes that vary; default: the first of every input, `batch`. `input_names` rename the graph's inputs, in order.
-    `batches`: named arrays that the graph is held to torch on, and calibrated with; default: the examples.
+    `batches`: named arrays that the graph is held to torch on, and calibrated with; default: the examples, which are
+    too few to calibrate on. `options.calibration_path`: an .npz of what it is calibrated with instead.
 
     Raises UserError for a module that torch.export does not take, weights that are not finite, and a graph that does
     not compute what the module does; on failure `out` is as it was.
     """
-    _require_quantization(quantization)
+    _require_quantization(quantization, options)
+    if quantization == STATIC:
+        require_static(1, bool(batches) or options.calibration_path is not None)
     graph = module_graph(module, example_inputs, dynamic=dynamic, input_names=input_names, output_names=output_names)
     with _scratch(out) as scratch:
         parameters = sum(parameter.numel() for parameter in module.parameters())
         export = trace(graph, module, scratch / "float", opset=options.opset, parameters=parameters)
         given = list(batches or [{name: value.numpy() for name, value in graph.examples.items()}])
         said = f"{len(given)} batches of the caller's" if batches else "the example inputs"
+        samples = None
+        if quantization == STATIC and options.calibration_path is not None:
+            samples = file_samples(options.calibration_path, export.inputs, options=options)
+        elif quantization == STATIC:
+            samples = given_samples(given, export.inputs, options=options)
         built = scratch / "built"
         fields = _finish(
-            [export], built, [given], said, quantization=quantization, threads=threads, options=options,
-            progress=progress,
+            [export], built, [given], said, samples=samples, timed=[given[0]], quantization=quantization,
+            threads=threads, options=options, progress=progress,
         )  # fmt: skip
         artifact = _describe(
             built, [export], quantization=quantization, task="module", context=0, vocab_size=0, fields=fields
@@ -125,12 +143,40 @@ def export_module(
     return artifact
 
 
-def _require_quantization(quantization: str) -> None:
-    known = [*LIMITS, *QUANTIZERS]
-    if quantization not in known:
+def _require_quantization(quantization: str, options: ExportOptions) -> None:
+    if quantization not in LIMITS:
         raise UserError(
-            f"no ONNX quantization '{quantization}' for a model that is no decoder", did_you_mean(quantization, known)
+            f"no ONNX quantization '{quantization}' for a model that is no decoder", did_you_mean(quantization, LIMITS)
         )
+    if options.tensor_types and quantization not in QUANTIZERS:
+        raise UserError(
+            f"export.tensor_types with the quantization {quantization}",
+            f"quantize with {', '.join(QUANTIZERS)} and give FP32 to the nodes that shall stay float",
+        )
+
+
+def _samples(
+    checkpoint: Path, opened: TaskModel, export: FloatExport, texts: Sequence[str] | None, options: ExportOptions
+) -> Samples:
+    """What static INT8 is calibrated on: a file of inputs, else the texts. UserError."""
+    if options.calibration_path is not None:
+        return file_samples(options.calibration_path, export.inputs, options=options)
+    if opened.vocab_size == 0:
+        raise UserError(
+            f"{options.calibration_source or 'text'} cannot calibrate a model of images",
+            f"give an .npz or .npy of {export.inputs[0].name} {export.inputs[0].shape}, preprocessed",
+        )
+    names = [spec.name for spec in export.inputs]
+    return text_samples(checkpoint, texts or (), names, max_tokens=opened.max_tokens, options=options)
+
+
+def _timing_batch(batch: Batch, max_tokens: int) -> Batch:
+    """One sequence of 128 tokens, or the longest, where the graph takes nothing but sequences; else the batch."""
+    if any(value.dtype != np.int64 or value.ndim != 2 for value in batch.values()) or "attention_mask" not in batch:
+        return batch
+    length = min(LONGEST_TOKENS, max_tokens)
+    real = int(batch["attention_mask"][0].sum())
+    return {name: np.resize(value[0, :real], (1, length)) for name, value in batch.items()}
 
 
 @contextlib.contextmanager
@@ -147,6 +193,8 @@ def _finish(
     batches: Sequence[Sequence[Batch]],
     said: str,
     *,
+    samples: Samples | None,
+    timed: Sequence[Batch],
     quantization: str,
     threads: int,
     options: ExportOptions,
@@ -159,8 +207,9 @@ def _finish(
         module, _, name = QUANTIZERS[quantization].partition(":")
         quantize = getattr(importlib.import_module(module), name)
         fields |= quantize(
-            exports, built, quantization=quantization, batches=batches, options=options, progress=progress
-        )
+            exports, built, quantization=quantization, samples=samples, threads=threads, options=options,
+            progress=progress,
+        )  # fmt: skip
     else:
         for export in exports:
             target = built / export.path.name
@@ -172,14 +221,19 @@ def _finish(
     shipped = {export.path.name: export.path.name for export in exports}
     if options.ort_format:
         shipped = dict(zip(sorted(shipped), (path.name for path in to_ort(built)), strict=True))
-    if quantization in QUANTIZERS:
-        return fields
     checked = [
         check_parity(export, built / file, batch, quantization=quantization, inputs=said, threads=threads)
         for export, batch in zip(exports, batches, strict=True)
         for file in dict.fromkeys((export.path.name, shipped[export.path.name]))
     ]
-    return fields | {"parity": _together(checked)}
+    fields["parity"] = _together(checked)
+    if quantization in QUANTIZERS and options.compare_speed:
+        files = [export.path.name for export in exports]
+        fields["speed"] = compare_graphs(
+            [export.path for export in exports], [built / file for file in files], timed, threads=threads
+        )
+        report(fields["speed"], quantization, progress)
+    return fields
 
 
 def _together(parts: Sequence[Parity]) -> Parity:

@@ -49,13 +49,18 @@ class FloatExport:
 
 
 def export_float(
-    checkpoint: Path, out: Path, *, task: str | None = None, opset: int | None = None
+    checkpoint: Path, out: Path, *, task: str | None = None, opset: int | None = None, first_token: bool = True
 ) -> list[FloatExport]:
     """Write the float32 graph (two for text2text: encoder and decoder) of a transformers folder into the folder `out`.
 
-    Raises UserError for an unknown task, weights that are missing or not finite, and a model that cannot be traced.
+    `first_token`: see fusions.fuse. Raises UserError for an unknown task, weights that are missing or not finite, and a
+    model that cannot be traced.
     """
-    return export_graphs(open_task(checkpoint, task), out, opset=opset)
+    opened = open_task(checkpoint, task)
+    return [
+        trace(graph, opened.model, out, opset=opset, parameters=opened.parameters, first_token=first_token)
+        for graph in opened.graphs
+    ]
 
 
 def export_graphs(opened: TaskModel, out: Path, *, opset: int | None = None) -> list[FloatExport]:
@@ -63,7 +68,9 @@ def export_graphs(opened: TaskModel, out: Path, *, opset: int | None = None) -> 
     return [trace(graph, opened.model, out, opset=opset, parameters=opened.parameters) for graph in opened.graphs]
 
 
-def trace(graph: Graph, model: Any, out: Path, *, opset: int | None, parameters: int) -> FloatExport:
+def trace(
+    graph: Graph, model: Any, out: Path, *, opset: int | None, parameters: int, first_token: bool = True
+) -> FloatExport:
     """Trace one module, fuse it for ONNX Runtime and write it. The same module gives the same bytes. UserError."""
     import onnx_ir
 
@@ -72,7 +79,7 @@ def trace(graph: Graph, model: Any, out: Path, *, opset: int | None, parameters:
         raise UserError(f"opset {opset}", f"use {OPSETS.start} to {OPSETS.stop - 1}")
     with _quiet(), fused_attention(model):
         program = _program(graph, opset)
-    fuse(program)
+    fuse(program, first_token=first_token)
     name_axes(program, graph.axes)
     _strip(program)
     out.mkdir(parents=True, exist_ok=True)

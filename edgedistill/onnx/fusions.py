@@ -13,17 +13,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgedistill.onnx.first_token import keep_first_token
+
 if TYPE_CHECKING:
     import onnx_ir
 
 ORT_DOMAIN = "com.microsoft"
 
 
-def fuse(model: onnx_ir.Model) -> None:
-    """Rewrite `model` in place: no reshape that changes nothing, and attention with its projections in one node."""
+def fuse(model: onnx_ir.Model, *, first_token: bool = True) -> None:
+    """Rewrite `model` in place: no reshape that changes nothing, and attention with its projections in one node.
+
+    `first_token`: a last layer of which one token is read is computed for that token (first_token.py).
+    """
     from onnx_ir.passes import common
 
     _drop_empty_reshapes(model)
+    if first_token:
+        common.RemoveUnusedNodesPass()(model)
+        keep_first_token(model)
     for node in list(model.graph):
         if node.op_type == "MultiHeadAttention":
             _pack_projections(model, node)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
 from edgedistill.runtimes.child import Child
+
+if TYPE_CHECKING:
+    from edgedistill.onnx.histogram import Observed
 
 
 class GraphProcess:
@@ -38,6 +41,34 @@ class GraphProcess:
         """All outputs of one run; float16 and bfloat16 ones as float32."""
         frame = next(self._child.stream("run_graph", "a run", {}, dict(arrays)))
         return frame[1]
+
+    def timed(self, arrays: Mapping[str, NDArray[Any]], repeats: int) -> list[float]:
+        """Milliseconds of each of so many runs, measured in the child."""
+        found: list[float] = self._child.call("time_graph", "timed runs", {"repeats": repeats}, dict(arrays))["ms"]
+        return found
+
+    def observe_begin(self, names: Sequence[str]) -> None:
+        """From now on `observe` notes the extremes of these outputs."""
+        self._child.call("observe_begin", "opening", {"names": list(names)})
+
+    def observe_bins(self) -> None:
+        """From now on `observe` counts in bins as wide as the extremes."""
+        self._child.call("observe_bins", "opening", {})
+
+    def observe(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """One run whose outputs stay in the child. Positions where `attention_mask` is 0 are not looked at."""
+        self._child.call("observe", "a calibration run", {}, dict(arrays))
+
+    def observed(self) -> dict[str, Observed]:
+        """What was seen of each output."""
+        from edgedistill.onnx.histogram import Observed
+
+        header, counts = next(self._child.stream("observed", "ranges", {}))
+        return {name: Observed(**row, counts=counts[name]) for name, row in header["rows"].items()}
+
+    def peak_rss_bytes(self) -> int:
+        """The most memory that the child ever had resident."""
+        return int(self._child.call("peak_rss", "memory", {})["bytes"])
 
     def close(self) -> None:
         self._child.close()

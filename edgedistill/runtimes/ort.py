@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
+from edgedistill.onnx.histogram import Observed, observe
 from edgedistill.runtimes.backend import greedy_timed
 
 DTYPES = {
@@ -189,6 +190,7 @@ class GraphSession:
         self._inputs = {node.name: (node.type, list(node.shape)) for node in self._session.get_inputs()}
         self._outputs = [node.name for node in self._session.get_outputs()]
         self._version = onnxruntime.__version__
+        self._seen: dict[str, Observed] = {}
 
     def info(self) -> dict[str, Any]:
         return {
@@ -208,3 +210,34 @@ class GraphSession:
             name: value if value.dtype in FRAME_TYPES else value.astype(np.float32)
             for name, value in zip(self._outputs, found, strict=True)
         }
+
+    def timed(self, arrays: Mapping[str, NDArray[Any]], repeats: int) -> list[float]:
+        """Milliseconds of each run."""
+        feeds = dict(arrays)
+        found = []
+        for _ in range(repeats):
+            started = time.perf_counter_ns()
+            self._session.run(self._outputs, feeds)
+            found.append((time.perf_counter_ns() - started) / 1e6)
+        return found
+
+    def observe_begin(self, names: Sequence[str]) -> None:
+        self._seen = {name: Observed() for name in names}
+
+    def observe_bins(self) -> None:
+        for seen in self._seen.values():
+            seen.begin_bins()
+
+    def observe(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """One run, whose outputs are looked at and dropped."""
+        names = list(self._seen)
+        found = dict(zip(names, self._session.run(names, dict(arrays)), strict=True))
+        observe(self._seen, found, arrays.get("attention_mask"))
+
+    def observed(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """What was seen of each tensor: the header of a frame, and its counts."""
+        rows = {
+            name: {"low": s.low, "high": s.high, "values": s.values, "finite": s.finite, "amplitude": s.amplitude}
+            for name, s in self._seen.items()
+        }
+        return {"rows": rows}, {name: s.counts for name, s in self._seen.items()}

@@ -126,9 +126,20 @@ class Worker:
             self.graph = GraphSession(Path(params.pop("path")), **params)
             yield self.graph.info(), {}
         elif op == "run_graph":
-            if self.graph is None:
-                raise ValueError("no graph is open")
-            yield {}, self.graph.run(arrays)
+            yield {}, self._graph().run(arrays)
+        elif op == "time_graph":
+            yield {"ms": self._graph().timed(arrays, **params)}, {}
+        elif op == "observe_begin":
+            self._graph().observe_begin(**params)
+            yield {}, {}
+        elif op == "observe_bins":
+            self._graph().observe_bins()
+            yield {}, {}
+        elif op == "observe":
+            self._graph().observe(arrays)
+            yield {}, {}
+        elif op == "observed":
+            yield self._graph().observed()
         elif op == "peak_rss":
             yield {"bytes": peak_rss_bytes()}, {}
         elif op == "tokenize":
@@ -180,6 +191,11 @@ class Worker:
         for name, values in backend.trace(tokens_T, names):
             yield {"name": name}, {"values": values}
         yield {"done": True}, {}
+
+    def _graph(self) -> GraphSession:
+        if self.graph is None:
+            raise ValueError("no graph is open")
+        return self.graph
 
     def _opened(self) -> Backend:
         if self.backend is None:
