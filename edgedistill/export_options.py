@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+NOT_COMPARED = "its logits were not compared with torch's (export.compare_logits is off): its weights alone were"
 CalibrationMethod = Literal["minmax", "entropy", "percentile"]
 
 
@@ -22,6 +23,8 @@ class ExportOptions:
     `mixed_retention`: raise the layers that cost most until retention meets this at the smallest size; None: no search.
     `max_file_bytes`: split larger files. `converter`: llama.cpp's own convert_hf_to_gguf.py, for other families.
     `task`: what a model without a causal head does; None: from its config. `ort_format`: write `.ort` too.
+    `tensorrt`: standard operators alone, and a script that builds the engine on a device.
+    `compare_logits`: hold a GGUF or ONNX decoder to the float32 model, which then stands in memory.
     `compare_speed`: measure float against quantized here. `notes`: what the record shall say of the weights' origin.
     """
 
@@ -42,6 +45,8 @@ class ExportOptions:
     task: str | None = None
     opset: int | None = None
     ort_format: bool = False
+    tensorrt: bool = False
+    compare_logits: bool = True
     compare_speed: bool = True
     notes: tuple[str, ...] = ()
 
