@@ -84,7 +84,9 @@ def _bitsandbytes(folder: Path, context_tokens: int) -> BytesRead:
     from edgedistill.shapes import shape_from_config
     from edgedistill.weights import read_json
 
-    shape = shape_from_config(read_json(folder / "config.json", what="config.json"), where=str(folder))
+    config = read_json(folder / "config.json", what="config.json")
+    config.pop("quantization_config", None)  # what makes it an artifact and no model to be exported again
+    shape = shape_from_config(config, where=str(folder))
     total, left_out = 0, ""
     for path in sorted(folder.glob("*.safetensors")):
         try:
