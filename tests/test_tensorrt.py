@@ -125,8 +125,8 @@ def test_outputs_are_compared_by_name_shape_and_value(folder: Path) -> None:
         assert shipped.compare(exported_as_trtexec_does(right), case) < settings["limit"]
         scaled = {name: values * 1.5 for name, values in right.items()}
         assert shipped.compare(exported_as_trtexec_does(scaled), case) > 0.1
-        turned = {name: np.ascontiguousarray(values.T) for name, values in right.items()}
-        assert shipped.compare(exported_as_trtexec_does(turned), case) == float("inf")
+        flat = {name: values.reshape(-1) for name, values in right.items()}
+        assert shipped.compare(exported_as_trtexec_does(flat), case) == float("inf")
         assert shipped.compare([], case) == float("inf")
 
 
