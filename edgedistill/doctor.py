@@ -28,8 +28,9 @@ BUILD_PACKAGES = {
 RUNTIME_PACKAGES = {
     "gguf": {"llama-cpp-python": "llama_cpp", "gguf": "gguf"},
     "onnx": {"onnxruntime": "onnxruntime", "onnxruntime-genai": "onnxruntime_genai", "onnx": "onnx"},
+    "bitsandbytes": {"bitsandbytes": "bitsandbytes", "torch": "torch", "transformers": "transformers"},
 }
-EXTRAS = {"gguf": "llama", "onnx": "onnx"}
+EXTRAS = {"gguf": "llama", "onnx": "onnx", "bitsandbytes": "train"}
 LITTLE_DISK_BYTES = 2_000_000_000
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from edgedistill import machine
 from edgedistill.errors import UserError
-from edgedistill.export_options import DEFAULT_OPTIONS, ExportOptions
+from edgedistill.export_options import DEFAULT_OPTIONS, NOT_COMPARED, ExportOptions
 from edgedistill.gguf.pretokenizers import NEW_CHARACTERS_NOTE
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Export
@@ -41,6 +41,8 @@ def options_of(settings: Export, calibration: list[list[str]] | None, source: st
         max_file_bytes=settings.max_file_bytes,
         opset=settings.opset,
         ort_format=settings.ort_format,
+        tensorrt=settings.tensorrt,
+        compare_logits=settings.compare_logits,
         compare_speed=settings.compare_speed,
     )
 
@@ -118,16 +120,25 @@ def write_artifact(
 ) -> Artifact:
     """Write the artifact into `out`, which must be empty or new.
 
-    `checked=False` leaves a GGUF unheld to its checkpoint and untimed: for one that is read back and thrown away.
+    `checked=False` leaves a GGUF or ONNX decoder unheld to its checkpoint's logits and untimed: for one that is read
+    back and thrown away. Raises UserError before any work where the comparison would not fit this machine's memory.
     """
     threads = max(1, len(machine.usable_cpus()))
     if options.mixed_retention is not None:
         refuse_mixed_format(
             format_, quantization, decoder=format_ == "onnx" and is_decoder(checkpoint, options.task)
         )  # fmt: skip
+    compared = checked and options.compare_logits
+    if options.tensorrt and (format_ != "onnx" or is_decoder(checkpoint, options.task)):
+        raise UserError(
+            f"export.tensorrt is true, and {format_}:{quantization} of {checkpoint} has operators that TensorRT lacks",
+            "set export.tensorrt=false; a Jetson runs decoders as GGUF",
+        )
     if format_ == "gguf":
         from edgedistill.gguf.quantize import export_gguf
 
+        if compared and options.converter is None:
+            _require_memory(checkpoint, 4 if quantization == "F32" else 2)
         made = export_gguf(
             checkpoint, out, quantization=quantization, context_tokens=context_tokens, threads=threads, name=name,
             options=options, progress=progress,
@@ -146,7 +157,14 @@ def write_artifact(
     if format_ == "onnx":
         from edgedistill.onnx.decoder import export_onnx
 
-        return export_onnx(checkpoint, out, quantization=quantization, context_tokens=context_tokens, name=name)
+        if compared:
+            _require_memory(checkpoint, 4)
+        made = export_onnx(
+            checkpoint, out, quantization=quantization, context_tokens=context_tokens, name=name, threads=threads,
+            calibration=options.calibration, compare_logits=compared,
+        )  # fmt: skip
+        _say_parity(made, "onnxruntime-genai", progress)
+        return made
     if format_ == "executorch":
         from edgedistill.folders.executorch import export_executorch
 
@@ -168,23 +186,52 @@ def _checked_gguf(
     made: Artifact, checkpoint: Path, out: Path, *, options: ExportOptions, threads: int, progress: Progress
 ) -> Artifact:
     """The artifact with its parity, which is an error beyond its limit; none for a family that is not in the table."""
-    from edgedistill.verify.gguf_layers import check_gguf
+    from edgedistill.verify.gguf_layers import check_gguf, check_weights
 
     if options.converter is not None:
         return made
+    if not options.compare_logits:
+        check_weights(checkpoint, out / made.entry)
+        return made.model_copy(update={"notes": [*made.notes, NOT_COMPARED]})
     parity = check_gguf(
         checkpoint, out / made.entry, quantization=made.quantization, context_tokens=made.context_tokens,
         calibration=options.calibration, threads=threads,
     )  # fmt: skip
+    made = made.model_copy(update={"parity": parity})
+    _say_parity(made, "llama.cpp", progress)
+    return made
+
+
+def _say_parity(made: Artifact, runtime: str, progress: Progress) -> None:
+    parity = made.parity
+    if parity is None:
+        return
     what, greedy = "embeddings", ""
     if parity.greedy_tokens is not None:
         what = "logits"
         greedy = f"; greedy text equal for {parity.greedy_tokens_equal} of {parity.greedy_tokens} tokens"
     progress.say(
-        f"export: llama.cpp's {what} are torch's within {parity.relative_rms:.2g} of their spread (limit"
+        f"export: {runtime}'s {what} are torch's within {parity.relative_rms:.2g} of their spread (limit"
         f" {parity.limit:g}){greedy}"
     )
-    return made.model_copy(update={"parity": parity})
+
+
+def _require_memory(checkpoint: Path, artifact_bytes_a_weight: int) -> None:
+    """UserError where the float32 model in torch, beside the artifact in its runtime, would not fit what is free."""
+    from edgedistill.fit import human_bytes
+    from edgedistill.weights import stored_tensors
+
+    tensors = stored_tensors(checkpoint).values()
+    # A tensor of the artifact's passes through two copies on its way into the model.
+    largest = 2 * 4 * max((tensor.elements for tensor in tensors), default=0)
+    needed = largest + (4 + artifact_bytes_a_weight) * sum(tensor.elements for tensor in tensors)
+    free = machine.available_bytes()
+    if free is not None and needed > free:
+        raise UserError(
+            f"comparing the artifact's logits with torch's takes about {human_bytes(needed)} of memory, and"
+            f" {human_bytes(free)} are free",
+            "free some, or compare its weights alone with --set export.compare_logits=false",
+        )
 
 
 def _timed_gguf(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+NOT_COMPARED = "its logits were not compared with torch's (export.compare_logits is off): its weights alone were"
 CalibrationMethod = Literal["minmax", "entropy", "percentile"]
 Int8Scheme = Literal["auto", "u8s8", "u8s8-7bit", "u8u8", "s8s8"]
 
@@ -24,6 +25,8 @@ class ExportOptions:
     `max_file_bytes`: split larger files. `converter`: llama.cpp's own convert_hf_to_gguf.py, for other families.
     `task`: what a model without a causal head does; None: from its config. `ort_format`: write `.ort` too.
     `int8_scheme`: signs and width of INT8, by the CPU; auto: this machine's (onnx/int8_scheme.py).
+    `tensorrt`: standard operators alone, and a script that builds the engine on a device.
+    `compare_logits`: hold a GGUF or ONNX decoder to the float32 model, which then stands in memory.
     `compare_speed`: measure float against quantized here. `notes`: what the record shall say of the weights' origin.
     """
 
@@ -45,6 +48,8 @@ class ExportOptions:
     opset: int | None = None
     ort_format: bool = False
     int8_scheme: Int8Scheme = "auto"
+    tensorrt: bool = False
+    compare_logits: bool = True
     compare_speed: bool = True
     notes: tuple[str, ...] = ()
 

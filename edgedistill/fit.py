@@ -13,6 +13,9 @@ from edgedistill.targets import Target, parse_artifact
 
 # Last-level caches of these devices hold 2 to 50 MB: weights that small need not come from memory.
 CACHE_BYTES = 50_000_000
+# How weights lie in an artifact, and its KV cache, where it is no GGUF.
+BLOCKS = {"onnx": "blocks of 32", "bitsandbytes": "linear layers"}
+FLOATS = {"gguf": "F16", "onnx": "FP32", "bitsandbytes": "BF16"}
 # A target, and an artifact's format and quantization.
 Wanted = tuple[Target, str, str]
 
@@ -45,11 +48,17 @@ class Breach(NamedTuple):
 def artifacts_of(recipe: Recipe, target: Target) -> list[str]:
     """The artifacts of a build for this target, in canonical spelling: the recipe's, or the target's default.
 
-    Raises UserError for one that the target cannot run.
+    Raises UserError for one that the target cannot run, or that a build cannot follow to its bundle.
     """
     chosen = recipe.export.artifacts or target.default_artifacts
     named = [":".join(parse_artifact(artifact)) for artifact in chosen]
     for artifact in named:
+        if not sizes.predicted(*parse_artifact(artifact)):
+            raise UserError(
+                f"{artifact} is exported alone: no build plans, verifies or bundles it as a decoder",
+                "use `edgedistill export`, or set export.artifacts to some of"
+                f" {', '.join(a for a in target.allowed_artifacts if sizes.predicted(*parse_artifact(a)))}",
+            )
         if artifact not in target.allowed_artifacts:
             raise UserError(
                 f"target {target.name} does not run {artifact}",
@@ -149,7 +158,7 @@ def artifact_plan(shape: Shape, recipe: Recipe, target: Target, format_: str, qu
     types = tuple(recipe.export.tensor_types.items())
     size = sizes.artifact_bytes(shape, format_, quantization, importance=importance, tensor_types=types)
     cache = sizes.kv_cache_bytes(shape, context, format_, quantization)
-    floats = "F16" if format_ == "gguf" else "FP32"
+    floats = FLOATS[format_]
     scratch = sizes.compute_buffer_bytes(shape, context)
     runtime = int(target.runtime_bytes.value) + scratch
     # The ceiling is at the least that decoding reads: the cache as the bench's prompt leaves it.
@@ -168,9 +177,7 @@ def artifact_plan(shape: Shape, recipe: Recipe, target: Target, format_: str, qu
         format=format_,
         quantization=quantization,
         context_tokens=context,
-        artifact_bytes=derived(
-            size, (f"{quantization} by tensor" if format_ == "gguf" else f"{quantization} blocks of 32") + raised
-        ),
+        artifact_bytes=derived(size, f"{quantization} {BLOCKS.get(format_, 'by tensor')}" + raised),
         memory_bytes=derived(
             size + cache + runtime, f"weights + KV cache of {context:,} tokens in {floats} + runtime of {target.name}"
         ),

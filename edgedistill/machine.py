@@ -161,6 +161,20 @@ def _memory_bytes() -> int | None:
     return min(total, int(limit)) if limit.isdigit() else total
 
 
+def available_bytes() -> int | None:
+    """Memory that a process could still take, within the control group's limit where there is one; None: unknown."""
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", _read(Path("/proc/meminfo")) or "", re.MULTILINE)
+    free = None if found is None else int(found.group(1)) * 1024
+    group = Path("/sys/fs/cgroup")
+    limit, used = _read(group / "memory.max") or "", _read(group / "memory.current") or ""
+    if not (limit.isdigit() and used.isdigit()):
+        return free
+    # The group's page cache counts as used, and the system drops it where memory is wanted.
+    cache = re.search(r"^inactive_file (\d+)", _read(group / "memory.stat") or "", re.MULTILINE)
+    left = int(limit) - int(used) + (int(cache.group(1)) if cache else 0)
+    return left if free is None else min(free, left)
+
+
 def _os_name() -> str:
     release = _read(Path("/etc/os-release")) or ""
     pretty = re.search(r'^PRETTY_NAME="?([^"\n]+)', release, re.MULTILINE)

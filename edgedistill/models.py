@@ -16,7 +16,7 @@ from edgedistill.errors import UserError
 from edgedistill.records import Shape
 from edgedistill.shapes import shape_from_config
 from edgedistill.store import Store, canonical_json
-from edgedistill.weights import StoredTensor, check_tensors, read_json, stored_tensors
+from edgedistill.weights import StoredTensor, check_tensors, read_json, read_tensor, stored_tensors
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -25,6 +25,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+EMBEDDING = "model.embed_tokens.weight"
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "LICENSE*", "NOTICE*"]
 
 
@@ -90,10 +91,10 @@ def check_folder(path: Path, *, name: str, origin: str, role: str) -> ModelFolde
     stored = stored_tensors(path)
     shape = shape_from_config(config, where=str(config_path))
     tensors = {name: tensor.shape for name, tensor in stored.items()}
-    embedding = tensors.get("model.embed_tokens.weight")
+    embedding = tensors.get(EMBEDDING)
     if embedding is None:
         raise UserError(
-            f"{role} folder {path} has no tensor model.embed_tokens.weight",
+            f"{role} folder {path} has no tensor {EMBEDDING}",
             f"its weights are not those of a {config.get('model_type')} causal language model",
         )
     if embedding != (shape.vocab_size, shape.hidden_size):
@@ -132,6 +133,20 @@ def _require_all_tensors(
     if shape.tie_word_embeddings:
         derived.add("lm_head.weight")
     check_tensors({k: v for k, v in stored.items() if k not in derived}, wanted, where=str(path))
+
+
+def require_sound(path: Path) -> None:
+    """Read every weight of a folder, one at a time. UserError for NaN and infinity, and a tied head that differs."""
+    from edgedistill.gguf.architectures import TIED_HEAD
+    from edgedistill.gguf.convert import check_tied
+    from edgedistill.gguf.streaming import as_stored
+
+    stored = stored_tensors(path)
+    config = read_json(path / "config.json", what="config.json")
+    if TIED_HEAD in stored and shape_from_config(config, where=str(path)).tie_word_embeddings:
+        check_tied(stored, EMBEDDING, str(path))
+    for name, tensor in stored.items():
+        as_stored(read_tensor(tensor), "F32", tensor=name)
 
 
 def weights_sha256(folder: ModelFolder, store: Store) -> str:

@@ -24,7 +24,13 @@ from edgedistill.fit import (
 from edgedistill.gguf.mixes import BASE_TYPES, GGML_BLOCKS
 from edgedistill.recipe import Recipe
 from edgedistill.records import Figure, Record, Shape
-from edgedistill.refusals import refuse_importance, refuse_mixed, refuse_mixture, refuse_trimming
+from edgedistill.refusals import (
+    refuse_importance,
+    refuse_mixed,
+    refuse_mixture,
+    refuse_rounding,
+    refuse_trimming,
+)
 from edgedistill.targets import Target, parse_artifact
 from edgedistill.training_fit import GENERAL_LOSSES, PROCESS_BYTES, Run, distillation, propose, teacher_training
 
@@ -32,6 +38,7 @@ from edgedistill.training_fit import GENERAL_LOSSES, PROCESS_BYTES, Run, distill
 MOST_COMPRESSION_IN_ONE_STEP = 5.0
 K_QUANT_MULTIPLE = 256
 BLOCK_MULTIPLE = 32
+NF4_MULTIPLE = 64  # of bitsandbytes' layers on a CPU
 # What student.start=auto is: the first of these that the teacher and the sizes asked for allow. Their order is that of
 # benchmarks/results/student_start.json.
 AUTO_STARTS = ("width", "both", "layers", "fresh")
@@ -112,6 +119,7 @@ def plan(
     wanted = [(target, *parse_artifact(a)) for target in targets for a in artifacts_of(recipe, target)]
     refuse_importance(recipe, [(format_, quantization) for _, format_, quantization in wanted])
     refuse_mixed(recipe, [(format_, quantization) for _, format_, quantization in wanted])
+    refuse_rounding(recipe, [(format_, quantization) for _, format_, quantization in wanted])
     multiple = K_QUANT_MULTIPLE
     designing, designed_from = _with_vocabulary(recipe, teacher, trimmed_tokens)
     if student is not None:
@@ -236,7 +244,7 @@ def _design(recipe: Recipe, wanted: list[Wanted], teacher: Shape, start: str) ->
     """The largest student in the teacher's proportions that every target can run: shape, multiple, what sized it.
 
     The width multiple is 256 where a K-quant will be used. Elsewhere it is 256 too where that leaves no more than a
-    fifth of the budget unused, so that a later target with K-quants reuses the student; else 32.
+    fifth of the budget unused, so that a later target with K-quants reuses the student; else 32, or 64 for NF4.
     """
     k_quants = any(format_ == "gguf" and quantization in GGUF_K_QUANTS for _, format_, quantization in wanted)
     cut: Cut | None = CUTS.get(start)
@@ -249,8 +257,9 @@ def _design(recipe: Recipe, wanted: list[Wanted], teacher: Shape, start: str) ->
         # Narrow teachers, or a budget below one 256-wide layer: fall back to blocks of 32, with a warning.
         if cut == "layers":
             raise
-    shape, sized_by = _fit(recipe, wanted, teacher, BLOCK_MULTIPLE, cut)
-    return shape, BLOCK_MULTIPLE, sized_by
+    multiple = NF4_MULTIPLE if any(quantization == "NF4" for _, _, quantization in wanted) else BLOCK_MULTIPLE
+    shape, sized_by = _fit(recipe, wanted, teacher, multiple, cut)
+    return shape, multiple, sized_by
 
 
 def _fit(recipe: Recipe, wanted: list[Wanted], teacher: Shape, multiple: int, cut: Cut | None) -> tuple[Shape, str]:

@@ -10,7 +10,7 @@ from edgedistill.data.prepare import prepare_data
 from edgedistill.errors import UserError
 from edgedistill.fit import artifacts_of
 from edgedistill.models import open_model, require_same_tokenizer
-from edgedistill.plan import Plan, plan
+from edgedistill.plan import NF4_MULTIPLE, Plan, plan
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
 from edgedistill.records import Shape, StudentResult
@@ -36,6 +36,7 @@ def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store, progre
     sizes_only = plan(
         recipe, targets, teacher=teacher, teacher_parameters=parameters, student=student, trimmed_tokens=tokens
     )
+    _require_widths(sizes_only)
     return plan(
         recipe,
         targets,
@@ -87,6 +88,23 @@ def _require_exportable(recipe: Recipe, targets: Sequence[Target]) -> None:
         from edgedistill.onnx.decoder import require_runnable_heads
 
         require_runnable_heads(folder.shape, where=str(folder.path))
+
+
+def _require_widths(planned: Plan) -> None:
+    """bitsandbytes' NF4 is exported and verified here: on a CPU it wants whole blocks. UserError."""
+    shape = planned.student
+    widths = (shape.hidden_size, shape.intermediate_size, shape.num_attention_heads * shape.head_dim)
+    odd = [width for width in widths if width % NF4_MULTIPLE]
+    if not odd or not any(artifact.artifact == "bitsandbytes:NF4" for artifact in planned.artifacts):
+        return
+    from edgedistill.distill.device import training_device
+
+    if training_device().type == "cpu":
+        raise UserError(
+            f"the student has matrices with {odd[0]} columns, and bitsandbytes:NF4 on a CPU takes multiples of"
+            f" {NF4_MULTIPLE}",
+            "set export.artifacts to bitsandbytes:INT8, or student.shape to such widths",
+        )
 
 
 def require_usable_cache(recipe: Recipe, store: Store) -> None:

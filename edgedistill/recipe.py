@@ -279,6 +279,12 @@ class Export(Section):
     )
     opset: int | None = Field(None, ge=17, le=30, description="of ONNX graphs; default: the exporter's")
     ort_format: bool = Field(False, description="write the graph in ORT format too, for mobile builds of the runtime")
+    tensorrt: bool = Field(
+        False, description="ONNX encoders with standard operators alone, and a script that builds a TensorRT engine"
+    )
+    compare_logits: bool = Field(
+        True, description="hold a GGUF or ONNX decoder to the float32 model's logits; false: to its weights alone"
+    )
     compare_speed: bool = Field(True, description="measure float against quantized where the runtime is at hand")
 
     @field_validator("importance_matrix", mode="before")

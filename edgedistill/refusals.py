@@ -59,6 +59,19 @@ def refuse_trimming(recipe: Recipe) -> None:
         )
 
 
+def refuse_rounding(recipe: Recipe, artifacts: Iterable[tuple[str, str]]) -> None:
+    """Refuse to train under a rounding that is not imitated here. UserError."""
+    if recipe.distill.qad.tokens_share == 0:
+        return
+    for format_, quantization in artifacts:
+        if format_ not in ("gguf", "onnx"):
+            raise UserError(
+                f"distill.qad.tokens_share is {recipe.distill.qad.tokens_share:g}, and the rounding of"
+                f" {format_}:{quantization} is not imitated in training",
+                "set distill.qad.tokens_share=0, or choose a gguf or onnx artifact",
+            )
+
+
 def refuse_importance(recipe: Recipe, artifacts: Iterable[tuple[str, str]]) -> None:
     """Refuse (format, quantization) that llama.cpp writes with an importance matrix alone, where none is to be made."""
     if recipe.export.importance_matrix != "off":

@@ -6,7 +6,7 @@ one by themselves; tests/test_sizes.py holds it to files that llama.cpp quantize
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple
 
 from edgedistill.gguf.mixes import BASE_TYPES, GGML_BLOCKS, chosen_overrides, types_of, usable_type, uses_importance
@@ -24,8 +24,16 @@ ONNX_FLOAT_BYTES = {"INT4": 4, "INT8": 4, "FP32": 4}
 # Where embedding and head are tied, the builder's INT4 reads both from one quantized table.
 ONNX_SHARED_TABLE = ("INT4",)
 ONNX_BYTES_A_LAYER = 8_000
-ONNX_BYTES_A_TOKEN = 65
 GGUF_KV_BYTES = 2
+# bitsandbytes: bytes a weight of a linear layer but the head: NF4 with a float32 scale of 64 weights, INT8 of a row.
+BITSANDBYTES_BYTES = {"INT8": 1.0, "NF4": 0.5 + 4 / 64}
+BITSANDBYTES_ROW_BYTES = {"INT8": 4, "NF4": 0}
+# All else, the KV cache too, is bfloat16.
+BFLOAT16_BYTES = 2
+# A tensor's entry in the safetensors header; of a layer in NF4 also its table and the JSON of its state.
+SAFETENSORS_BYTES_A_TENSOR = 130
+BITSANDBYTES_BYTES_A_MATRIX = {"INT8": 260, "NF4": 780}
+TOKENIZER_BYTES_A_TOKEN = 65
 # llama.cpp's prompt batch: its compute buffer holds the logits of so many tokens in float32.
 LLAMA_UBATCH = 512
 
@@ -109,13 +117,15 @@ def artifact_bytes(
         tensors = list(gguf_tensors(shape, quantization, importance=importance, tensor_types=tensor_types))
         weights = sum(-(-t.bytes // GGUF_ALIGNMENT) * GGUF_ALIGNMENT for t in tensors)
         return weights + len(tensors) * GGUF_BYTES_A_TENSOR + shape.vocab_size * GGUF_BYTES_A_TOKEN
+    if format_ == "bitsandbytes":
+        return _bitsandbytes_bytes(shape, quantization, embedding=True) + shape.vocab_size * TOKENIZER_BYTES_A_TOKEN
     table = shape.vocab_size * shape.hidden_size
     shared = shape.tie_word_embeddings and quantization in ONNX_SHARED_TABLE
     matmul = (_matmul_weights(shape) + table) * ONNX_MATMUL_BYTES[quantization]
     vectors = shape.parameters - shape.embedding_parameters - _matmul_weights(shape)
     rotary = shape.max_position_embeddings * shape.head_dim
     floats = (vectors + rotary + (0 if shared else table)) * ONNX_FLOAT_BYTES[quantization]
-    graph = shape.num_hidden_layers * ONNX_BYTES_A_LAYER + shape.vocab_size * ONNX_BYTES_A_TOKEN
+    graph = shape.num_hidden_layers * ONNX_BYTES_A_LAYER + shape.vocab_size * TOKENIZER_BYTES_A_TOKEN
     return int(matmul) + floats + graph
 
 
@@ -127,13 +137,15 @@ def read_bytes_a_token(
         untied = not shape.tie_word_embeddings
         tensors = gguf_tensors(shape, quantization, importance=importance, tensor_types=tensor_types)
         return sum(t.bytes for t in tensors if not (untied and t.name == "token_embd"))
+    if format_ == "bitsandbytes":
+        return _bitsandbytes_bytes(shape, quantization, embedding=shape.tie_word_embeddings)
     head = shape.vocab_size * shape.hidden_size
     return int((_matmul_weights(shape) + head) * ONNX_MATMUL_BYTES[quantization])
 
 
 def kv_cache_bytes(shape: Shape, context_tokens: int, format_: str, quantization: str) -> int:
-    """Keys and values of so many tokens: F16 in llama.cpp, the graph's float type in ONNX."""
-    element = GGUF_KV_BYTES if format_ == "gguf" else ONNX_FLOAT_BYTES[quantization]
+    """Keys and values of so many tokens: F16 in llama.cpp, the graph's float type in ONNX, else bfloat16."""
+    element = {"gguf": GGUF_KV_BYTES, "bitsandbytes": BFLOAT16_BYTES}.get(format_) or ONNX_FLOAT_BYTES[quantization]
     return 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * context_tokens * element
 
 
@@ -141,6 +153,32 @@ def compute_buffer_bytes(shape: Shape, context_tokens: int) -> int:
     """The runtime's scratch for a prompt batch: float32 logits, and the widest activations."""
     batch = min(LLAMA_UBATCH, context_tokens)
     return batch * 4 * (shape.vocab_size + 2 * shape.intermediate_size + 4 * shape.hidden_size)
+
+
+def predicted(format_: str, quantization: str) -> bool:
+    """Whether the sizes of such an artifact of a decoder are known here."""
+    known: dict[str, Container[str]] = {
+        "gguf": BASE_TYPES,
+        "onnx": ONNX_MATMUL_BYTES,
+        "bitsandbytes": BITSANDBYTES_BYTES,
+    }
+    return quantization in known.get(format_, ())
+
+
+def _bitsandbytes_bytes(shape: Shape, quantization: str, *, embedding: bool) -> int:
+    """Linear layers but the head quantized, all else bfloat16; `embedding` False: without an untied embedding."""
+    matmul = _matmul_weights(shape)
+    query, key_value = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    rows = shape.num_hidden_layers * (query + 2 * key_value + 2 * shape.hidden_size + 2 * shape.intermediate_size)
+    floats = shape.parameters - matmul - (0 if embedding else shape.vocab_size * shape.hidden_size)
+    matrices = 7 * shape.num_hidden_layers
+    return (
+        int(matmul * BITSANDBYTES_BYTES[quantization])
+        + rows * BITSANDBYTES_ROW_BYTES[quantization]
+        + floats * BFLOAT16_BYTES
+        + matrices * BITSANDBYTES_BYTES_A_MATRIX[quantization]
+        + (matrices + 2 * shape.num_hidden_layers + 2) * SAFETENSORS_BYTES_A_TENSOR
+    )
 
 
 def _matmul_weights(shape: Shape) -> int:

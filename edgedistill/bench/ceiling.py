@@ -15,8 +15,10 @@ from edgedistill.errors import UserError
 from edgedistill.records import Artifact, Figure
 
 GGUF_EMBEDDING = "token_embd.weight"
+FOLDER_EMBEDDING = "model.embed_tokens.weight"
 GGUF_HEAD = "output.weight"
 KV_CACHE_BYTES = 2  # llama.cpp's default cache is F16
+BFLOAT16_BYTES = 2  # transformers' cache has the model's type
 ONNX_LOOKUPS = ("Gather", "GatherBlockQuantized")
 
 
@@ -48,6 +50,8 @@ def bytes_read_a_token(artifact: Artifact, folder: Path, *, context_tokens: int)
     """Read from the artifact's own files. Raises UserError where they lack what it takes."""
     if artifact.format == "gguf":
         return _gguf(folder / artifact.entry, context_tokens)
+    if artifact.format == "bitsandbytes":
+        return _bitsandbytes(folder / artifact.entry, context_tokens)
     entry = folder / artifact.entry
     return _onnx(entry / "model.onnx" if entry.is_dir() else entry, context_tokens)
 
@@ -72,6 +76,30 @@ def _gguf(path: Path, context_tokens: int) -> BytesRead:
         if tensor.name.endswith(("attn_k.weight", "attn_v.weight")) and tensor.name.startswith("blk.")
     )
     return BytesRead(weights=total, kv_cache=width * context_tokens * KV_CACHE_BYTES, left_out=left_out)
+
+
+def _bitsandbytes(folder: Path, context_tokens: int) -> BytesRead:
+    from safetensors import SafetensorError, safe_open
+
+    from edgedistill.shapes import shape_from_config
+    from edgedistill.weights import read_json
+
+    config = read_json(folder / "config.json", what="config.json")
+    config.pop("quantization_config", None)  # what makes it an artifact and no model to be exported again
+    shape = shape_from_config(config, where=str(folder))
+    total, left_out = 0, ""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                names = list(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read as safetensors: {error}", "export the artifact again") from error
+        total += path.stat().st_size
+        if FOLDER_EMBEDDING in names and not shape.tie_word_embeddings:
+            total -= (shape.vocab_size - 1) * shape.hidden_size * BFLOAT16_BYTES
+            left_out = f"without {FOLDER_EMBEDDING}, of which one row is read"
+    width = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+    return BytesRead(weights=total, kv_cache=width * context_tokens * BFLOAT16_BYTES, left_out=left_out)
 
 
 def _onnx(path: Path, context_tokens: int) -> BytesRead:

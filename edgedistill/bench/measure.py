@@ -180,8 +180,8 @@ def _basis(target: Target, here: dict[str, Any], info: dict[str, Any]) -> tuple[
 
 
 def _memory_note(workload: Workload, info: dict[str, Any]) -> str:
-    if info["runtime"] == "onnxruntime":
-        # Its cache is what the graph gave back: it is as long as the text so far.
+    if info["runtime"] in ("onnxruntime", "transformers"):
+        # Its cache is as long as the text so far.
         return f"peak_rss_bytes holds a KV cache of {workload.prompt_tokens + workload.new_tokens} tokens"
     return f"peak_rss_bytes holds a KV cache of {info['context_tokens']} tokens, the artifact's whole context"
 

@@ -252,10 +252,13 @@ def _copy_model(one: BundledArtifact, to: Path) -> Artifact:
 
 
 def _signature(artifact: Artifact, model: Path) -> tuple[list[Tensor], list[Tensor]]:
-    """Inputs and outputs: an ONNX graph's own; a GGUF's are what llama_decode takes and gives."""
+    """Inputs and outputs: an ONNX graph's own; a GGUF's are what llama_decode takes and gives, a folder's forward's."""
     if artifact.format == "gguf":
         logits = Tensor(name="logits", dtype="float32", shape=["tokens", artifact.vocab_size])
         return [Tensor(name="tokens", dtype="int32", shape=["tokens"])], [logits]
+    if artifact.format == "bitsandbytes":
+        logits = Tensor(name="logits", dtype="bfloat16", shape=["batch", "tokens", artifact.vocab_size])
+        return [Tensor(name="input_ids", dtype="int64", shape=["batch", "tokens"])], [logits]
     import onnx
 
     from edgedistill.runtimes.ort import model_file

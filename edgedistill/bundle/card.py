@@ -12,6 +12,7 @@ from edgedistill.records import Latency, Retention
 LICENSE_NAMES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "LICENCE.md", "COPYING")
 MAX_LICENSE_BYTES = 1 << 20
 HUB_ID = re.compile(r"[A-Za-z0-9._-]{1,96}(/[A-Za-z0-9._-]{1,96})?")
+LIBRARIES = {"gguf": "llama.cpp", "onnx": "onnxruntime", "bitsandbytes": "transformers"}
 TO_FILL = "**To be filled in by whoever ships this model.**"
 
 
@@ -82,7 +83,7 @@ def model_card(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | 
     on_hub = teacher is not None and teacher.origin == "hub" and HUB_ID.fullmatch(teacher.name)
     data = ModelCardData(
         base_model=teacher.name if teacher is not None and on_hub else None,
-        library_name={"gguf": "llama.cpp", "onnx": "onnxruntime"}[manifest.artifacts[0].format],
+        library_name=LIBRARIES[manifest.artifacts[0].format],
         license="other" if license_found else "unknown",
         pipeline_tag="text-generation",
         tags=["edgedistill", "knowledge-distillation", *dict.fromkeys(a.format for a in manifest.artifacts)],

@@ -9,8 +9,12 @@ from pathlib import Path
 from edgedistill.records import Artifact
 
 GENAI_CONFIG = "genai_config.json"
-SAMPLES = {"gguf": "sample_llama.py", "onnx": "sample_genai.py"}
-PACKAGES = {"gguf": "llama-cpp-python", "onnx": "onnxruntime-genai"}
+SAMPLES = {"gguf": "sample_llama.py", "onnx": "sample_genai.py", "bitsandbytes": "sample_transformers.py"}
+PACKAGES = {
+    "gguf": "llama-cpp-python",
+    "onnx": "onnxruntime-genai",
+    "bitsandbytes": "torch transformers accelerate bitsandbytes",
+}
 
 
 def write_samples(root: Path, artifacts: Sequence[Artifact]) -> None:

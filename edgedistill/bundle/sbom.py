@@ -12,6 +12,7 @@ RUNTIME_PACKAGES = {
     "llama.cpp": ("llama-cpp-python",),
     "onnxruntime": ("onnxruntime",),
     "onnxruntime-genai": ("onnxruntime-genai", "onnxruntime"),
+    "transformers": ("torch", "transformers", "accelerate", "bitsandbytes"),
 }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import RuntimeCrashed, UserError, did_you_mean
+from edgedistill.models import require_sound
 from edgedistill.records import Artifact, Parity
 from edgedistill.runtimes.child import signal_name
 from edgedistill.shapes import shape_from_config
@@ -71,6 +72,7 @@ def export_executorch(
             f"{checkpoint}: matrices with {odd[0]} columns; 8DA4W groups {GROUP} weights",
             "export executorch:FP32, or train a student of such widths",
         )
+    require_sound(checkpoint)
     python = interpreter()
     context = min(context_tokens, shape.max_position_embeddings)
     name, sequences = real_inputs(checkpoint, calibration, context_tokens=context)

@@ -74,13 +74,13 @@ def checked_tensors(files: Mapping[str, StoredTensor], model: Model, *, where: s
     """The tensors that `model` is made of, under the torch modules' names; UserError where the files hold others."""
     stored = as_modules(files, model.family)
     if model.tied and model.family.task == "causal-lm" and TIED_HEAD in stored:
-        _check_tied(stored, model.family.embedding, where)
+        check_tied(stored, model.family.embedding, where)
         del stored[TIED_HEAD]
     check_tensors(stored, {name: spec.shape for name, spec in model.specs.items()}, where=where)
     return stored
 
 
-def _check_tied(stored: Mapping[str, StoredTensor], embedding: str, where: str) -> None:
+def check_tied(stored: Mapping[str, StoredTensor], embedding: str, where: str) -> None:
     if embedding in stored and not equal(stored[TIED_HEAD], stored[embedding]):
         raise UserError(
             f"{where}: tie_word_embeddings is true, but {TIED_HEAD} differs from {embedding}",

@@ -1,7 +1,7 @@
-"""Child process of the ONNX export: the onnxruntime-genai builder, then the torch model's logits to hold it to.
+"""Child process of the ONNX export: the onnxruntime-genai builder.
 
-`python -m edgedistill.onnx.builder_child REQUEST.json`. In one process, because both need torch, and in
-one of its own, so that a builder that dies or runs out of memory does not take the build with it.
+`python -m edgedistill.onnx.builder_child REQUEST.json`. In a process of its own, so that a builder that dies or runs
+out of memory does not take the build with it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-
-import numpy as np
 
 
 def build(checkpoint: Path, out: Path, cache: Path, precision: str, options: list[str], *, separate_rope: bool) -> None:
@@ -28,30 +26,6 @@ def build(checkpoint: Path, out: Path, cache: Path, precision: str, options: lis
     builder.create_model("", str(checkpoint), str(out), precision, "cpu", str(cache), **prepared)
 
 
-def reference_logits(checkpoint: Path, built: Path, tokens: list[int], out: Path, *, quantized: bool) -> None:
-    """The torch model's logits, [T, V] float32, saved as .npy; `quantized`: with the weights as `built` stores them.
-
-    So that a graph that computes something else is told from what the quantization costs.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from edgedistill.onnx.dequantize import dequantized
-
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True).eval()
-    if quantized:
-        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-        with torch.inference_mode():
-            for name, values in dequantized(built, config):
-                if name == "lm_head.weight":  # stored apart from the embedding, so no longer tied to it
-                    model.lm_head.weight = torch.nn.Parameter(torch.from_numpy(values), requires_grad=False)
-                else:
-                    model.get_parameter(name).copy_(torch.from_numpy(values))
-    with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([tokens])).logits[0]
-    np.save(out, logits.float().numpy(), allow_pickle=False)
-
-
 def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     import torch
@@ -64,13 +38,6 @@ def main() -> None:
         request["precision"],
         request["options"],
         separate_rope=bool(request["separate_rope"]),
-    )
-    reference_logits(
-        Path(request["original"]),
-        Path(request["out"]),
-        request["tokens"],
-        Path(request["reference"]),
-        quantized=request["precision"].startswith("int"),
     )
 
 

@@ -31,6 +31,7 @@ IN_A_LAYER = {
     "attn.q_norm.layernorm": "self_attn.q_norm",
     "attn.k_norm.layernorm": "self_attn.k_norm",
 }
+PART_END = re.compile(r"\.(MatMul\.weight.*|MatMulNBits\..*|Add\.bias|weight|bias)$")
 FINAL_NORM = "final_norm_layernorm"
 PACKED = "attn.qkv_proj"
 
@@ -111,6 +112,24 @@ def _nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
+def modules_of(initializer: str) -> tuple[str, ...]:
+    """The torch modules that a weight of the graph, or its scales, came from: q, k and v where they are packed."""
+    if initializer == EMBEDDING:
+        return (EMBEDDING.removesuffix(".weight"),)
+    if initializer.startswith(HEAD):
+        return (HEAD,)
+    match = LAYER.fullmatch(initializer)
+    if match is None:
+        return ()
+    layer, rest = match.groups()
+    if rest.startswith(FINAL_NORM):
+        return ("model.norm",)
+    part = PART_END.sub("", rest)
+    if part == PACKED:
+        return tuple(f"model.layers.{layer}.self_attn.{letter}_proj" for letter in "qkv")
+    return (f"model.layers.{layer}.{IN_A_LAYER[part]}",) if part in IN_A_LAYER else ()
+
+
 def _is_weight(name: str) -> bool:
     return name == EMBEDDING or name.startswith(HEAD) or LAYER.fullmatch(name) is not None
 
@@ -133,7 +152,7 @@ def _named(
         yield "model.norm.weight", values
         return
     kind = "bias" if rest.endswith(".bias") else "weight"
-    part = re.sub(r"\.(MatMul\.weight.*|MatMulNBits\..*|Add\.bias|weight|bias)$", "", rest)
+    part = PART_END.sub("", rest)
     prefix = f"model.layers.{layer}"
     if part == PACKED:
         q_rows = shape.num_attention_heads * shape.head_dim

@@ -27,6 +27,9 @@ from edgedistill.onnx.precision import NOTES, convert
 from edgedistill.onnx.quantizable import STATIC
 from edgedistill.onnx.quantize import require_static
 from edgedistill.onnx.tasks import TaskModel, open_task
+from edgedistill.onnx.tensorrt import NOTE as TENSORRT_NOTE
+from edgedistill.onnx.tensorrt import OPSET as TENSORRT_OPSET
+from edgedistill.onnx.tensorrt import write_engine_script
 from edgedistill.progress import QUIET, Progress
 from edgedistill.records import Artifact, Parity
 from edgedistill.runtimes.graph import GraphProcess
@@ -67,9 +70,15 @@ def export_encoder(
     opened = open_task(checkpoint, options.task)
     if quantization == STATIC:
         require_static(len(opened.graphs), options.calibration is not None or options.calibration_path is not None)
+    if options.tensorrt and opened.task == "text2text":
+        raise UserError(
+            f"{checkpoint} has a decoder with a cache, whose graph has no TensorRT script here",
+            "export it without export.tensorrt, for onnxruntime",
+        )
     texts = None if options.calibration is None else ["\n".join(block) for block in options.calibration]
     with _scratch(out) as scratch:
-        exports = export_graphs(opened, scratch / "float", opset=options.opset)
+        opset = options.opset or (TENSORRT_OPSET if options.tensorrt else None)
+        exports = export_graphs(opened, scratch / "float", opset=opset, standard=options.tensorrt)
         progress.say(f"export: {opened.task}, {', '.join(export.path.name for export in exports)} traced", level=2)
         batches, said = parity_batches(checkpoint, opened, exports, texts, options.calibration_source)
         samples = _samples(checkpoint, opened, exports[0], texts, options) if quantization == STATIC else None
@@ -84,6 +93,13 @@ def export_encoder(
         for name in PREPROCESS_FILES:
             if (checkpoint / name).is_file():
                 shutil.copyfile(checkpoint / name, built / name)
+        if options.tensorrt:
+            parity = fields["parity"]
+            write_engine_script(
+                built, built / exports[0].path.name, inputs=exports[0].inputs, outputs=exports[0].outputs,
+                batches=batches[0], longest=opened.max_tokens, limit=parity.limit, threads=threads,
+            )  # fmt: skip
+            fields["notes"] = [*fields.get("notes", []), TENSORRT_NOTE]
         context = min(context_tokens or opened.max_tokens, opened.max_tokens)
         artifact = _describe(
             built, exports, quantization=quantization, task=opened.task, context=context,

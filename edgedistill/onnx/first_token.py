@@ -152,10 +152,11 @@ def _query(model: onnx_ir.Model, node: onnx_ir.Node, value: onnx_ir.Value) -> on
         return None
     source, weight = product.inputs
     packed = _constant(weight)
-    sizes = [part.shape[2] if part.shape is not None else None for part in split.outputs]
+    found = [part.shape[2] if part.shape is not None else None for part in split.outputs]
+    sizes = [size for size in found if isinstance(size, int)]
     if packed is None or packed.ndim != 2 or not _has_rows(source) or len(weight.uses()) != 1:
         return None
-    if len(sizes) < 2 or not all(isinstance(size, int) for size in sizes) or sum(sizes) != packed.shape[1]:
+    if len(sizes) < 2 or len(sizes) < len(found) or sum(sizes) != packed.shape[1]:
         return None
     own = onnx_ir.node(
         "MatMul",

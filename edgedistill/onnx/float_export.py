@@ -63,22 +63,37 @@ def export_float(
     ]
 
 
-def export_graphs(opened: TaskModel, out: Path, *, opset: int | None = None) -> list[FloatExport]:
-    """The graphs of an opened checkpoint, written into the folder `out`."""
-    return [trace(graph, opened.model, out, opset=opset, parameters=opened.parameters) for graph in opened.graphs]
+def export_graphs(
+    opened: TaskModel, out: Path, *, opset: int | None = None, standard: bool = False
+) -> list[FloatExport]:
+    """The graphs of an opened checkpoint, written into the folder `out`. `standard`: see `trace`."""
+    return [
+        trace(graph, opened.model, out, opset=opset, parameters=opened.parameters, standard=standard)
+        for graph in opened.graphs
+    ]
 
 
 def trace(
-    graph: Graph, model: Any, out: Path, *, opset: int | None, parameters: int, first_token: bool = True
+    graph: Graph,
+    model: Any,
+    out: Path,
+    *,
+    opset: int | None,
+    parameters: int,
+    first_token: bool = True,
+    standard: bool = False,
 ) -> FloatExport:
-    """Trace one module, fuse it for ONNX Runtime and write it. The same module gives the same bytes. UserError."""
+    """Trace one module, fuse it for ONNX Runtime and write it. The same module gives the same bytes. UserError.
+
+    `standard`: with operators of the ONNX standard alone, as other runtimes take it.
+    """
     import onnx_ir
 
     opset = DEFAULT_OPSET if opset is None else opset
     if opset not in OPSETS:
         raise UserError(f"opset {opset}", f"use {OPSETS.start} to {OPSETS.stop - 1}")
-    with _quiet(), fused_attention(model):
-        program = _program(graph, opset)
+    with _quiet(), contextlib.nullcontext() if standard else fused_attention(model):
+        program = _program(graph, opset, fusions=None if standard else "cpu")
     fuse(program, first_token=first_token)
     name_axes(program, graph.axes)
     _strip(program)
@@ -163,13 +178,13 @@ def _wide_enough(examples: Mapping[str, Any], axes: Mapping[str, Mapping[int, st
     return made
 
 
-def _program(graph: Graph, opset: int) -> Any:
+def _program(graph: Graph, opset: int, *, fusions: str | None) -> Any:
     """transformers' exporter on one module, with ONNX Runtime's fusions. UserError with what torch.export said."""
     import torch
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     shapes = {name: dict.fromkeys(graph.axes.get(name, {}), torch.export.Dim.AUTO) for name in graph.examples}
-    config = OnnxConfig(dynamic_shapes=shapes, opset_version=opset, ort_fusions="cpu")
+    config = OnnxConfig(dynamic_shapes=shapes, opset_version=opset, ort_fusions=fusions)
     # Copies: one tensor given for two inputs would be one input of the graph.
     examples = {name: value.clone() for name, value in graph.examples.items()}
     try:

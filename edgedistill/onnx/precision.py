@@ -28,6 +28,7 @@ def _to_float16(source: Path, out: Path) -> None:
     import onnx
     from onnx import numpy_helper
     from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
     model = onnx.load(str(source))
     for tensor in model.graph.initializer:
@@ -41,6 +42,8 @@ def _to_float16(source: Path, out: Path) -> None:
                 "export with quantization BF16 or FP32",
             )
     made = convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=True)
+    # The casts stand at the end, which onnxruntime sorts out and onnx's checker does not.
+    OnnxModel.graph_topological_sort(made.graph, is_deterministic=True)
     _save(made, out)
 
 

@@ -32,7 +32,10 @@ BACKENDS = {
     "onnxruntime-genai": "edgedistill.runtimes.genai:GenaiBackend",
     "transformers": "edgedistill.runtimes.folder:FolderBackend",
 }
-EXTRAS = {"llama_cpp": "llama", "onnxruntime": "onnx", "onnxruntime_genai": "onnx"}
+EXTRAS = {
+    "llama_cpp": "llama", "onnxruntime": "onnx", "onnxruntime_genai": "onnx", "bitsandbytes": "train",
+    "torch": "build", "transformers": "build", "accelerate": "build",
+}  # fmt: skip
 PR_SET_PDEATHSIG = 1
 
 Answer = tuple[dict[str, Any], dict[str, frames.Array]]
@@ -163,6 +166,11 @@ class Worker:
         if cpus:
             # Before the runtime is loaded: threads inherit the mask of the thread that starts them.
             os.sched_setaffinity(0, cpus)
+        if runtime not in BACKENDS:
+            raise UserError(
+                f"{runtime} cannot be run here: its artifacts are exported and compared with torch, no more",
+                f"verify, bench and bundle take what {', '.join(BACKENDS)} open",
+            )
         module, _, name = BACKENDS[runtime].partition(":")
         backend_class = getattr(importlib.import_module(module), name)
         self.backend = backend_class(Path(artifact), **options)

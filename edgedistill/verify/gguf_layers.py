@@ -20,7 +20,7 @@ from edgedistill.gguf.pooling import CLS, LAST, MEAN
 from edgedistill.records import Parity
 from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.store import Store
-from edgedistill.verify.parity import INVALID, Differences, measure, real_inputs
+from edgedistill.verify.parity import INVALID, Differences, measure, real_inputs, weight_difference
 from edgedistill.verify.runners import with_weights
 from edgedistill.weights import read_json, read_tensor, stored_tensors
 
@@ -29,11 +29,6 @@ FLOAT_TYPES = ("F32", "F16", "BF16")
 # Quantized: llama.cpp also rounds the activations, to 8 bits a block.
 FLOAT_LIMIT = 0.02
 QUANTIZED_LIMIT = 0.2
-# A stored weight matrix w of the original o, fitted as w = s o: rounding leaves s near 1, a wrong scale does not.
-SLOPE_LIMIT = 0.05
-# What is left of it, relative: a wrong order of rows leaves about 1.4. Two bits a weight and less leave up to 0.5.
-WEIGHT_LIMIT = 0.6
-FLOAT_WEIGHT_LIMIT = 0.01
 
 # llama.cpp's names of a layer's tensors, in the order of their computation → (the GGUF weight that makes it, whether
 # the input of that weight's torch module is meant). Which module it is says the family's own table.
@@ -114,12 +109,10 @@ def check_weights(checkpoint: Path, gguf: Path) -> None:
             continue  # a head that the quantizer made of a tied embedding
         original = read_tensor(stored[name])
         kind = types[specs[name].gguf_name]
-        slope, rest = _fit(values, original)
-        if abs(slope - 1) > SLOPE_LIMIT or rest > (FLOAT_WEIGHT_LIMIT if kind in FLOAT_TYPES else WEIGHT_LIMIT):
+        said = weight_difference(values, original, exact=kind in FLOAT_TYPES)
+        if said:
             raise UserError(
-                f"{gguf.name}: {specs[name].gguf_name} ({kind}) is not {name} of the checkpoint: {slope:.3f} times"
-                f" as large, and {rest:.3g} of its size beside that",
-                INVALID,
+                f"{gguf.name}: {specs[name].gguf_name} ({kind}) is not {name} of the checkpoint: {said}", INVALID
             )
 
 
@@ -221,14 +214,3 @@ def _types(gguf: Path) -> dict[str, str]:
     from gguf import GGUFReader
 
     return {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(gguf).tensors}
-
-
-def _fit(values: NDArray[np.float32], original: NDArray[np.float32]) -> tuple[float, float]:
-    """The least-squares s of values = s · original, and the size of values - s · original over that of original."""
-    x, y = original.reshape(-1), values.reshape(-1)
-    squares = float(np.dot(x, x))
-    if squares == 0:
-        return 1.0, float(np.abs(y).max(initial=0.0))
-    slope = float(np.dot(x, y)) / squares
-    rest = y - np.float32(slope) * x
-    return slope, float(np.sqrt(np.dot(rest, rest) / squares))

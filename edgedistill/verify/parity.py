@@ -29,6 +29,11 @@ TEXTS = (
 TOKENS = 64  # of each text
 GREEDY_PROMPT = 8
 GREEDY_TOKENS = 16
+# A stored weight matrix w of the original o, fitted as w = s o: rounding leaves s near 1, a wrong scale does not.
+SLOPE_LIMIT = 0.05
+# What is left of it, relative: a wrong order of rows leaves about 1.4. Two bits a weight and less leave up to 0.5.
+WEIGHT_LIMIT = 0.6
+FLOAT_WEIGHT_LIMIT = 0.01
 INVALID = "the artifact would not compute what the model does: report this with the model's config.json"
 
 
@@ -51,6 +56,25 @@ def real_inputs(
     if not kept:
         raise UserError("the tokenizer gives no tokens of the parity texts", "mend tokenizer.json")
     return ("calibration text" if given else "texts of the package"), kept
+
+
+def weight_difference(values: NDArray[np.float32], original: NDArray[np.float32], *, exact: bool) -> str:
+    """How a stored weight departs from the original by more than rounding, in words; "" where it does not."""
+    slope, rest = _fit(values, original)
+    if abs(slope - 1) <= SLOPE_LIMIT and rest <= (FLOAT_WEIGHT_LIMIT if exact else WEIGHT_LIMIT):
+        return ""
+    return f"{slope:.3f} times as large, and {rest:.3g} of its size beside that"
+
+
+def _fit(values: NDArray[np.float32], original: NDArray[np.float32]) -> tuple[float, float]:
+    """The least-squares s of values = s · original, and the size of values - s · original over that of original."""
+    x, y = original.reshape(-1), values.reshape(-1)
+    squares = float(np.dot(x, x))
+    if squares == 0:
+        return 1.0, float(np.abs(y).max(initial=0.0))
+    slope = float(np.dot(x, y)) / squares
+    rest = y - np.float32(slope) * x
+    return slope, float(np.sqrt(np.dot(rest, rest) / squares))
 
 
 @torch.no_grad()

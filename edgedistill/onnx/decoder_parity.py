@@ -1,0 +1,207 @@
+"""An ONNX decoder against its torch model: weights first, then logits; where these depart, the first tensor that does.
+
+Nodes are told by the weights that they take, which carry the builder's names of the modules they came from.
+
+Legend: T tokens.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgedistill.errors import UserError
+from edgedistill.onnx.dequantize import HEAD, dequantized, modules_of, stored
+from edgedistill.onnx.graph import EMBEDDING, MODEL_FILE, load_graph
+from edgedistill.records import Parity
+from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.graph import GraphProcess
+from edgedistill.shapes import shape_from_config
+from edgedistill.weights import read_json, read_tensor, stored_tensors
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+# Relative error (root mean square) of the logits against torch fp32: with the original weights (FP32), or with the
+# weights that the graph stores, where it also rounds the activations to 8 bits a block (INT8, INT4). Seen on random
+# models of llama, qwen2 and qwen3: 6e-7 to 1e-6, and 0.026 to 0.040. A wrong rotary embedding or layout costs about 1.
+LIMITS = {"FP32": 1e-4, "INT8": 0.2, "INT4": 0.2}
+ATTENTION = "GroupQueryAttention"
+LOOKUPS = ("Gather", "GatherBlockQuantized")  # of the tokens, in a table that may be the head's
+
+
+def check_decoder(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    quantization: str,
+    context_tokens: int,
+    calibration: Sequence[Sequence[str]] | None = None,
+    threads: int = 1,
+) -> Parity:
+    """Hold an onnxruntime-genai folder to the checkpoint that it was made of.
+
+    Raises UserError where a stored weight is not the checkpoint's, or onnxruntime's logits are not torch's; the error
+    names the first tensor that departs. RuntimeCrashed where the runtime dies.
+    """
+    from edgedistill.verify.parity import INVALID, measure, real_inputs
+    from edgedistill.verify.runners import load_torch, with_weights
+
+    check_weights(checkpoint, folder)
+    config = read_json(checkpoint / "config.json", what="config.json")
+    name, sequences = real_inputs(checkpoint, calibration, context_tokens=context_tokens)
+    limit, exact = LIMITS[quantization], quantization == "FP32"
+    model = load_torch(checkpoint) if exact else with_weights(checkpoint, dequantized(folder, config))
+    with RuntimeProcess("onnxruntime-genai", folder, threads=threads, context_tokens=context_tokens) as process:
+        parity = measure(
+            model, sequences, inputs=name, reference="original" if exact else "stored", limit=limit,
+            runtime=str(process.info["runtime_version"]), context_tokens=context_tokens, logits=process.logits,
+            greedy=process.greedy,
+        )  # fmt: skip
+    if not parity.relative_rms <= limit:
+        raise UserError(
+            f"{MODEL_FILE} ({quantization}): onnxruntime's logits differ from torch's by {parity.relative_rms:.3g} of"
+            f" their spread, more than {limit:g}; {first_departure(model, checkpoint, folder, sequences[0], limit)}",
+            INVALID,
+        )
+    return parity
+
+
+def check_weights(checkpoint: Path, folder: Path) -> None:
+    """Every stored weight against the checkpoint's, one at a time, in the graph's order.
+
+    Raises UserError that names the first one whose scale, or what is left beside it, is no rounding; or one that the
+    graph lacks.
+    """
+    from edgedistill.verify.parity import INVALID, weight_difference
+
+    config = read_json(checkpoint / "config.json", what="config.json")
+    originals = stored_tensors(checkpoint)
+    tied = shape_from_config(config, where=str(checkpoint)).tie_word_embeddings
+    missing = {name for name in originals if not name.endswith("inv_freq") and not (tied and name.startswith(HEAD))}
+    for name, kind, values in stored(folder, config):
+        original = originals.get(EMBEDDING if tied and name.startswith(HEAD) else name)
+        if original is None:
+            raise UserError(f"{MODEL_FILE} holds {name}, which {checkpoint} does not have", INVALID)
+        missing.discard(name)
+        said = weight_difference(values, read_tensor(original), exact=kind.startswith("FP"))
+        if said:
+            raise UserError(f"{MODEL_FILE}: {name} ({kind}) is not the checkpoint's: {said}", INVALID)
+    if missing:
+        raise UserError(f"{MODEL_FILE} lacks {sorted(missing)[0]} of {checkpoint}", INVALID)
+
+
+def first_departure(model: Any, checkpoint: Path, folder: Path, ids_T: NDArray[np.int64], limit: float) -> str:
+    """Which of the graph's tensors, in the order of the computation, is the first to differ beyond `limit`."""
+    from edgedistill.verify.parity import Differences
+
+    expected = torch_outputs(model, ids_T)
+    previous = "the graph's inputs"
+    for tensor, modules, values in traced(checkpoint, folder, ids_T):
+        found = values.reshape(len(ids_T), -1)
+        wanted = np.concatenate([expected[module] for module in modules], axis=1)
+        if found.shape != wanted.shape:
+            return f"{tensor} is {list(found.shape)}, {' + '.join(modules)} of torch {list(wanted.shape)}"
+        differences = Differences()
+        differences.add(found, wanted)
+        if not differences.relative_rms <= limit:
+            return (
+                f"the first tensor that departs is {tensor} ({' + '.join(modules)}), by"
+                f" {differences.relative_rms:.3g}; all before it, up to {previous}, agree"
+            )
+        previous = tensor
+    return f"no tensor before the logits departs by more than {limit:g}: the difference grows from layer to layer"
+
+
+def traced(
+    checkpoint: Path, folder: Path, ids_T: NDArray[np.int64]
+) -> list[tuple[str, tuple[str, ...], NDArray[np.float32]]]:
+    """(tensor, the torch modules whose output it is, its values), in the graph's order, run without optimizations.
+
+    "NAME <" stands for the input of a module: attention's output is that of its output projection.
+    """
+    import onnx
+
+    graph = load_graph(folder)
+    named = _named_tensors(graph)
+    known = {value.name for value in graph.graph.output}
+    graph.graph.output.extend(onnx.ValueInfoProto(name=tensor) for tensor, _ in named if tensor not in known)
+    shape = shape_from_config(read_json(checkpoint / "config.json", what="config.json"), where=str(checkpoint))
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".exposed.", suffix=".onnx") as exposed:
+        exposed.write(graph.SerializeToString())
+        exposed.flush()
+        with GraphProcess(Path(exposed.name), threads=1, optimize=False) as process:
+            found = process.run(_feeds(graph, ids_T, heads=shape.num_key_value_heads, head_dim=shape.head_dim))
+    return [(tensor, modules, found[tensor]) for tensor, modules in named]
+
+
+def torch_outputs(model: Any, ids_T: NDArray[np.int64]) -> Mapping[str, NDArray[np.float32]]:
+    """Module name → its output [T, width], and "NAME <" → its input, where that is one tensor of floats."""
+    import torch
+
+    kept: dict[str, NDArray[np.float32]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: Any, inputs: Any, output: Any) -> None:
+            for key, value in ((f"{name} <", inputs[0] if inputs else None), (name, output)):
+                if isinstance(value, torch.Tensor) and value.is_floating_point():
+                    kept[key] = value.detach().float().cpu().numpy().reshape(len(ids_T), -1).copy()
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(keep(name))
+        for name, module in model.named_modules()
+        if next(module.children(), None) is None and next(module.parameters(), None) is not None
+    ]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.from_numpy(ids_T)[None].to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return kept
+
+
+def _named_tensors(graph: ModelProto) -> list[tuple[str, tuple[str, ...]]]:
+    """(tensor, modules of torch) of the last node that takes a weight of these modules, in the graph's order."""
+    last: dict[tuple[str, ...], tuple[int, str]] = {}
+    initializers = {tensor.name for tensor in graph.graph.initializer}
+    layer = 0
+    for index, node in enumerate(graph.graph.node):
+        if node.op_type == ATTENTION:
+            last[(f"model.layers.{layer}.self_attn.o_proj <",)] = (index, node.output[0])
+            layer += 1
+            continue
+        if node.op_type in LOOKUPS and "input_ids" in node.input:
+            last[modules_of(EMBEDDING)] = (index, node.output[0])
+            continue
+        for name in node.input:
+            modules = modules_of(name) if name in initializers else ()
+            if modules:
+                last[modules] = (index, node.output[0])
+                break
+    return [(tensor, modules) for modules, (_, tensor) in sorted(last.items(), key=lambda item: item[1][0])]
+
+
+def _feeds(graph: ModelProto, ids_T: NDArray[np.int64], *, heads: int, head_dim: int) -> dict[str, NDArray[Any]]:
+    """The graph's inputs for one sequence from an empty cache."""
+    import onnx
+
+    known = {
+        "input_ids": ids_T[None],
+        "attention_mask": np.ones((1, len(ids_T)), dtype=np.int64),
+        "position_ids": np.arange(len(ids_T))[None],
+    }
+    empty = np.zeros((1, heads, 0, head_dim))
+    return {
+        value.name: known.get(value.name, empty).astype(
+            onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        )
+        for value in graph.graph.input
+    }
