@@ -73,7 +73,9 @@ def made(
     samples = given_samples(batches, graph.inputs, options=asked)
     quantize([graph], out, quantization=quantization, samples=samples, options=asked)
     path = out / graph.path.name
-    check_parity(graph, path, batches, quantization=quantization, inputs="random", limit=WITHIN[kind])
+    # A CPU that sums products in 16 bits saturates with these.
+    limit = 0.5 if asked.int8_scheme in ("u8s8", "s8s8") else WITHIN[kind]
+    check_parity(graph, path, batches, quantization=quantization, inputs="random", limit=limit)
     return path
 
 
