@@ -120,9 +120,7 @@ def write_artifact(
     """
     threads = max(1, len(machine.usable_cpus()))
     if options.mixed_retention is not None:
-        refuse_mixed_format(
-            format_, quantization, decoder=format_ == "onnx" and is_decoder(checkpoint, options.task)
-        )  # fmt: skip
+        refuse_mixed_format(format_, quantization)
     if format_ == "gguf":
         from edgedistill.gguf.quantize import export_gguf
 
