@@ -125,9 +125,7 @@ def write_artifact(
     """
     threads = max(1, len(machine.usable_cpus()))
     if options.mixed_retention is not None:
-        refuse_mixed_format(
-            format_, quantization, decoder=format_ == "onnx" and is_decoder(checkpoint, options.task)
-        )  # fmt: skip
+        refuse_mixed_format(format_, quantization)
     compared = checked and options.compare_logits
     if options.tensorrt and (format_ != "onnx" or is_decoder(checkpoint, options.task)):
         raise UserError(

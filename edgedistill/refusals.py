@@ -8,8 +8,6 @@ from edgedistill.errors import UserError
 from edgedistill.gguf.mixes import MIXES_THAT_NEED_IMPORTANCE
 from edgedistill.recipe import Recipe
 
-WITHOUT_MIXES = ("bitsandbytes", "executorch")
-
 
 def refuse_mixture(recipe: Recipe, *, caching: bool) -> None:
     """Refuse what several teachers at once cannot give; `caching`: their signals are to lie on disk. UserError."""
@@ -91,7 +89,7 @@ def refuse_mixed(recipe: Recipe, artifacts: Iterable[tuple[str, str]]) -> None:
     if recipe.export.mixed_retention is None:
         return
     for format_, quantization in artifacts:
-        refuse_mixed_format(format_, quantization, decoder=True)
+        refuse_mixed_format(format_, quantization)
     if recipe.distill.qad.tokens_share > 0:
         raise UserError(
             "distill.qad.tokens_share and export.mixed_retention are both set: the mix would be chosen again after"
@@ -100,11 +98,11 @@ def refuse_mixed(recipe: Recipe, artifacts: Iterable[tuple[str, str]]) -> None:
         )
 
 
-def refuse_mixed_format(format_: str, quantization: str, *, decoder: bool) -> None:
-    """UserError for a format in which types cannot be chosen layer by layer."""
-    if format_ in WITHOUT_MIXES or (format_ == "onnx" and decoder):
-        what = "an ONNX decoder, whose builder" if format_ == "onnx" else f"{format_}, which"
+def refuse_mixed_format(format_: str, quantization: str) -> None:
+    """UserError for a format in which types are not searched for layer by layer."""
+    if format_ != "gguf":
         raise UserError(
-            f"export.mixed_retention is set, and {format_}:{quantization} is {what} takes one type for all layers",
-            "export as GGUF, or leave export.mixed_retention out",
+            f"export.mixed_retention is set, and {format_}:{quantization} is no GGUF: types are chosen layer by layer"
+            " there alone",
+            "export as GGUF, or leave export.mixed_retention out (ONNX: name nodes with export.tensor_types)",
         )

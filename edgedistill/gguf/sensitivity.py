@@ -279,7 +279,7 @@ class StoredModel:
 
 @dataclass(frozen=True)
 class Text:
-    """What mixes are measured on. `batches` of windows of one length; `source` names the text in records."""
+    """What mixes are measured on: batches of windows; `source` names the text in records."""
 
     batches: list[list[Window]]
     tokens: int
@@ -295,7 +295,7 @@ def read_text(checkpoint: Path, model: Model, options: ExportOptions, *, weighte
     fewer than two documents or `MIN_TOKENS` tokens.
     """
     from edgedistill.tasks.causal_lm import Window, scoring_windows
-    from edgedistill.verify.ladder import groups
+    from edgedistill.verify.ladder import groups as of_one_length
 
     blocks = options.calibration or ()
     order = np.random.default_rng(options.seed).permutation(len(blocks))
@@ -321,11 +321,23 @@ def read_text(checkpoint: Path, model: Model, options: ExportOptions, *, weighte
         )
     source = options.calibration_source or "calibration text"
     return Text(
-        batches=list(groups(windows)),
+        batches=list(of_one_length(windows)) if model.family.task == "embedding" else _of_any_length(windows),
         tokens=tokens,
         documents=documents,
         source=f"{source} (of which the importance matrix saw some)" if shared else source,
     )
+
+
+def _of_any_length(windows: Sequence[Window]) -> list[list[Window]]:
+    """Batches of windows that are nearly as long: a decoder does not look ahead, so padding behind changes nothing."""
+    from edgedistill.verify.ladder import GROUP_TOKENS
+
+    batches: list[list[Window]] = []
+    for window in sorted(windows, key=lambda window: -len(window.ids)):
+        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0].ids) > GROUP_TOKENS:
+            batches.append([])
+        batches[-1].append(window)
+    return batches
 
 
 def _encoded(checkpoint: Path, blocks: Sequence[Sequence[str]], wanted: int) -> list[NDArray[np.int32]]:
@@ -393,17 +405,21 @@ class Scored:
 
         from edgedistill.verify.metrics import TokenScores
 
-        ids = torch.from_numpy(np.stack([window.ids for window in batch]).astype(np.int64))
+        longest = max(len(window.ids) for window in batch)
+        padded = [np.pad(window.ids.astype(np.int64), (0, longest - len(window.ids))) for window in batch]
+        ids = torch.from_numpy(np.stack(padded))
         if self.stored.task == "embedding":
             reference_NH, own_NH = self._reference(number, ids, weights), self._vectors(ids)
             return (1.0 - torch.cosine_similarity(reference_NH, own_NH, dim=-1)).clamp_min(0).numpy(), np.zeros(
                 0, np.float32
             )
-        keep = np.concatenate([np.arange(ids.shape[1] - 1) >= window.first for window in batch])
-        targets = ids[:, 1:].reshape(-1)[torch.from_numpy(keep)]
-        log_p_NV = self._reference(number, ids, weights)[torch.from_numpy(keep)]
+        place = np.arange(longest - 1)
+        scored = [(place >= window.first) & (place < len(window.ids) - 1) for window in batch]
+        keep = torch.from_numpy(np.concatenate(scored))
+        targets = ids[:, 1:].reshape(-1)[keep]
+        log_p_NV = self._reference(number, ids, weights)[keep]
         scores = TokenScores()
-        scores.add(self._logits(ids)[torch.from_numpy(keep)], log_p_NV, targets)
+        scores.add(self._logits(ids)[keep], log_p_NV, targets)
         return scores.kl[0], scores.nll[0] + log_p_NV.gather(1, targets[:, None])[:, 0].numpy()
 
     def _reference(self, number: int, ids: Tensor, weights: Mapping[str, Tensor]) -> Tensor:

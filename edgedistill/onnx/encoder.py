@@ -62,7 +62,8 @@ def export_encoder(
 ) -> Artifact:
     """Write model.onnx (text2text: encoder.onnx, decoder.onnx) and what preprocesses for it into the folder `out`.
 
-    The same checkpoint gives the same bytes, but for model.ort, which onnxruntime writes as it likes. `context_tokens` caps the longest text that the record names. Raises
+    The same checkpoint gives the same bytes, but for model.ort, which onnxruntime writes as it likes.
+    `context_tokens` caps the longest text that the record names. Raises
     UserError for what cannot be exported and for a graph that does not compute what torch does; on failure `out` is as
     it was.
     """
