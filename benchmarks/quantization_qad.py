@@ -32,7 +32,7 @@ from edgedistill.targets import parse_artifact
 from edgedistill.verify.metrics import Summary, mean_over_tokens, perplexity_of
 
 TYPES = ("gguf:Q4_0", "gguf:Q3_K_M", "gguf:Q2_K", "onnx:INT4")
-TOKENS_SHARE = 0.05
+TOKENS_SHARE = 0.09
 MOST_TOKENS_SHARE = 0.10
 HALF = 0.5
 
