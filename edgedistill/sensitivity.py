@@ -256,7 +256,8 @@ def _bytes(groups: Sequence[Group], steps: Sequence[int]) -> int:
 
 
 def _kinds(groups: Sequence[Group], steps: Sequence[int]) -> str:
-    return ", ".join(sorted({group.types[step] for group, step in zip(groups, steps, strict=True)}))
+    words = {word for group, step in zip(groups, steps, strict=True) for word in group.types[step].split(", ")}
+    return ", ".join(sorted(words))
 
 
 def _rows(groups: Sequence[Group], alone: Sequence[Measured], steps: Sequence[int]) -> list[SensitivityRow]:

@@ -466,3 +466,14 @@ def test_types_by_tensor_and_matrices_are_planned_and_refused() -> None:
     with pytest.raises(UserError, match="writes IQ2_XS with an importance matrix alone"):
         _plan(JETSON, recipe=_recipe(*low))
     assert _plan(JETSON, recipe=_recipe(low[0])).artifacts[0].artifact_bytes.value < plain
+
+
+def test_a_search_for_a_mix_is_refused_where_it_cannot_be() -> None:
+    plain = _plan(JETSON, recipe=_recipe("export.mixed_retention=0.98")).artifacts[0]
+    assert "at least: export.mixed_retention" in plain.artifact_bytes.source
+    for settings, cause in (
+        (["export.artifacts=[onnx:INT4]"], "onnx:INT4 is no GGUF"),
+        (["distill.qad.tokens_share=0.05"], "are both set"),
+    ):
+        with pytest.raises(UserError, match=cause):
+            _plan(JETSON, recipe=_recipe("export.mixed_retention=0.98", *settings))

@@ -15,11 +15,21 @@ from bundle_fixtures import Ingredients, latency, retention, rung, teacher_resul
 from edgedistill.bundle.check import verify_bundle
 from edgedistill.bundle.manifest import read_manifest
 from edgedistill.errors import UserError
-from edgedistill.records import Fallback, Gate, Percentiles, TokenizerCheck
+from edgedistill.records import Fallback, Gate, Percentiles, Sensitivity, SensitivityRow, TokenizerCheck
 from edgedistill.report.html import interval, limits_of, number, plain, render, report, size
 from edgedistill.report.plots import drift_svg, token_ms_svg, ttft_svg
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
+COSTS = Sensitivity(
+    metric="nats", source="stories", examples=2947, documents=24, target=0.97, reached=0.9712, as_quantized=0.91,
+    bytes_added=9000,
+    rows=[
+        SensitivityRow(
+            group="layer 1 attention", type="Q4_0", cost=0.0123, cost_ci95=(0.011, 0.014), bytes_saved=12340,
+            chosen="Q8_0",
+        )
+    ],
+)  # fmt: skip
 EVIL = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>{{ 7 * 7 }}&amp;"
 
 
@@ -137,6 +147,14 @@ class TestReport:
             assert root[0].tag == "title"
             assert "p50" in svg or "rung" in root[0].text or "quarter" in root[0].text
         assert "shipped 0.8824, 95 % 0.8691 to 0.8929. The gate is at 0.8" in html
+
+    def test_what_each_layer_costs(self, ingredients: Ingredients, tmp_path: Path) -> None:
+        artifact = ingredients.artifact.model_copy(update={"sensitivity": COSTS})
+        made = ingredients.make(tmp_path / "quickstart-costs", artifacts=[ingredients.bundled(artifact=artifact)])
+        text = re.sub(r"\s+", " ", Page((made / "reports/report.html").read_text(encoding="utf-8")).text)
+        assert "What quantizing each layer costs" in text
+        assert "Kept 0.9712 of the float model on the stories; asked: 0.97." in text
+        assert "layer 1 attention 0.0123 0.0110–0.0140 12.34 kB Q4_0 Q8_0" in text
 
     def test_hostile_strings_stay_text(self, ingredients: Ingredients, tmp_path: Path) -> None:
         fallback = Fallback(tensor=EVIL, wanted=EVIL, got=EVIL, why=EVIL)
