@@ -44,7 +44,7 @@ def main() -> int:
     chosen = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     started = time.perf_counter()
     chosen |= {"max_new_tokens": count, "pad_token_id": model.config.eos_token_id}
-    found = model.generate(**prompt, **chosen, streamer=TextStreamer(tokenizer))
+    found = model.generate(**prompt, **chosen, streamer=TextStreamer(tokenizer, skip_special_tokens=True))
     made = found.shape[1] - prompt["input_ids"].shape[1]
     print(f"{made} tokens in {time.perf_counter() - started:.2f} s", file=sys.stderr)
     return 0

@@ -14,9 +14,11 @@ TYPES = (STATIC, DYNAMIC, WEIGHTS, INT4)
 NODE_TYPES = (*TYPES, FLOAT)
 WEIGHTED = ("MatMul", "Gemm", "Attention", "Conv", "Gather")
 # What runs on integers between convolutions: with ranges of its own, or in its input's scale.
-JOINING = ("Add", "Mul", "GlobalAveragePool", "AveragePool", "Concat", "LeakyRelu")
+# Pad itself runs in float; what joins its output again, a shortcut to more channels, does not.
+JOINING = ("Add", "Mul", "GlobalAveragePool", "AveragePool", "Concat", "LeakyRelu", "Pad")
 PASSING = ("MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice")
 CLIPPING = ("Relu", "Clip")
+AVERAGING = ("ReduceMean",)  # in float, and yet the sum before it is cheaper on integers
 ORT_DOMAIN = "com.microsoft"
 # Tables smaller than this stay float: there is nothing to gain.
 SMALL_WEIGHT = 1024
@@ -152,7 +154,8 @@ def integer_chain(model: Any, static: Collection[str]) -> dict[str, str]:
         if not (node.op_type == "Conv" and node.name in static) and not joined:
             continue
         final = final_output(node, readers, outputs) if node.op_type not in PASSING else node.output[0]
-        if joined and not any(r.name in static or r.op_type in joins for r in readers.get(final, [])):
+        taken = (*joins, *AVERAGING)
+        if joined and not any(r.name in static or r.op_type in taken for r in readers.get(final, [])):
             continue
         integers.add(final)
         chain[node.name] = final
