@@ -125,7 +125,8 @@ def write_artifact(
     """
     threads = max(1, len(machine.usable_cpus()))
     if options.mixed_retention is not None:
-        refuse_mixed_format(format_, quantization)
+        decoder = format_ != "onnx" or is_decoder(checkpoint, options.task)
+        refuse_mixed_format(format_, quantization, decoder=decoder)
     compared = checked and options.compare_logits
     if options.tensorrt and (format_ != "onnx" or is_decoder(checkpoint, options.task)):
         raise UserError(

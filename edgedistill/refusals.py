@@ -98,11 +98,11 @@ def refuse_mixed(recipe: Recipe, artifacts: Iterable[tuple[str, str]]) -> None:
         )
 
 
-def refuse_mixed_format(format_: str, quantization: str) -> None:
-    """UserError for a format in which types are not searched for layer by layer."""
-    if format_ != "gguf":
+def refuse_mixed_format(format_: str, quantization: str, *, decoder: bool = True) -> None:
+    """UserError for a format in which types are not searched for layer by layer: ONNX decoders are such."""
+    if format_ != "gguf" and (format_ != "onnx" or decoder):
         raise UserError(
-            f"export.mixed_retention is set, and {format_}:{quantization} is no GGUF: types are chosen layer by layer"
-            " there alone",
-            "export as GGUF, or leave export.mixed_retention out (ONNX: name nodes with export.tensor_types)",
+            f"export.mixed_retention is set, and {format_}:{quantization} of a decoder is no GGUF: types are chosen"
+            " layer by layer there alone",
+            "export as GGUF, or leave export.mixed_retention out",
         )

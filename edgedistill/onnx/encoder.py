@@ -82,7 +82,8 @@ def export_encoder(
         exports = export_graphs(opened, scratch / "float", opset=opset, standard=options.tensorrt)
         progress.say(f"export: {opened.task}, {', '.join(export.path.name for export in exports)} traced", level=2)
         batches, said = parity_batches(checkpoint, opened, exports, texts, options.calibration_source)
-        samples = _samples(checkpoint, opened, exports[0], texts, options) if quantization == STATIC else None
+        needed = quantization == STATIC or options.mixed_retention is not None
+        samples = _samples(checkpoint, opened, exports[0], texts, options) if needed else None
         timed = [_timing_batch(batch[0], opened.max_tokens) for batch in batches]
         built = scratch / "built"
         fields = _finish(
@@ -144,9 +145,10 @@ def export_module(
         given = list(batches or [{name: value.numpy() for name, value in graph.examples.items()}])
         said = f"{len(given)} batches of the caller's" if batches else "the example inputs"
         samples = None
-        if quantization == STATIC and options.calibration_path is not None:
+        needed = quantization == STATIC or options.mixed_retention is not None
+        if needed and options.calibration_path is not None:
             samples = file_samples(options.calibration_path, export.inputs, options=options)
-        elif quantization == STATIC:
+        elif needed:
             samples = given_samples(given, export.inputs, options=options)
         built = scratch / "built"
         fields = _finish(
@@ -164,6 +166,11 @@ def _require_quantization(quantization: str, options: ExportOptions) -> None:
     if quantization not in LIMITS:
         raise UserError(
             f"no ONNX quantization '{quantization}' for a model that is no decoder", did_you_mean(quantization, LIMITS)
+        )
+    if options.mixed_retention is not None and quantization not in QUANTIZERS:
+        raise UserError(
+            f"export.mixed_retention with the quantization {quantization}, which quantizes nothing",
+            f"quantize with {', '.join(QUANTIZERS)}",
         )
     if options.tensor_types and quantization not in QUANTIZERS:
         raise UserError(

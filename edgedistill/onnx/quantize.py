@@ -78,9 +78,15 @@ def quantize(
         nodes = quantizable_nodes(model)
         if not nodes:
             raise UserError(f"{export.path.name} has no weights that can be quantized", "export with quantization FP32")
+    if options.mixed_retention is not None and len(exports) > 1:
+        raise UserError(
+            "export.mixed_retention of a text2text model: its two graphs are not measured together",
+            "leave it out, and name nodes with export.tensor_types",
+        )
     types = _types_of_each(models, quantization, options.tensor_types)
     for export, chosen in zip(exports, types, strict=True):
         ranges: dict[str, Range] = {}
+        observed: dict[str, Observed] | None = None
         if STATIC in chosen.values():
             if samples is None:
                 require_static(len(exports), given=False)
@@ -91,6 +97,15 @@ def quantize(
             )  # fmt: skip
             ranges = ranges_of(observed, options.calibration_method, symmetric=scheme.signed_activations)
             fields["calibration"] = samples.record
+        if options.mixed_retention is not None:
+            from edgedistill.onnx.sensitivity import kept_nodes
+
+            assert samples is not None
+            kept, fields["sensitivity"] = kept_nodes(
+                export, quantizable_nodes(load(export)), samples, quantization=quantization, observed=observed,
+                options=options, threads=threads, progress=progress,
+            )  # fmt: skip
+            chosen |= dict.fromkeys(kept, FLOAT)
         made = write_graph(export, built / export.path.name, chosen, ranges=ranges, scheme=scheme)
         fields["fallbacks"] += made.fallbacks
         fields["overrides"] |= {name: kind for name, kind in chosen.items() if kind != quantization}
