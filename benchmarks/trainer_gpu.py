@@ -8,7 +8,8 @@ after the measurement of ours has given the GPU back.
 FLOPs a token (multiply and add are two), of matrix products alone: teacher 2·(its layers' weights + V·H_t), forward; student
 three times that of its own, forward and backward; attention 2·T·(heads · head size) a layer and pass for T tokens of context:
 half of the square, since the other half is masked. Nothing for embeddings, norms, softmax, optimizer. Utilisation is their
-rate over the rate of a large bf16 matrix product measured in the same run, not over a data sheet.
+rate over the rate of a large matrix product measured in the same run, in the type that training computes in (bf16 on a GPU),
+not over a data sheet.
 
     python benchmarks/trainer_gpu.py --trl-python ENVIRONMENT/bin/python --save
 
@@ -73,9 +74,10 @@ def step_flops(student: LlamaConfig, teacher: LlamaConfig, context: int) -> floa
     return 3 * forward_flops(student, context) + forward_flops(teacher, context)
 
 
-def matrix_rate(device: torch.device, size: int, repeats: int) -> float:
-    """FLOPs/s of a bf16 product of two [size, size] matrices: the best of `repeats` after a warm-up."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+def matrix_rate(device: torch.device, size: int, repeats: int, precision: str) -> float:
+    """FLOPs/s of a product of two [size, size] matrices in `precision`: the best of `repeats` after a warm-up."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
     for number in range(repeats + 3):
         _wait(device)
@@ -151,7 +153,7 @@ def main() -> None:
     )  # fmt: skip
     stream = np.random.default_rng(0).integers(0, vocab, size=tokens + 1).astype(np.int32)
     data = Packed(stream=stream, context=arguments.context, seed=0)
-    rate = matrix_rate(device, 256 if arguments.tiny else 8192, 20)
+    rate = matrix_rate(device, 256 if arguments.tiny else 8192, 20, settings.precision)
     per_token = step_flops(shapes[0], shapes[1], arguments.context)
     with tempfile.TemporaryDirectory(prefix="edgedistill-gpu-") as temporary:
         folder = Path(temporary)
@@ -192,7 +194,7 @@ def main() -> None:
             "student_parameters": parameters, "settings": settings.model_dump(mode="json"),
         },
         header=("contender", "tokens/s", "model FLOPs utilisation", "peak memory"),
-        notes=[f"{per_token / 1e9:.2f} GFLOPs a token; matrix rate {rate / 1e12:.2f} TFLOPs/s, bf16"],
+        notes=[f"{per_token / 1e9:.2f} GFLOPs a token; matrix rate {rate / 1e12:.2f} TFLOPs/s, {settings.precision}"],
     )  # fmt: skip
 
 

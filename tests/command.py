@@ -74,8 +74,9 @@ class Command:
     def env(self) -> dict[str, str]:
         paths = os.pathsep.join(filter(None, [self.environment.get("PYTHONPATH"), str(ROOT)]))
         kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "EDGEDISTILL_STORE")}
-        ours = {"EDGEDISTILL_STORE": str(self.folder / "store"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
-        return {**kept, **ours, **self.environment, "PYTHONPATH": paths}
+        ours = {"EDGEDISTILL_STORE": str(self.folder / "store"), "HF_HUB_OFFLINE": "1"}
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+        return {**kept, **threads, **ours, **self.environment, "PYTHONPATH": paths}
 
     def __call__(self, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -29,7 +29,6 @@ def tiny_checkpoint(folder: Path, *, hidden: int = 256, seed: int = 0, tied: boo
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     vocabulary = tiny_vocabulary()
-    torch.set_num_threads(2)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(vocabulary),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -223,6 +224,14 @@ def _strip(program: Any) -> None:
     for value in [*program.graph.inputs, *program.graph.initializers.values()]:
         value.metadata_props.clear()
         value.doc_string = None
+    # The exporter's fusions note no module (query, key and value as one product): it is the one that holds all readers.
+    for node in reversed(list(program.graph)):
+        if MODULE_KEY not in node.metadata_props:
+            readers = [use.node for output in node.outputs for use in output.uses()]
+            modules = [reader.metadata_props.get(MODULE_KEY, "").split(".") for reader in readers]
+            shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*modules, strict=False))
+            if module := ".".join(parts[0] for parts in shared):
+                node.metadata_props[MODULE_KEY] = module
 
 
 def _spec(value: Any) -> TensorSpec:
