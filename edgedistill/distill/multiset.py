@@ -29,6 +29,7 @@ I64 = NDArray[np.int64]
 MAX_DRAWS = 64
 MAX_VOCAB = 1 << 20
 WORD = 64
+TABLED = 2 * MAX_DRAWS  # places whose binomials are looked up: with more, no k in use is above half of them
 RICE_BITS = 3  # of a sequence's Rice parameter: k − 1 has at most 6 bits
 
 
@@ -258,11 +259,11 @@ def _rank(chosen: I64, places: int) -> U64:
 
 
 def _choose(value: I64, j: int, places: int) -> I64:
-    if places <= MAX_DRAWS:
-        table: I64 = _binomials(places, places)[j]
+    if places <= TABLED:
+        table: I64 = _binomials(places, min(places, MAX_DRAWS))[j]
         return np.take(table, value)
     made = value
-    for i in range(1, j):  # each quotient is whole, and j · C(value, j) fits
+    for i in range(1, j):  # each quotient is whole; the products ascend to j · C(value, j), which fits
         made = made * (value - i) // (i + 1)
     return made
 
@@ -272,8 +273,8 @@ def _unrank(rank: U64, places: int, size: int) -> I64:
     left = rank.astype(np.int64)
     out = np.zeros((len(rank), size), dtype=np.int64)
     for column in range(size - 1, -1, -1):
-        if places <= MAX_DRAWS:
-            table = _binomials(places, places)[column + 1]
+        if places <= TABLED:
+            table = _binomials(places, min(places, MAX_DRAWS))[column + 1]
             # the table ascends over the places that can stand here
             value = np.searchsorted(table[: places + 1], left, side="right") - 1
         else:
