@@ -154,9 +154,10 @@ def _listed_section(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _other_value(chosen: BaseModel | None, name: str, field: FieldInfo) -> str:
-    """What a built-in recipe has in a field where that is not the default."""
-    value = getattr(chosen, name, None)
-    return "" if chosen is None or value == field.get_default() else _yaml(value)
+    """What a built-in recipe says of a field where that is not the default: "auto" may stand for another value here."""
+    if chosen is None or name not in chosen.model_fields_set or getattr(chosen, name) == field.get_default():
+        return ""
+    return _yaml(getattr(chosen, name))
 
 
 def _is_section(field: FieldInfo) -> bool:
