@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.onnx.first_token import keep_first_token
+from edgedistill.onnx.shortcuts import convolve_shortcuts
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -24,11 +25,13 @@ ORT_DOMAIN = "com.microsoft"
 def fuse(model: onnx_ir.Model, *, first_token: bool = True) -> None:
     """Rewrite `model` in place: no reshape that changes nothing, and attention with its projections in one node.
 
+    A shortcut that pads channels becomes a convolution (shortcuts.py).
     `first_token`: a last layer of which one token is read is computed for that token (first_token.py).
     """
     from onnx_ir.passes import common
 
     _drop_empty_reshapes(model)
+    convolve_shortcuts(model)
     if first_token:
         common.RemoveUnusedNodesPass()(model)
         keep_first_token(model)
