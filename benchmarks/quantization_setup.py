@@ -78,7 +78,6 @@ def subject(name: str, *, store: Store, max_tokens: int, progress: Progress) -> 
             f"data.source={text}",
             "data.split=tail",
             f"teacher.model={DATA / 'weights' / 'teacher-tinystories-21m'}",
-            "distill.precision=fp32",
             "distill.epochs=1",  # of three: what a CPU does in half an hour
         ]
         recipe, target = load_recipe("own", [*asked, "student.compression=4"]), load_target("phone")

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import warm
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """
 name: tiny
@@ -60,6 +62,7 @@ class Command:
 
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
+    warm: bool = False  # in a process that has imported what is heavy (warm.py): seconds less for each command
 
     def recipe(self) -> str:
         path, text = self.folder / "tiny.yaml", self.folder / "text.txt"
@@ -79,6 +82,8 @@ class Command:
         return {**kept, **threads, **ours, **self.environment, "PYTHONPATH": paths}
 
     def __call__(self, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        if self.warm:
+            return warm.run(self.arguments(*words), self.folder, self.env(), timeout)
         return subprocess.run(
             self.arguments(*words), capture_output=True, text=True, cwd=self.folder, env=self.env(), timeout=timeout
         )

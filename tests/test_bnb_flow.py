@@ -33,7 +33,7 @@ STUDENT = ("--set", "student.start=layers", "--set", "student.compression=1.2")
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Command, dict[str, object]]:
-    command = Command(tmp_path_factory.mktemp("built"))
+    command = Command(tmp_path_factory.mktemp("built"), warm=True)
     return command, command.json("build", command.recipe(), *TARGET, *NF4, *STUDENT)
 
 

@@ -23,7 +23,7 @@ STUDENT = tuple(word for name, value in SHAPE.items() for word in ("--set", f"st
 @pytest.fixture(scope="module")
 def command(tmp_path_factory) -> Command:
     """A teacher's folder and its cache of samples in the folder `signals`, made by the command."""
-    made = Command(tmp_path_factory.mktemp("cached"))
+    made = Command(tmp_path_factory.mktemp("cached"), warm=True)
     tiny(made.folder / "teacher", max_position_embeddings=256)
     done = made("teacher", "cache", *ask(made), "--json")
     assert done.returncode == 0, done.stderr

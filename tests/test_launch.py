@@ -49,7 +49,7 @@ END_S = 60  # a run whose rank died has ended by then; it takes a second or two 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Command:
     """One process's store, with the teacher that all runs share, and its student."""
-    command = Command(tmp_path_factory.mktemp("alone"), {"OMP_NUM_THREADS": "1"})
+    command = Command(tmp_path_factory.mktemp("alone"), {"OMP_NUM_THREADS": "1"}, warm=True)
     (command.folder / "short.json").write_text(json.dumps(command.json("distill", command.recipe(), *SHORT)))
     return command
 

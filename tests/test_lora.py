@@ -173,7 +173,7 @@ def test_a_4_bit_base_that_would_be_computed_wrongly_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory) -> Command:
-    return Command(tmp_path_factory.mktemp("lora"))
+    return Command(tmp_path_factory.mktemp("lora"), warm=True)
 
 
 WORDS = (

@@ -21,7 +21,7 @@ TARGETS = ("-t", "phone")
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Command:
     """A finished build for the phone; its store and bundles are read by the tests below."""
-    command = Command(tmp_path_factory.mktemp("built"))
+    command = Command(tmp_path_factory.mktemp("built"), warm=True)
     done = command("build", command.recipe(), *TARGETS, "--json")
     assert done.returncode == 0, done.stderr
     (command.folder / "first.json").write_text(done.stdout)
@@ -104,7 +104,7 @@ def test_onnx_beside_gguf_in_one_bundle(built):
 
 
 def test_sigkill_at_ten_random_moments_ends_with_the_same_model(built, tmp_path):
-    command = Command(tmp_path)
+    command = Command(tmp_path, warm=True)
     recipe = shutil.copy(built.recipe(), tmp_path / "tiny.yaml")
     seed = int(os.environ.get("EDGEDISTILL_TEST_SEED", time.time_ns() % 10**6))
     rng, kills, done = random.Random(seed), 0, None
@@ -130,7 +130,7 @@ def test_sigkill_at_ten_random_moments_ends_with_the_same_model(built, tmp_path)
 
 
 def test_interrupting_twice_is_safe(built, tmp_path):
-    command = Command(tmp_path)
+    command = Command(tmp_path, warm=True)
     recipe = shutil.copy(built.recipe(), tmp_path / "tiny.yaml")
     process = command.start("build", str(recipe), *TARGETS)
     assert process.stderr is not None
@@ -172,7 +172,7 @@ def test_a_runtime_that_crashes_is_reported_and_what_was_finished_stays(built, t
     for part in ("llama.cpp", "SIGSEGV", "model.gguf", "try: "):
         assert part in done.stderr, done.stderr
     (tmp_path / "sitecustomize.py").unlink()
-    again = Command(tmp_path)("build", str(recipe), *TARGETS, "--json")
+    again = Command(tmp_path, warm=True)("build", str(recipe), *TARGETS, "--json")
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["student"]["reused"] is True
 

@@ -29,7 +29,7 @@ ASKED = tuple(word for one in SET for word in ("--set", one))
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Command:
     """One build of two artifacts under their rounding."""
-    command = Command(tmp_path_factory.mktemp("qad"))
+    command = Command(tmp_path_factory.mktemp("qad"), warm=True)
     artifacts = ("--set", "export.artifacts=[gguf:Q4_0, onnx:INT4]")
     done = command("build", command.recipe(), "-t", "phone", *ASKED, *artifacts, "--json")
     assert done.returncode == 0, done.stderr

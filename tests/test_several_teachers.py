@@ -200,7 +200,7 @@ def test_a_teacher_with_another_tokenizer_is_refused_with_the_token(teachers, tm
 
 def test_distilling_from_two_teachers_end_to_end(teachers, tmp_path):
     """Live and sampled; the record names both; another weight is another student; the plan counts both."""
-    command = Command(tmp_path, {"OMP_NUM_THREADS": "1"})
+    command = Command(tmp_path, {"OMP_NUM_THREADS": "1"}, warm=True)
     base = ("--teacher", str(teachers[0]), "--set", "student.compression=2", "--set", "distill.tokens=6000")
     also = (*base, "--set", f"teacher.also=[{{model: {teachers[1]}, weight: 3.0}}]")
     recipe = command.recipe()

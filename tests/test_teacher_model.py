@@ -112,7 +112,7 @@ def test_the_precision_is_part_of_the_keys(folder):
 
 
 def test_a_bf16_teacher_is_in_the_record(tmp_path):
-    command = Command(tmp_path)
+    command = Command(tmp_path, warm=True)
     words = (
         command.recipe(), "-t", "phone", "--set", "teacher.train.tokens=3000", "--set", "distill.tokens=3000", "--set",
         "distill.teacher_signals=live",

@@ -49,7 +49,6 @@ SETUPS = {
     "32k tokens, tied, live, accumulated": case_of(
         WIDE, WIDE_TEACHER, signals="live", batch_sequences=2, micro_batch_sequences=1
     ),
-    "32k tokens, untied, qwen3, bf16": case_of(UNTIED, precision="bf16"),
     "32k tokens, hidden cache": case_of(WIDE, WIDE_TEACHER, signals="cached", cache={"kind": "hidden"}),
     "adapters": case_of(MIDDLE, lora={"rank": 8}, context_tokens=256),
 }  # fmt: skip

@@ -266,7 +266,7 @@ ASKED = ("-t", "phone", "--set", "student.trim_vocabulary=true", "--set", "disti
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory) -> tuple[Command, tuple[str, ...]]:
     """A teacher whose tokenizer was made from more than the data, with padded rows, and the words that name it."""
-    command = Command(tmp_path_factory.mktemp("chain"), {"OMP_NUM_THREADS": "1"})
+    command = Command(tmp_path_factory.mktemp("chain"), {"OMP_NUM_THREADS": "1"}, warm=True)
     folder = command.folder / "teacher"
     torch.manual_seed(0)
     model = LlamaForCausalLM(

@@ -81,7 +81,7 @@ DAMAGES: dict[Callable[[Path], None], tuple[str, tuple[str, ...]]] = {
 
 
 def run_export(folder: Path, checkpoint: Path, format_: str, quantization: str, *words: str) -> Any:
-    command = Command(folder, {"EDGEDISTILL_EXECUTORCH_PYTHON": "/bin/false"})
+    command = Command(folder, {"EDGEDISTILL_EXECUTORCH_PYTHON": "/bin/false"}, warm=True)
     return command(
         "export", "--student", str(checkpoint), "--format", format_, "--quantization", quantization, "--out",
         str(folder / "parent" / "out"), *words,
@@ -140,7 +140,7 @@ def test_a_width_that_a_k_quant_does_not_allow_gets_a_named_fallback(tmp_path: P
 
 
 def test_what_the_targets_runtime_cannot_run_is_refused_by_the_plan(tmp_path: Path) -> None:
-    command = Command(tmp_path)
+    command = Command(tmp_path, warm=True)
     for artifact, target, said in (
         ("onnx:FP16", "phone", "onnx:FP16"),
         ("bitsandbytes:INT8", "jetson", "does not run bitsandbytes:INT8"),
