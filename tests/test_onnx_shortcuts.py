@@ -46,13 +46,15 @@ OTHER: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def exported(folder: Path, module: nn.Module, quantization: str = "FP32", size: int = 8) -> Path:
+def exported(
+    folder: Path, module: nn.Module, quantization: str = "FP32", size: int = 8, *, ort_format: bool = False
+) -> Path:
     torch.manual_seed(0)
     pictures = [{"image": np.random.default_rng(i).standard_normal((1, 3, size, size), np.float32)} for i in range(4)]
     export_module(
         module.eval(), (torch.zeros(2, 3, size, size),), folder, dynamic={"image": {0: "batch"}},
         input_names=["image"], output_names=["out"], quantization=quantization, batches=pictures, threads=1,
-        options=ExportOptions(compare_speed=False),
+        options=ExportOptions(compare_speed=False, ort_format=ort_format),
     )  # fmt: skip
     return folder / "model.onnx"
 
@@ -107,3 +109,12 @@ def test_a_stored_weight_is_dequantized_at_load(tmp_path: Path) -> None:
     found = operators(path, optimized=True)
     assert found["Cast"] == found["Mul"] == found["DequantizeLinear"] == 0
     assert found["Conv"] + found["FusedConv"] == 4 and found["Add"] == found["Relu"] == 0
+
+
+def test_an_ort_file_keeps_the_small_weights(tmp_path: Path) -> None:
+    module = Joined(PADDED["even"])
+    stored = exported(tmp_path / "int8", module, "INT8-DYNAMIC", ort_format=True).with_suffix(".ort")
+    plain = exported(tmp_path / "float", module, ort_format=True).with_suffix(".ort")
+    weights = sum(w.numel() for w in module.parameters() if w.ndim == 4) + 16 * 32
+    # Three of a weight's four bytes are saved.
+    assert plain.stat().st_size - stored.stat().st_size > 2.5 * weights

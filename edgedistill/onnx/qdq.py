@@ -122,22 +122,25 @@ class Int8Writer:
         whole = graph.add("Cast", [looked_up], graph.fresh(f"{info.output}_cast"), to=1)
         graph.add("Mul", [whole, scaled], info.output, like=node)
 
-    def stored_weight(self, node: Any, info: Quantizable) -> None:
-        """A convolution in float whose weight lies in the file as int8: dequantized when the graph is loaded.
+    def stored_weight(self, node: Any, info: Quantizable, *, folded: bool = True) -> None:
+        """A convolution in float whose weight lies in the file as int8.
 
-        Cast and Mul of constants, which onnxruntime folds: a DequantizeLinear would run each time, and its convolution
-        would miss the layout and the fusions of those with a constant weight. Zero points are 0.
+        `folded`: dequantized when the graph is loaded, by Cast and Mul of constants, which onnxruntime folds. Else by a
+        DequantizeLinear, which runs each time, and whose convolution misses the layout and the fusions of those with a
+        constant weight. Zero points are 0.
         """
         from onnx import helper
 
         graph = self.graph
-        stored, scales, _ = qdq_stored(graph.weight(info.weight), axis=info.axis)
-        shape = [-1 if axis == info.axis else 1 for axis in range(stored.ndim)]
-        scale = graph.constant(scales.reshape(shape), f"{info.weight}_scale")
-        whole = graph.add(
-            "Cast", [graph.constant(stored, f"{info.weight}_quantized")], graph.fresh(f"{info.weight}_cast"), to=1
-        )
-        weight = graph.add("Mul", [whole, scale], graph.fresh(f"{info.weight}_dequantized"))
+        stored, scales, zeros = qdq_stored(graph.weight(info.weight), axis=info.axis)
+        if folded:
+            shape = [-1 if axis == info.axis else 1 for axis in range(stored.ndim)]
+            scale = graph.constant(scales.reshape(shape), f"{info.weight}_scale")
+            constant = graph.constant(stored, f"{info.weight}_quantized")
+            whole = graph.add("Cast", [constant], graph.fresh(f"{info.weight}_cast"), to=1)
+            weight = graph.add("Mul", [whole, scale], graph.fresh(f"{info.weight}_dequantized"))
+        else:
+            weight = self._dequantized_constant(stored, scales, zeros, info)
         made = helper.make_node(
             node.op_type, [node.input[0], weight, *node.input[2:]], list(node.output), name=node.name
         )

@@ -106,7 +106,10 @@ def quantize(
                 options=options, threads=threads, progress=progress,
             )  # fmt: skip
             chosen |= dict.fromkeys(kept, FLOAT)
-        made = write_graph(export, built / export.path.name, chosen, ranges=ranges, scheme=scheme)
+        # onnxruntime's converter writes into a .ort file what it folds: that weight would be float again.
+        made = write_graph(
+            export, built / export.path.name, chosen, ranges=ranges, scheme=scheme, folded=not options.ort_format
+        )
         fields["fallbacks"] += made.fallbacks
         fields["overrides"] |= {name: kind for name, kind in chosen.items() if kind != quantization}
     if quantization in (STATIC, DYNAMIC):
@@ -171,9 +174,10 @@ def static_tensors(export: FloatExport) -> list[str]:
 
 
 def write_graph(
-    export: FloatExport, out: Path, types: Mapping[str, str], *, ranges: Mapping[str, Range], scheme: Scheme
-) -> QuantizedGraph:
-    """Write `export` with each quantizable node in its type."""
+    export: FloatExport, out: Path, types: Mapping[str, str], *, ranges: Mapping[str, Range], scheme: Scheme,
+    folded: bool = True,
+) -> QuantizedGraph:  # fmt: skip
+    """Write `export` with each quantizable node in its type; `folded`: see Int8Writer.stored_weight."""
     graph = Rewriter(export.path)
     nodes = quantizable_nodes(graph.model)
     got = {name: stored_type(kind, nodes[name].op_type) for name, kind in types.items()}
@@ -190,7 +194,7 @@ def write_graph(
         elif kind == DYNAMIC:
             writer.dynamic(node, info)
         elif info.op_type == "Conv":
-            writer.stored_weight(node, info)
+            writer.stored_weight(node, info, folded=folded)
         elif info.op_type == "Gather" and (kind == WEIGHTS or graph.weight(info.weight).shape[1] % 2):
             writer.table(node, info)
         elif info.op_type == "Gather":
