@@ -31,7 +31,7 @@ random.seed(0)
 
 def train():
     student = model(dropout=0.1)
-    run(student, state, checkpoint_every_s=1e-9, tokens=16 * 4 * 150, evaluate_every_share=0.05)
+    run(student, state, checkpoint_every_s=1e-9, tokens=16 * 4 * 300, evaluate_every_share=0.05)
     save_file({{k: v.detach().contiguous() for k, v in student.named_parameters()}}, out)
 
 done, torn = 0, 0
