@@ -452,6 +452,8 @@ def run(arguments: list[str] | None = None) -> NoReturn:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         code = app(args=arguments, prog_name="edgedistill", standalone_mode=False)
+        if code == errors.EXIT_INTERRUPTED:  # typer gives it back for a KeyboardInterrupt
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else errors.EXIT_DONE)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)

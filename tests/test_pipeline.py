@@ -149,6 +149,19 @@ def test_interrupting_twice_is_safe(built, tmp_path):
     assert model_sums(bundle_of(command)) == model_sums(bundle_of(built))
 
 
+def test_an_interrupt_says_what_is_kept(tmp_path):
+    command = Command(tmp_path)
+    process = command.start("build", command.recipe(), *TARGETS)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "teacher 1/" in line:
+            break
+    os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted: what was finished is kept; the same command goes on from there" in stderr
+
+
 CRASH = """
 import os, signal, sys
 if "edgedistill.runtimes.worker" in " ".join(sys.orig_argv):
