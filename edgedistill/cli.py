@@ -287,7 +287,7 @@ def bundle(
 
 @bundle_app.command("verify")
 def bundle_verify(directory: Annotated[Path, typer.Argument(help="bundle folder")], as_json: Json = False) -> None:
-    """Hashes, signature and golden vectors of a bundle, with only its runtime installed."""
+    """Hashes and golden vectors of a bundle, with only its runtime installed."""
     from edgedistill.bundle.check import verify_bundle
     from edgedistill.show import check_text
 
@@ -367,7 +367,7 @@ def recipes_show(recipe: RecipeArgument = "quickstart", sets: Sets = None, as_js
 def store_list(as_json: Json = False) -> None:
     """Finished records and unfinished work."""
     from edgedistill import show
-    from edgedistill import store as module
+    from edgedistill import store_commands as module
 
     rows = module.store_list(the_store())
     emit(as_json, rows, show.store_text(rows))
@@ -376,7 +376,7 @@ def store_list(as_json: Json = False) -> None:
 @store_app.command("verify")
 def store_verify(as_json: Json = False) -> None:
     """Hash every file of every record again."""
-    from edgedistill import store as module
+    from edgedistill import store_commands as module
 
     problems = module.store_verify(the_store())
     emit(as_json, {"problems": problems}, "\n".join(problems) or "every record is whole")
@@ -389,7 +389,7 @@ def store_verify(as_json: Json = False) -> None:
 @store_app.command("adopt")
 def store_adopt(as_json: Json = False) -> None:
     """Keep finished teachers and students across an upgrade of the libraries that made them."""
-    from edgedistill import store as module
+    from edgedistill import store_commands as module
 
     adopted = module.store_adopt(the_store())
     lines = [f"{row['stage']} {row['from'][:12]} is kept as {row['to'][:12]}" for row in adopted]
@@ -400,11 +400,11 @@ def store_adopt(as_json: Json = False) -> None:
 def store_prune(
     stage: Annotated[str | None, typer.Option(help="only this stage's records")] = None,
     older_than_days: Annotated[float | None, typer.Option(help="only records older than this")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="every record and all unfinished work")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="all that is in the store and is not being built")] = False,
     as_json: Json = False,
 ) -> None:
     """Remove damaged records, and what the options choose, unless it is being built."""
-    from edgedistill import store as module
+    from edgedistill import store_commands as module
 
     removed = module.store_prune(the_store(), stage=stage, older_than_days=older_than_days, everything=everything)
     emit(as_json, {"removed": removed}, "\n".join(removed) or "nothing to remove")

@@ -9,6 +9,7 @@ from edgedistill import machine
 from edgedistill.errors import UserError
 from edgedistill.export_options import DEFAULT_OPTIONS, NOT_COMPARED, ExportOptions
 from edgedistill.gguf.pretokenizers import NEW_CHARACTERS_NOTE
+from edgedistill.models import require_weights
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Export
 from edgedistill.records import Artifact
@@ -76,10 +77,12 @@ def export_model(
 
     def write(work: Work) -> Artifact:
         progress.say(f"export: {artifact}")
+        require_weights(checkpoint, weights_sha256, store, role="student")
         made = write_artifact(
             checkpoint, work.out, format_=format_, quantization=quantization, context_tokens=context_tokens, name=name,
             options=options, progress=progress,
         )  # fmt: skip
+        require_weights(checkpoint, weights_sha256, store, role="student")
         made = made.model_copy(update={"notes": [*made.notes, *options.notes]})
         if format_ != "gguf":
             return made

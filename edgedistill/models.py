@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,10 +150,34 @@ def require_sound(path: Path) -> None:
 
 
 def weights_sha256(folder: ModelFolder, store: Store) -> str:
-    """One hash over config and weights; file hashes are remembered by size, mtime and inode."""
-    config = hashlib.sha256(canonical_json(folder.config).encode()).hexdigest()
-    lines = [config, *(f"{file.name} {store.hash_file(file)}" for file in folder.weight_files)]
+    """One hash over config and weights; file hashes are remembered as `Store.hash_file` says."""
+    return _config_and_files(folder.config, folder.weight_files, store)
+
+
+def _config_and_files(config: dict[str, Any], files: Sequence[Path], store: Store) -> str:
+    lines = [hashlib.sha256(canonical_json(config).encode()).hexdigest()]
+    lines += [f"{file.name} {store.hash_file(file)}" for file in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def require_weights(path: Path, expected: str, store: Store, *, role: str) -> None:
+    """Refuse a folder whose weights are not those of the key that stands for them: of a user's folder config and
+    weights (`weights_sha256`), of a trained model its safetensors (`distill.save.weights_digest`).
+
+    Called where a stage opens the folder and again when it is done with it: between the two, and since the hash was
+    taken, nobody may have written there. UserError.
+    """
+    given = sorted({tensor.path for tensor in stored_tensors(path).values()})
+    trained = "".join(f"{file.name} {store.hash_file(file)}\n" for file in sorted(path.glob("*.safetensors")))
+    if hashlib.sha256(trained.encode()).hexdigest() == expected:
+        return
+    if _config_and_files(read_json(path / "config.json", what="config.json"), given, store) == expected:
+        return
+    raise UserError(
+        f"the {role}'s weights in {path} are not those that this run began with ({expected[:16]}…): they were changed",
+        "leave the folder alone while it is used, and run the command again"
+        " (`edgedistill store verify` says whether a folder of the store was damaged)",
+    )
 
 
 def tokenizer_sha256(folder: Path) -> str:

@@ -3,10 +3,14 @@
     <root>/records/<stage>/<key>/record.json + files     whole, or not there at all
     <root>/work/<stage>-<key>/out, state                 what a stage is building; survives a kill
     <root>/locks/<stage>-<key>.lock                      one builder at a time
-    <root>/hashes/<hash of path>.json                    content hashes by size, mtime and inode
+    <root>/hashes/<hash of path>.json                    content hashes by size, mtime, ctime and inode
 
 A stage writes into `out` (what ships) and `state` (checkpoints). `Store.run` fsyncs `out` with its
 folders and renames it into place last.
+
+A record is believed only where it holds: record.json carries a hash of itself, its key is that of its inputs, and
+its files are hashed again whenever it is read. Of files beyond FULL_HASH_BYTES in all, those whose stamp (size, mtime,
+ctime, inode) is known are sampled in blocks instead. These commands work on a whole store: store_commands.py.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,9 +35,20 @@ from edgedistill.errors import UserError
 from edgedistill.records import FileEntry
 
 R = TypeVar("R", bound=BaseModel)
-RECORD_SCHEMA = "edgedistill.record/1"
+RECORD_SCHEMA = "edgedistill.record/2"
 CHUNK_BYTES = 1 << 20
-ADOPTABLE = ("teacher", "student")
+# SHA-256 reads 0.8 to 2 GB a second: what is hashed in full at each reading stays under a second.
+FULL_HASH_BYTES = 512 << 20
+# Larger files keep a hash a block beside the whole one; so many blocks are read at each reading.
+BLOCK_BYTES = 4 << 20
+BLOCKED_ABOVE_BYTES = 64 << 20
+SAMPLED_BLOCKS = 16
+# A file that was written this short a time ago may change again within one tick of the clock that stamps it.
+RACY_NS = 50_000_000
+
+
+class Damaged(Exception):
+    """A record that is not what was written; says which file, and how."""
 
 
 @dataclass(frozen=True)
@@ -183,10 +199,11 @@ class Store:
         inputs: Mapping[str, Any],
         build: Callable[[Work], R],
         result_type: type[R],
-        on_wait: Callable[[str], None] | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> Stored[R]:
         """The record of these inputs: found, or built under a lock and put in place whole.
 
+        A record that is damaged is built again; `say` is told so, and of waiting for another process.
         `build` may be entered again after a kill, with `work.state` as it was left; `work.out` is
         emptied first. Raises whatever `build` raises; the state stays for the next try.
         """
@@ -198,11 +215,11 @@ class Store:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            if on_wait is not None:
-                on_wait(f"another process is building {stage} {key[:8]}; waiting for it")
+            if say is not None:
+                say(f"another process is building {stage} {key[:8]}; waiting for it")
             lock.acquire()
         try:
-            found = self._load(stage, key, result_type, reused=True)
+            found = self._load(stage, key, result_type, reused=True, say=say)
             if found is not None:
                 return found
             folder = self.work_folder(stage, key)
@@ -223,15 +240,18 @@ class Store:
     def put(self, stage: str, inputs: Mapping[str, Any], out: Path, result: Mapping[str, Any]) -> None:
         """Make the folder `out` of this store the record of these inputs: durable first, then renamed into place."""
         key = key_of(stage, inputs)
-        record = {
+        record: dict[str, Any] = {
             "schema": RECORD_SCHEMA,
             "stage": stage,
             "key": key,
             "inputs": inputs,
             "result": result,
-            "files": [e.model_dump() for e in file_entries(out)],
+            "files": [e.model_dump() for e in file_entries(out, skip=frozenset({"record.json"}))],
             "written_unix_s": int(time.time()),
         }
+        large = [e for e in record["files"] if e["bytes"] > BLOCKED_ABOVE_BYTES]
+        record["blocks"] = {e["path"]: block_hashes(out / e["path"]) for e in large}
+        record["sha256"] = own_sha256(record)
         (out / "record.json").write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")
         fsync_tree(out)
         final = self.record_folder(stage, key)
@@ -240,168 +260,116 @@ class Store:
             shutil.rmtree(final)
         out.replace(final)
         fsync_folder(final.parent)
+        for entry in large:
+            path = (final / entry["path"]).resolve()
+            self._remember(path, _stamp(path), entry["sha256"])
 
-    def _load(self, stage: str, key: str, result_type: type[R], *, reused: bool) -> Stored[R] | None:
+    def _load(
+        self, stage: str, key: str, result_type: type[R], *, reused: bool, say: Callable[[str], None] | None = None
+    ) -> Stored[R] | None:
         folder = self.record_folder(stage, key)
-        record = _read_record(folder)
-        if record is None:
+        if not folder.is_dir():
             return None
         try:
+            record = read_record(folder)
             result = result_type.model_validate(record["result"])
-        except (ValidationError, KeyError):
+            self.require_whole(folder, record)
+        except (Damaged, ValidationError) as error:
+            if say is not None:
+                why = error if isinstance(error, Damaged) else "its result is of another version"
+                say(f"the store's {stage} {key[:8]} is not whole, and is made again ({why})")
             return None
-        for entry in record["files"]:
-            path = folder / entry["path"]
-            if not path.is_file() or path.stat().st_size != entry["bytes"]:
-                return None
         return Stored(stage=stage, key=key, directory=folder, result=result, reused=reused)
 
     def hash_file(self, path: Path) -> str:
-        """Content hash of a large input, remembered by size, mtime and inode."""
+        """Content hash of a large input, remembered by size, mtime, ctime and inode.
+
+        A program can set a file's size and mtime as it likes; ctime moves with every write.
+        """
         path = path.resolve()
-        stat = path.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        cache = self.root / "hashes" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
-        try:
-            known = json.loads(cache.read_text(encoding="utf-8"))
-            if known["stamp"] == stamp:
-                return str(known["sha256"])
-        except (OSError, ValueError, KeyError, TypeError):
-            known = None
+        stamp = _stamp(path)
+        remembered = self._remembered(path, stamp)
+        if remembered is not None:
+            return remembered
         digest = sha256_of(path)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(cache, json.dumps({"path": str(path), "stamp": stamp, "sha256": digest}))
+        if _stamp(path) == stamp and abs(time.time_ns() - path.stat().st_ctime_ns) > RACY_NS:
+            self._remember(path, stamp, digest)
         return digest
 
+    def _hash_note(self, path: Path) -> Path:
+        return self.root / "hashes" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
 
-def _read_record(folder: Path) -> dict[str, Any] | None:
-    try:
-        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and record.get("schema") == RECORD_SCHEMA else None
+    def _remembered(self, path: Path, stamp: list[int]) -> str | None:
+        try:
+            known = json.loads(self._hash_note(path).read_text(encoding="utf-8"))
+            return str(known["sha256"]) if known["stamp"] == stamp else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
+    def _remember(self, path: Path, stamp: list[int], digest: str) -> None:
+        note = self._hash_note(path)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(note, json.dumps({"path": str(path), "stamp": stamp, "sha256": digest}))
 
-def store_list(store: Store) -> list[dict[str, Any]]:
-    """One row a record: stage, key, bytes, age, folder; and unfinished work."""
-    rows = []
-    for path in sorted(store.root.glob("records/*/*/record.json")):
-        record = _read_record(path.parent)
-        if record is not None:
-            rows.append(
-                {
-                    "stage": record["stage"],
-                    "key": record["key"],
-                    "bytes": sum(e["bytes"] for e in record["files"]),
-                    "written_unix_s": record["written_unix_s"],
-                    "path": str(path.parent),
-                    "state": "finished",
-                }
-            )
-    for folder in sorted(store.root.glob("work/*")):
-        stage, _, key = folder.name.rpartition("-")
-        size = sum(p.stat().st_size for p in files_under(folder))
-        rows.append(
-            {
-                "stage": stage,
-                "key": key,
-                "bytes": size,
-                "written_unix_s": int(folder.stat().st_mtime),
-                "path": str(folder),
-                "state": "unfinished",
-            }
-        )
-    return rows
-
-
-def store_verify(store: Store) -> list[str]:
-    """Re-hash every file of every record; a list of what is wrong, empty where all is well."""
-    problems = []
-    for folder in sorted(store.root.glob("records/*/*")):
-        record = _read_record(folder)
-        if record is None:
-            problems.append(f"{folder}: record.json is missing or not readable")
-            continue
-        if key_of(record["stage"], record["inputs"]) != folder.name:
-            problems.append(f"{folder}: the key does not match the inputs")
-        for entry in record["files"]:
+    def require_whole(self, folder: Path, record: Mapping[str, Any]) -> None:
+        """Hash the record's files, or sample what is too large for that. Raises Damaged."""
+        left = FULL_HASH_BYTES
+        for entry in sorted(record["files"], key=lambda e: int(e["bytes"])):
             path = folder / entry["path"]
             if not path.is_file():
-                problems.append(f"{path}: missing")
-            elif sha256_of(path) != entry["sha256"]:
-                problems.append(f"{path}: content changed")
-    return problems
+                raise Damaged(f"{path}: missing")
+            if path.stat().st_size != entry["bytes"]:
+                raise Damaged(f"{path}: {path.stat().st_size:,} bytes instead of {entry['bytes']:,}")
+            blocks = record["blocks"].get(entry["path"])
+            if left >= entry["bytes"] or blocks is None:
+                left -= entry["bytes"]
+                found = sha256_of(path)
+            else:
+                found = self.hash_file(path)
+                _sample(path, blocks)
+            if found != entry["sha256"]:
+                raise Damaged(f"{path}: content changed")
 
 
-def store_adopt(store: Store) -> list[dict[str, Any]]:
-    """Keep finished teachers and students across an upgrade of the libraries that computed them.
-
-    Each record of those stages whose library versions are not the installed ones is copied under the key that the
-    installed ones give, marked `adopted`; what is damaged is not. Returns stage, keys and both sets of versions.
-    """
-    adopted = []
-    for stage in ADOPTABLE:
-        for folder in sorted(store.root.glob(f"records/{stage}/*")):
-            record = _read_record(folder)
-            if record is None or not _whole(folder):
-                continue
-            before = record["inputs"]["versions"]
-            inputs = {**record["inputs"], "versions": versions(*before)}
-            key = key_of(stage, inputs)
-            if key == folder.name or _read_record(store.record_folder(stage, key)) is not None:
-                continue
-            with store.lock(f"{stage}-{key}"):
-                out = store.work_folder(stage, key) / "out"
-                shutil.rmtree(out, ignore_errors=True)
-                shutil.copytree(folder, out, ignore=shutil.ignore_patterns("record.json"))
-                store.put(stage, inputs, out, {**record["result"], "adopted": True})
-            adopted.append({"stage": stage, "from": folder.name, "to": key, "was": before, "is": inputs["versions"]})
-    return adopted
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def store_prune(
-    store: Store, *, stage: str | None = None, older_than_days: float | None = None, everything: bool = False
-) -> list[str]:
-    """Remove what is damaged, and with a filter, or `everything`, records and unfinished work; what was removed.
-
-    Without a filter only records go that cannot be read or whose files are not what they were. A folder that another
-    process is building is left alone. Raises UserError where `everything` and a filter are both given.
-    """
-    if everything and (stage is not None or older_than_days is not None):
-        raise UserError("--all with --stage or --older-than-days", "give --all alone, or the filters alone")
-    chosen = []
-    if everything or stage is not None or older_than_days is not None:
-        limit = time.time() - (older_than_days or 0.0) * 86400
-        chosen = [
-            row
-            for row in store_list(store)
-            if (stage is None or row["stage"] == stage) and row["written_unix_s"] <= limit
-        ]
-    damaged = [
-        {"stage": folder.parent.name, "key": folder.name, "path": str(folder)}
-        for folder in sorted(store.root.glob("records/*/*"))
-        if not _whole(folder)
-    ]
-    removed: list[str] = []
-    for row in [*damaged, *chosen]:
-        if row["path"] in removed:
-            continue
-        lock = store.lock(f"{row['stage']}-{row['key']}")
-        try:
-            with lock.acquire(timeout=0):
-                shutil.rmtree(row["path"], ignore_errors=True)
-        except Timeout:
-            continue
-        removed.append(row["path"])
-    return removed
+def block_hashes(path: Path) -> list[str]:
+    """The hash of each block of a file."""
+    with path.open("rb") as file:
+        return [hashlib.sha256(block).hexdigest() for block in iter(lambda: file.read(BLOCK_BYTES), b"")]
 
 
-def _whole(folder: Path) -> bool:
-    """A record that reads, and whose files have their sizes and hashes."""
-    record = _read_record(folder)
-    return record is not None and all(
-        (folder / e["path"]).is_file()
-        and (folder / e["path"]).stat().st_size == e["bytes"]
-        and sha256_of(folder / e["path"]) == e["sha256"]
-        for e in record["files"]
-    )
+def _sample(path: Path, blocks: list[str]) -> None:
+    """Hash some blocks of a file, others each time. Raises Damaged."""
+    with path.open("rb") as file:
+        for number in random.SystemRandom().sample(range(len(blocks)), min(SAMPLED_BLOCKS, len(blocks))):
+            file.seek(number * BLOCK_BYTES)
+            if hashlib.sha256(file.read(BLOCK_BYTES)).hexdigest() != blocks[number]:
+                raise Damaged(f"{path}: content changed, within {BLOCK_BYTES} bytes of byte {number * BLOCK_BYTES:,}")
+
+
+def own_sha256(record: Mapping[str, Any]) -> str:
+    """The hash of a record without its own hash, as it reads back from JSON."""
+    content = json.loads(json.dumps({name: value for name, value in record.items() if name != "sha256"}))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """record.json, its hash of itself checked and its key that of its inputs. Raises Damaged."""
+    path = folder / "record.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise Damaged(f"{path}: missing or not readable") from error
+    if not isinstance(record, dict) or record.get("schema") != RECORD_SCHEMA:
+        raise Damaged(f"{path}: not of this version ({RECORD_SCHEMA})")
+    if record.get("sha256") != own_sha256(record):
+        raise Damaged(f"{path}: content changed: it does not have the hash that it holds of itself")
+    if (record["stage"], record["key"]) != (folder.parent.name, folder.name) or (
+        key_of(record["stage"], record["inputs"]) != folder.name
+    ):
+        raise Damaged(f"{path}: it is of other inputs: the key does not match them")
+    return record

@@ -41,6 +41,20 @@ RUNTIMES_OF = {
     "executorch": "executorch",
 }
 ENCODER_RUNTIMES_OF = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
+# Names as systems give them. A pattern found in two of these names a kind of machine, not a device.
+UNLIKE_DEVICES = (
+    "Raspberry Pi 4 Model B Rev 1.4\n4× Cortex-A72",
+    "NVIDIA Jetson AGX Orin Developer Kit\n12× Cortex-A78AE",
+    "Qualcomm SM8750\n2× Oryon",
+    "Google Tensor G4\n1× Cortex-X4 + 3× Cortex-A720 + 4× Cortex-A520",
+    "Dell Inc. Latitude 7440\n13th Gen Intel(R) Core(TM) i7-1365U",
+    "LENOVO 21K5 Linux x86_64\nAMD Ryzen 7 PRO 7840U w/ Radeon 780M Graphics",
+    "Amazon EC2 m7i.xlarge\nIntel(R) Xeon(R) Platinum 8488C",
+    "QEMU Standard PC\nAMD EPYC 7763 64-Core Processor",
+    "Apple Mac14,3 Darwin arm64\nApple M2",
+    "NVIDIA GeForce RTX 4090",
+    "NVIDIA A100-SXM4-80GB",
+)
 _ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64", "armv8l": "aarch64"}
 
 
@@ -300,24 +314,48 @@ def target_yaml(target: Target) -> str:
 
 
 def is_this_machine(target: Target, machine: Mapping[str, Any]) -> bool:
-    """Whether the machine (as `machine.describe()` gives it) is this target: only then may a figure be `measured`.
+    """Whether the machine (as `machine.describe()` gives it) is this target: only then may a figure be `measured`."""
+    return why_not(target, machine) is None
 
-    What the machine does not tell does not match. An x86-64 machine with another GPU is `cpu-x86`, not `server-gpu`.
+
+def why_not(target: Target, machine: Mapping[str, Any]) -> str | None:
+    """What keeps a machine from being known as this target; None: it is the target.
+
+    What the machine does not tell does not match, and a profile that names no device matches none: an architecture
+    is common to a notebook and a server.
     """
     identify = target.identify
     arch = str(machine.get("arch", "")).lower()
     if _ARCHITECTURES.get(arch, arch) != identify.arch:
-        return False
-    if not set(identify.isa) <= set(machine.get("isa") or ()):
-        return False
+        return f"its architecture is {arch or 'unknown'}, not {identify.arch}"
+    lacking = sorted(set(identify.isa) - set(machine.get("isa") or ()))
+    if lacking:
+        return f"it has no {lacking[0]}"
     if identify.min_memory_bytes and int(machine.get("memory_bytes") or 0) < identify.min_memory_bytes:
-        return False
+        return f"it has {int(machine.get('memory_bytes') or 0):,} bytes of memory, not {identify.min_memory_bytes:,}"
+    cores = sum(cluster.cores for cluster in target.cpu.clusters)
+    if identify.gpu is None and int(machine.get("cores") or 0) < cores:  # beside a named GPU hosts differ
+        return f"it has {machine.get('cores') or 'an unknown number of'} cores, not {cores}"
     names = f"{machine.get('machine') or ''}\n{machine.get('cpu') or ''}"
     if identify.machine and not re.search(identify.machine, names, re.IGNORECASE):
-        return False
+        return f"its names ({names.strip().replace(chr(10), ', ') or 'none'}) have nothing of {identify.machine!r}"
     gpu = machine.get("gpu") or ""
     gpus = "\n".join(map(str, gpu)) if isinstance(gpu, (list, tuple)) else str(gpu)
-    return not (identify.gpu and not re.search(identify.gpu, gpus, re.IGNORECASE))
+    if identify.gpu and not re.search(identify.gpu, gpus, re.IGNORECASE):
+        return f"its GPU ({gpus.strip() or 'none'}) has nothing of {identify.gpu!r}"
+    if not any(_tells_apart(pattern) for pattern in (identify.machine, identify.gpu)):
+        return (
+            "its profile's `identify` names no device, so that any machine of its kind would match"
+            " (`edgedistill targets probe` drafts a profile that does)"
+        )
+    return None
+
+
+def _tells_apart(pattern: str | None) -> bool:
+    """Whether a pattern names a device: it is found in the names of at most one of several unlike ones."""
+    if pattern is None or re.search(pattern, "", re.IGNORECASE):
+        return False
+    return sum(bool(re.search(pattern, name, re.IGNORECASE)) for name in UNLIKE_DEVICES) <= 1
 
 
 def _is_path(text: str) -> bool:

@@ -71,7 +71,13 @@ def targets_probe(machine: dict[str, Any] | None = None, *, buffer_bytes: int | 
             max_memory_bytes=usable,
             rationale="drafted: no more than the usable memory; state what your application needs",
         ),
-        identify=Identify(arch=arch, machine=re.escape(known_as[:90])),
+        identify=Identify(
+            arch=arch,
+            isa=sorted(machine.get("isa") or []),
+            machine=re.escape(known_as[:90]),
+            # hypervisors and kernels take another share of the memory now and then
+            min_memory_bytes=int(memory * 0.9),
+        ),
         notes=[
             "Drafted by `edgedistill targets probe`: edit name, limits, artifacts, and threads (big cores only).",
             *(["A GPU is present, and is not part of this draft."] if machine.get("gpu") else []),

@@ -21,6 +21,7 @@ from edgedistill.records import Artifact, Figure, Latency
 from edgedistill.runtimes.quantize import quantize_in_child
 from edgedistill.store import Store, combined_sha256, file_entries
 from edgedistill.targets import Target, load_target
+from edgedistill.targets_probe import targets_probe
 
 
 def artifact_of(folder: Path, *, format_: str, runtime: str, entry: str) -> Artifact:
@@ -76,7 +77,7 @@ def test_gguf_on_another_machine_is_a_proxy_with_every_sample(gguf_folder: Path,
     artifact = artifact_of(gguf_folder, format_="gguf", runtime="llama.cpp", entry="model.gguf")
     found = bench(artifact, gguf_folder, target, settings=SMALL, store=store, notes=["from the caller"])
     assert Latency.model_validate_json(found.model_dump_json(by_alias=True)) == found
-    assert found.basis == "proxy" and any("is not jetson-orin-nano" in note for note in found.notes)
+    assert found.basis == "proxy" and any("is not known to be jetson-orin-nano" in note for note in found.notes)
     assert found.notes[0] == "from the caller"
     assert found.workload.model_dump() == {
         "batch": 1, "prompt_tokens": 20, "new_tokens": 30, "warmup": 1, "repeats": 4
@@ -105,14 +106,32 @@ def test_onnx_is_benchmarked_in_genai(onnx_folder: Path, target: Target, store: 
     assert not any("use_extra_bufts" in note for note in found.notes)
 
 
-def test_the_basis_is_measured_on_the_target_itself(gguf_folder: Path, store: Store) -> None:
-    target = load_target("cpu-x86")
-    if machine.arch() != target.identify.arch:
-        pytest.skip(f"this machine is {machine.arch()}")
+def test_the_basis_is_measured_on_the_target_itself_under_its_load(gguf_folder: Path, store: Store) -> None:
+    drafted = targets_probe(buffer_bytes=1 << 20)
+    asked = {"prompt_tokens": 8, "new_tokens": 4, "warmup": 1, "repeats": 2}
+    target = drafted.model_copy(update={"bench": drafted.bench.model_copy(update=asked)})
     artifact = artifact_of(gguf_folder, format_="gguf", runtime="llama.cpp", entry="model.gguf")
-    found = bench(artifact, gguf_folder, target, settings=SMALL, store=store)
-    assert found.basis == "measured"
-    assert not any("is not cpu-x86" in note for note in found.notes)
+
+    def basis(target: Target, **settings: int) -> tuple[str, str]:
+        found = bench(artifact, gguf_folder, target, settings=Bench(**settings), store=store)
+        return found.basis, " ".join(found.notes)
+
+    assert basis(target)[0] == "measured"
+    assert basis(target, repeats=3)[0] == "measured"
+    for other in ({"new_tokens": 3}, {"prompt_tokens": 9}, {"repeats": 1}, {"warmup": 0}):
+        name, value = next(iter(other.items()))
+        found, notes = basis(target, **other)
+        assert found == "proxy" and f"not that of the profile: {name} {value}, not {asked[name]}" in notes
+    # more threads than there are: fewer run than the profile asks for
+    more = target.model_copy(update={"bench": target.bench.model_copy(update={"threads": target.bench.threads + 2})})
+    found, notes = basis(more)
+    assert found == "proxy" and f"threads {target.bench.threads}, not {target.bench.threads + 2}" in notes
+
+
+def test_any_x86_machine_is_no_measurement_of_the_x86_profile(gguf_folder: Path, store: Store) -> None:
+    artifact = artifact_of(gguf_folder, format_="gguf", runtime="llama.cpp", entry="model.gguf")
+    found = bench(artifact, gguf_folder, load_target("cpu-x86"), settings=SMALL, store=store)
+    assert found.basis == "proxy" and any("not known to be cpu-x86" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("name", ["gguf", "onnx"])
@@ -134,19 +153,21 @@ def test_the_memory_is_that_of_the_whole_context(name: str, request: pytest.Fixt
     assert any(f"a KV cache of {long} tokens, the artifact's whole context" in note for note in found[1].notes)
 
 
-def test_without_the_targets_gpu_the_basis_is_a_proxy() -> None:
+def test_without_the_targets_gpu_the_basis_is_a_proxy(gguf_folder: Path) -> None:
     target = load_target("server-gpu")
     here = {"arch": "x86_64", "gpu": ["NVIDIA H200"]}
+    artifact = artifact_of(gguf_folder, format_="gguf", runtime="llama.cpp", entry="model.gguf")
+    workload, threads = measure._workload(artifact.model_copy(update={"context_tokens": 8192}), target, Bench())
 
-    def info(n_gpu_layers: int) -> dict[str, Any]:
-        return {"runtime_version": "llama.cpp 1", "options": {"n_gpu_layers": n_gpu_layers}}
+    def basis(here: dict[str, Any], n_gpu_layers: int) -> tuple[str, list[str]]:
+        info = {"runtime_version": "llama.cpp 1", "options": {"n_gpu_layers": n_gpu_layers}}
+        return measure._basis(target, here, info, workload, threads)
 
-    assert measure._basis(target, here, info(-1)) == ("measured", [])  # -1: all layers
-    basis, notes = measure._basis(target, here, info(0))
-    assert basis == "proxy" and len(notes) == 1 and "the target's GPU was not used" in notes[0]
-    basis, notes = measure._basis(target, here | {"gpu": []}, info(0))
-    assert basis == "proxy" and "is not server-gpu" in notes[0]
-    assert measure._basis(load_target("cpu-x86"), here, info(0)) == ("measured", [])
+    assert basis(here, -1) == ("measured", [])  # -1: all layers
+    found, notes = basis(here, 0)
+    assert found == "proxy" and len(notes) == 1 and "the target's GPU was not used" in notes[0]
+    found, notes = basis(here | {"gpu": []}, 0)
+    assert found == "proxy" and "is not known to be server-gpu" in notes[0]
 
 
 def test_a_target_with_a_gpu_is_a_proxy_where_it_is_not_used(gguf_folder: Path, store: Store) -> None:
@@ -157,7 +178,7 @@ def test_a_target_with_a_gpu_is_a_proxy_where_it_is_not_used(gguf_folder: Path, 
     with_gpu = target.model_copy(update={"gpu": "a GPU"})
     found = bench(artifact, gguf_folder, with_gpu, settings=SMALL, store=store)
     offloaded = bool(found.measured_on["options"]["n_gpu_layers"])
-    assert found.basis == ("measured" if offloaded else "proxy")
+    assert found.basis == "proxy"
     assert any("GPU was not used" in note for note in found.notes) is not offloaded
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundle_fixtures import Ingredients, data_result, latency, retention, teacher_result
+from bundle_fixtures import Ingredients, data_result, latency, retention, student_result, teacher_result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -33,7 +33,7 @@ from edgedistill.bundle.manifest import (
 )
 from edgedistill.errors import RuntimeCrashed, UserError
 from edgedistill.recipe import Recipe
-from edgedistill.records import Scored
+from edgedistill.records import FurtherTeacher, Scored
 from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.store import files_under, sha256_of
 
@@ -155,6 +155,11 @@ class TestWhole:
             ("~/x/text", "text"),
             ("./x/text/", "text"),
             ("x/../../y/text", "text"),
+            ("private/corpus.jsonl", "corpus.jsonl"),
+            ("customers/acme/texts", "texts"),
+            ("tests/tiny_models.py", "tiny_models.py"),  # it exists here
+            ("s3://bucket/customers/acme.jsonl", "acme.jsonl"),
+            ("https://user:secret@host/x/acme.csv?token=abc", "acme.csv"),
             (".", "local files"),
             ("/", "local files"),
         ],
@@ -680,6 +685,40 @@ class TestBuild:
         assert not (second / "reports/latency.json").exists()
         check = verify_bundle(second, store=ingredients.store)
         assert check.golden_replayed == 2  # the fixed prompts alone
+
+    def test_the_students_own_licence_and_every_teachers(self, ingredients: Ingredients, tmp_path: Path) -> None:
+        folders = {name: tmp_path / name for name in ("student", "teacher", "silent", "second")}
+        for folder in folders.values():
+            folder.mkdir()
+        (folders["student"] / "LICENSE").write_text("The Student Licence\n", encoding="utf-8")
+        (folders["teacher"] / "LICENSE.txt").write_text("The Teacher Licence\n", encoding="utf-8")
+        (folders["second"] / "COPYING").write_text("The Second Licence\n", encoding="utf-8")
+        (folders["second"] / "NOTICE").write_text("Made by the second\n", encoding="utf-8")
+        also = [
+            FurtherTeacher(
+                **teacher_result(folders[name], name=name).model_dump(
+                    include={"name", "origin", "path", "shape", "parameters", "weights_sha256", "tokenizer_sha256"}
+                ),
+                weight=0.5,
+            )
+            for name in ("silent", "second")
+        ]
+        recipe = Recipe.model_validate({"student": {"start": "pretrained", "model": str(folders["student"])}})
+        made = ingredients.make(
+            tmp_path / "b",
+            recipe=recipe,
+            student=student_result().model_copy(update={"start": "pretrained"}),
+            teacher=teacher_result(folders["teacher"]).model_copy(update={"also": also}),
+        )
+        text = (made / "LICENSE").read_text(encoding="utf-8")
+        places = [text.index(f"The {name} Licence\n") for name in ("Student", "Teacher", "Second")]
+        assert places == sorted(places)
+        assert "Licence of the student (student)" in text and "Licence of the teacher (big-llama)" in text
+        assert "Not known: the licence of the teacher (silent)" in text
+        assert "Made by the second" in (made / "NOTICE").read_text(encoding="utf-8")
+        card = (made / "MODEL_CARD.md").read_text(encoding="utf-8")
+        assert "license: unknown" in card  # one of them is
+        assert "no licence was found beside the weights of the teacher (silent)" in card
 
     def test_two_artifacts(self, ingredients: Ingredients, tmp_path: Path) -> None:
         other = ingredients.exported("Q8_0")

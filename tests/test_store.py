@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
 from edgedistill.errors import UserError
 from edgedistill.records import Record
-from edgedistill.store import Store, Work, key_of, store_adopt, store_list, store_prune, store_verify, versions
+from edgedistill.store import RACY_NS, Store, Work, key_of, own_sha256, versions
+from edgedistill.store_commands import store_adopt, store_list, store_prune, store_verify
 
 
 class Number(Record):
@@ -94,6 +96,108 @@ def test_verify_finds_one_changed_byte(tmp_path):
     assert [p for p in store_verify(store) if "content changed" in p]
 
 
+def rewrite(record: Path, change) -> None:
+    tree = json.loads(record.read_text())
+    change(tree)
+    record.write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tree: tree["result"].update(value=0.99),
+        lambda tree: tree["inputs"].update(a=2),
+        lambda tree: tree["files"].clear(),
+        lambda tree: tree["files"][0].update(sha256="0" * 64),
+        lambda tree: tree.update(written_unix_s=0),
+        lambda tree: tree.update(key="0" * 32),
+        lambda tree: tree.pop("sha256"),
+        lambda tree: tree.update(schema="edgedistill.record/1"),
+        # all of it made consistent with itself, but of other inputs than its folder says
+        lambda tree: (tree["inputs"].update(a=2), tree.update(sha256=own_sha256(tree))),
+    ],
+)
+def test_an_edited_record_is_not_believed(tmp_path, change):
+    store, said = Store(tmp_path), []
+    made = store.run("stage", {"a": 1}, builder(7), Number)
+    rewrite(made.directory / "record.json", change)
+    assert len(store_verify(store)) == 1 and str(made.directory) in store_verify(store)[0]
+    assert [row["state"] for row in store_list(store)] == ["damaged"]
+    assert store.find("stage", {"a": 1}, Number) is None
+    again = store.run("stage", {"a": 1}, builder(7), Number, said.append)
+    assert (again.reused, again.result.value) == (False, 7)
+    assert len(said) == 1 and "made again" in said[0] and "record.json" in said[0]
+    assert store_verify(store) == []
+
+
+def overwrite(path: Path, at: int, data: bytes) -> None:
+    """In place, with size, inode and mtime as they were."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_size, after.st_ino, after.st_mtime_ns) == (before.st_size, before.st_ino, before.st_mtime_ns)
+
+
+def test_a_file_changed_in_place_is_seen(tmp_path):
+    store, said = Store(tmp_path), []
+    made = store.run("stage", {}, builder(), Number)
+    overwrite(made.directory / "folder" / "data.bin", 100, b"\0\0")
+    assert store.find("stage", {}, Number) is None
+    assert store.run("stage", {}, builder(), Number, said.append).reused is False
+    assert "data.bin: content changed" in said[0]
+    source = tmp_path / "weights"
+    source.write_bytes(b"a" * 5000)
+    time.sleep(2 * RACY_NS / 1e9)
+    before = store.hash_file(source)
+    overwrite(source, 4000, b"b")
+    assert store.hash_file(source) != before
+
+
+def test_a_file_too_large_to_hash_each_time(tmp_path, monkeypatch):
+    """Its stamp tells of a write; blocks drawn anew each time of what no stamp tells of."""
+    monkeypatch.setattr("edgedistill.store.FULL_HASH_BYTES", 1000)
+    monkeypatch.setattr("edgedistill.store.BLOCKED_ABOVE_BYTES", 2000)
+    monkeypatch.setattr("edgedistill.store.BLOCK_BYTES", 64)
+    store = Store(tmp_path)
+    made = store.run("stage", {}, builder(), Number)
+    file = made.directory / "folder" / "data.bin"
+    record = json.loads((made.directory / "record.json").read_text())
+    assert len(record["blocks"]["folder/data.bin"]) == 40
+    assert store.find("stage", {}, Number) is not None
+    overwrite(file, 100, b"\0\0")
+    assert store.find("stage", {}, Number) is None  # by its stamp
+    note = next((tmp_path / "hashes").iterdir())
+    # bits that rot move no stamp: as if it had been remembered so
+    status = file.stat()
+    stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    digest = record["files"][0]["sha256"]
+    note.write_text(json.dumps({"path": str(file), "stamp": stamp, "sha256": digest}))
+    found = [store.find("stage", {}, Number) for _ in range(60)]
+    assert None in found  # 16 of 40 blocks each time: missed in 60 with a chance of 5e-14
+    assert any("content changed" in line for line in store_verify(store))
+
+
+def test_verify_names_what_does_not_belong(tmp_path):
+    store = Store(tmp_path)
+    made = store.run("stage", {}, builder(), Number)
+    (made.directory / "folder" / "extra.bin").write_bytes(b"x")
+    assert [line for line in store_verify(store) if "extra.bin: not part of the record" in line]
+
+
+def test_pruning_all_empties_the_store(tmp_path):
+    store = Store(tmp_path)
+    store.run("stage", {}, builder(), Number)
+    for name in ("downloads/hub/x", "logs/student-1/events", "probes/a.json", "hashes/b.json", "reports/k/r.json"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.write_text("x")
+    store_prune(store, everything=True)
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+
+
 SCRIPT = """
 import sys, time
 sys.path.insert(0, {root!r})
@@ -142,6 +246,9 @@ def test_a_killed_builder_frees_its_lock(tmp_path, repository):
 def test_hashes_are_remembered_until_the_file_changes(tmp_path):
     store, file = Store(tmp_path / "store"), tmp_path / "weights"
     file.write_bytes(b"a" * 5000)
+    store.hash_file(file)
+    assert not (tmp_path / "store" / "hashes").exists()  # written just now: the next write may have the same stamp
+    time.sleep(2 * RACY_NS / 1e9)
     first = store.hash_file(file)
     cache = next((tmp_path / "store" / "hashes").iterdir())
     kept = json.loads(cache.read_text())

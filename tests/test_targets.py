@@ -27,6 +27,7 @@ from edgedistill.targets import (
     targets_folder,
     targets_list,
     targets_show,
+    why_not,
 )
 
 NAMES = [
@@ -266,21 +267,27 @@ def test_parse_artifact() -> None:
 
 GB = 10**9
 JETSON = {"machine": "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super", "cpu": "6× Cortex-A78AE",
-          "arch": "aarch64", "isa": ["dotprod", "fp16", "neon"], "memory_bytes": 7.6 * GB, "gpu": []}  # fmt: skip
+          "arch": "aarch64", "isa": ["dotprod", "fp16", "neon"], "cores": 8, "memory_bytes": 7.6 * GB,
+          "gpu": []}  # fmt: skip
+AGX = JETSON | {"machine": "Jetson AGX Orin Developer Kit", "cores": 12, "memory_bytes": 65 * GB}
+PC = {"machine": "PC", "cpu": "Intel(R) Core(TM) i7-8700", "arch": "x86_64", "isa": ["avx2"], "cores": 12,
+      "memory_bytes": 16 * GB, "gpu": []}  # fmt: skip
 MACHINES: list[tuple[dict[str, Any], set[str]]] = [
     (JETSON, {"jetson-orin-nano"}),
     (JETSON | {"memory_bytes": 3.6 * GB}, set()),  # the 4 GB module is another device
-    (JETSON | {"machine": "Jetson AGX Orin Developer Kit", "memory_bytes": 65 * GB}, {"jetson-agx-orin"}),
+    (JETSON | {"cores": 4}, set()),  # a power mode that switches two of its cores off
+    (AGX, {"jetson-agx-orin"}),
     (JETSON | {"machine": "Raspberry Pi 5 Model B Rev 1.0", "cpu": "4× Cortex-A76"}, {"raspberry-pi-5"}),
     (JETSON | {"machine": "Raspberry Pi 500 Rev 1.0"}, set()),
     (JETSON | {"machine": "Raspberry Pi 4 Model B", "isa": ["neon"]}, set()),
     (JETSON | {"machine": "Snapdragon 8 Gen 3 SM8650", "isa": ["dotprod", "i8mm"]}, {"phone-arm64-high"}),
     (JETSON | {"machine": "SM8650", "isa": ["dotprod"]}, set()),
-    ({"machine": "PC", "cpu": "Intel", "arch": "x86_64", "isa": ["avx2"], "memory_bytes": GB, "gpu": []}, {"cpu-x86"}),
-    ({"machine": "Dell", "cpu": "AMD", "arch": "AMD64", "isa": [], "memory_bytes": None, "gpu": None}, {"cpu-x86"}),
-    ({"machine": "DGX", "cpu": "Intel", "arch": "x86_64", "gpu": ["NVIDIA H200"]}, {"cpu-x86", "server-gpu"}),
-    ({"machine": "DGX", "cpu": "Intel", "arch": "x86_64", "gpu": ["NVIDIA A100"]}, {"cpu-x86"}),
-    ({"machine": "an H200 in the name only", "arch": "x86_64"}, {"cpu-x86"}),
+    # cpu-x86 stands for a class of machines: none of them is the one whose figures it holds
+    (PC, set()),
+    (PC | {"arch": "AMD64", "isa": [], "memory_bytes": None, "gpu": None}, set()),
+    (PC | {"machine": "DGX", "gpu": ["NVIDIA H200"]}, {"server-gpu"}),
+    (PC | {"machine": "DGX", "gpu": ["NVIDIA A100"]}, set()),
+    ({"machine": "an H200 in the name only", "arch": "x86_64"}, set()),
     ({}, set()),
 ]  # fmt: skip
 
@@ -288,6 +295,17 @@ MACHINES: list[tuple[dict[str, Any], set[str]]] = [
 @pytest.mark.parametrize(("machine", "expected"), MACHINES)
 def test_a_machine_is_told_apart(machine: dict[str, Any], expected: set[str]) -> None:
     assert {target.name for target in targets_list() if is_this_machine(target, machine)} == expected
+
+
+@pytest.mark.parametrize("pattern", [None, "", ".*", "Linux|Intel|AMD", "x", "(?i)I"])
+def test_a_profile_that_names_no_device_matches_no_machine(pattern: str | None) -> None:
+    target = load_target("cpu-x86")
+    machine = {**PC, "machine": "Linux x86_64"}
+    named = target.model_copy(update={"identify": target.identify.model_copy(update={"machine": "i7-8700"})})
+    assert why_not(named, machine) is None
+    identify = target.identify.model_copy(update={"machine": pattern})
+    why = why_not(target.model_copy(update={"identify": identify}), machine)
+    assert why is not None and "names no device" in why
 
 
 def test_names_taken_twice_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,8 @@ def test_the_draft_is_valid_measured_and_this_machine() -> None:
     assert target.usable_memory_bytes.basis == "derived"
     assert target.bench.threads == machine["usable_cores"]
     assert is_this_machine(target, machine)
-    assert not is_this_machine(target, machine | {"machine": "other", "cpu": "other"})
+    for other in ({"machine": "other", "cpu": "other"}, {"isa": []}, {"cores": 0}, {"memory_bytes": 1 << 20}):
+        assert not is_this_machine(target, machine | other), other
     # Slower than any machine that runs Python today, or faster than any memory: the measurement is broken.
     assert 1e8 < target.bandwidth_bytes_per_s.value < 1e14
 

@@ -25,7 +25,7 @@ from edgedistill.recipe import Bench
 from edgedistill.records import Artifact, Basis, Interval, Latency, Percentiles, Workload
 from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.store import Store
-from edgedistill.targets import Target, is_this_machine
+from edgedistill.targets import Target, why_not
 
 BOOTSTRAP_SAMPLES = 2000
 MIN_SAMPLES_FOR_P99 = 100
@@ -77,7 +77,7 @@ def bench(
             progress.step("bench", run + 1, workload.warmup + workload.repeats)
         peak = runtime.peak_rss_bytes()
         info = runtime.info
-    basis, basis_notes = _basis(target, here, info)
+    basis, basis_notes = _basis(target, here, info, workload, threads)
     found_notes += [*basis_notes, _memory_note(workload, info), *_runtime_notes(here, info)]
     all_token_ms = [ms for run_ms in token_ms for ms in run_ms]
     prefill, prefill_ci95 = rate(np.full(len(ttft_ms), workload.prompt_tokens), np.array(ttft_ms), seed=seed)
@@ -167,15 +167,25 @@ def _thread_notes(asked_threads: int) -> list[str]:
     return [f"{asked_threads} threads were asked for and this machine has {usable} CPUs: {usable} threads were used"]
 
 
-def _basis(target: Target, here: dict[str, Any], info: dict[str, Any]) -> tuple[Basis, list[str]]:
-    """A target is its GPU too, where it has one: without it the figures are another machine's."""
+def _basis(
+    target: Target, here: dict[str, Any], info: dict[str, Any], workload: Workload, threads: int
+) -> tuple[Basis, list[str]]:
+    """`measured`: on the target, with its GPU where it has one, under the load that its profile asks for."""
     notes = []
-    if not is_this_machine(target, here):
-        notes.append(f"this machine is not {target.name}: the figures tell nothing of its speed")
+    why = why_not(target, here)
+    if why is not None:
+        notes.append(f"this machine is not known to be {target.name}: {why}; the figures tell nothing of its speed")
     if target.gpu and not info["options"].get("n_gpu_layers"):
         notes.append(
             f"the target's GPU was not used: it ran on the CPU, {info['runtime_version']} has no GPU support here"
         )
+    asked = target.bench.model_dump()
+    ran = workload.model_dump() | {"threads": threads}
+    other = [name for name in ("threads", "prompt_tokens", "new_tokens") if ran[name] != asked[name]]
+    other += [name for name in ("warmup", "repeats") if ran[name] < asked[name]]
+    if other:
+        words = "; ".join(f"{name} {ran[name]}, not {asked[name]}" for name in other)
+        notes.append(f"the load was not that of the profile: {words}")
     return ("proxy" if notes else "measured"), notes
 
 

@@ -15,9 +15,10 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from edgedistill import __version__, machine
-from edgedistill.bundle.card import find_license, license_text, model_card, notice_text
+from edgedistill.bundle.card import HUB_ID, model_card
 from edgedistill.bundle.check import verify_bundle
 from edgedistill.bundle.golden import make_golden
+from edgedistill.bundle.licenses import Source, license_text, notice_text, source_of
 from edgedistill.bundle.manifest import (
     MANIFEST,
     SUMS,
@@ -34,7 +35,9 @@ from edgedistill.bundle.manifest import (
 )
 from edgedistill.bundle.samples import write_samples
 from edgedistill.bundle.sbom import sbom_text
+from edgedistill.data.documents import LOADERS, TEXT_SUFFIXES
 from edgedistill.errors import UserError
+from edgedistill.models import locate
 from edgedistill.recipe import Recipe
 from edgedistill.records import (
     Artifact,
@@ -121,7 +124,7 @@ def bundle(
             _preprocess(temporary, student_dir)
             write_samples(temporary, [one.artifact for one in artifacts])
             manifest = _manifest(folder.name, bundled, artifacts, recipe, target, student, teacher, data)
-            _documents(temporary, manifest, artifacts, [Path(teacher.path) if teacher else None, student_dir])
+            _documents(temporary, manifest, artifacts, _sources(recipe, student, teacher, student_dir))
             _seal(temporary, manifest)
             # Read back as the one who gets it will.
             verify_bundle(temporary, replay=False)
@@ -327,13 +330,16 @@ def _manifest(
 
 
 def without_folders(source: str) -> str:
-    """A local path's last part, anything else (a hub id, a path inside the working folder) as it is.
+    """A local path's or a URL's last part; a hub id as it is.
 
-    A file's own name is enough; where it lay is nobody's business.
+    A file's own name is enough: where it lay, and what a URL carries beside it, is nobody's business.
     """
-    path = PurePath(source)
-    local = path.is_absolute() or source.startswith(("~", ".")) or ".." in path.parts
-    return (path.name or "local files") if local else source
+    path = PurePath(source.partition("?")[0] if "://" in source else source)
+    # what has the suffix of a file that is read as text is a file, also where it is gone by now
+    a_file = path.suffix.lower() in TEXT_SUFFIXES | set(LOADERS) or Path(source).expanduser().exists()
+    if not a_file and HUB_ID.fullmatch(source) and not path.name.startswith("."):
+        return source
+    return path.name if path.name not in ("", "..") else "local files"
 
 
 def _recipe_note(recipe: Recipe) -> dict[str, Any]:
@@ -384,15 +390,28 @@ def _basis_notes(one: BundledArtifact) -> list[str]:
     return [*notes, f"{name}: speed and memory are {latency.basis}, on {where}; the ceiling is {latency.ceiling.basis}"]
 
 
-def _documents(
-    root: Path, manifest: Manifest, artifacts: Sequence[BundledArtifact], license_folders: Sequence[Path | None]
-) -> None:
-    found = find_license(license_folders)
+def _sources(recipe: Recipe, student: StudentResult, teacher: TeacherResult | None, student_dir: Path) -> list[Source]:
+    """Whose weights or answers are in the student: what it started as, and all who taught it."""
+    found = []
+    if student.start == "pretrained" and recipe.student.model is not None:
+        folder, origin = locate(recipe.student.model, revision=recipe.student.revision, role="student")
+        name = recipe.student.model if origin == "hub" else without_folders(recipe.student.model)
+        found.append(source_of("student", name, folder))
+    elif student.start == "given":
+        found.append(source_of("student", recipe.name, student_dir))
+    teachers: list[TeacherResult | FurtherTeacher] = [] if teacher is None else [teacher, *teacher.also]
+    for each in teachers:
+        if each.origin != "trained":
+            found.append(source_of("teacher", _teacher_note(each).name, Path(each.path)))
+    return found
+
+
+def _documents(root: Path, manifest: Manifest, artifacts: Sequence[BundledArtifact], sources: Sequence[Source]) -> None:
     figures = [(one.retention, one.latency) for one in artifacts]
     texts = {
-        "MODEL_CARD.md": model_card(manifest, figures, license_found=found is not None),
-        "LICENSE": license_text(found, manifest),
-        "NOTICE": notice_text(found, manifest),
+        "MODEL_CARD.md": model_card(manifest, figures, sources),
+        "LICENSE": license_text(sources, manifest),
+        "NOTICE": notice_text(sources, manifest),
         "sbom.cdx.json": sbom_text(manifest),
         "reports/report.html": render(manifest, figures),
     }

@@ -1,80 +1,22 @@
-"""MODEL_CARD.md, LICENSE and NOTICE: what is known is said, what is not known is called unknown."""
+"""MODEL_CARD.md: what is known is said, what is not known is called unknown."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
+from edgedistill.bundle.licenses import Source, plain, whose
 from edgedistill.bundle.manifest import Manifest
 from edgedistill.records import Latency, Retention
 
-LICENSE_NAMES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "LICENCE.md", "COPYING")
-MAX_LICENSE_BYTES = 1 << 20
 HUB_ID = re.compile(r"[A-Za-z0-9._-]{1,96}(/[A-Za-z0-9._-]{1,96})?")
 LIBRARIES = {"gguf": "llama.cpp", "onnx": "onnxruntime", "bitsandbytes": "transformers"}
 TO_FILL = "**To be filled in by whoever ships this model.**"
 
 
-def find_license(folders: Sequence[Path | None]) -> Path | None:
-    """The first licence file in the folders (the teacher's, then the student's)."""
-    for folder in folders:
-        for name in LICENSE_NAMES if folder is not None else ():
-            path = (folder or Path()) / name
-            if path.is_file() and path.stat().st_size <= MAX_LICENSE_BYTES:
-                return path
-    return None
-
-
-def license_text(found: Path | None, manifest: Manifest) -> str:
-    """The teacher's licence, word for word, or a text that says that none was found."""
-    if found is not None:
-        return found.read_text(encoding="utf-8", errors="replace")
-    teacher = "the model that it was made from"
-    if manifest.teacher:
-        teacher = f"the teacher ({_plain(manifest.teacher.name)})"
-    data = f"the text ({_plain(manifest.data.source)})" if manifest.data else "the text that it was trained on"
-    return (
-        "The licence of these weights is not known.\n\n"
-        f"It is decided by the licences of {teacher} and of {data}. No licence file was found\n"
-        "beside the weights. Find both licences before you use or distribute this model; until then no permission\n"
-        "is given or implied by this file.\n\n"
-        "The files in samples/ are part of edgedistill and are licensed under the Apache License 2.0.\n"
-    )
-
-
-def notice_text(found: Path | None, manifest: Manifest) -> str:
-    """Who made what, and what of others is inside."""
-    lines = [
-        f"{manifest.name}",
-        "",
-        f"Made with edgedistill {manifest.edgedistill} (Apache License 2.0, which covers samples/).",
-    ]
-    if manifest.teacher is not None:
-        teacher = manifest.teacher
-        lines.append(f"Teacher: {_plain(teacher.name)} ({teacher.origin}), weights sha256 {teacher.weights_sha256}.")
-        lines += [
-            f"Further teacher: {_plain(each.name)} ({each.origin}), weights sha256 {each.weights_sha256}."
-            for each in manifest.further_teachers
-        ]
-    else:
-        lines.append("Teacher: unknown; the student was given.")
-    if manifest.data is not None:
-        lines.append(f"Text: {_plain(manifest.data.source)}, sha256 {manifest.data.sha256}.")
-        if manifest.data.source == "python-docs":
-            lines.append("That text is the documentation of Python's standard library (PSF License Version 2).")
-    else:
-        lines.append("Text: unknown.")
-    origin = f"copied from {found.name} beside the weights" if found else "not found: see LICENSE"
-    lines += [
-        f"Licence of the weights: {origin}.",
-        "golden/ holds short excerpts of the held-out text.",
-        "No runtime is inside; llama.cpp and onnxruntime are under the MIT License.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def model_card(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]], *, license_found: bool) -> str:
+def model_card(
+    manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]], sources: Sequence[Source]
+) -> str:
     """The card, with the metadata block that model hubs read. `figures`: one pair an artifact, in its order."""
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -84,15 +26,15 @@ def model_card(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | 
     data = ModelCardData(
         base_model=teacher.name if teacher is not None and on_hub else None,
         library_name=LIBRARIES[manifest.artifacts[0].format],
-        license="other" if license_found else "unknown",
+        license="other" if sources and all(each.license for each in sources) else "unknown",
         pipeline_tag="text-generation",
         tags=["edgedistill", "knowledge-distillation", *dict.fromkeys(a.format for a in manifest.artifacts)],
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(manifest, figures, license_found)}")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(manifest, figures, sources)}")
     return str(card).rstrip() + "\n"
 
 
-def _body(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]], license_found: bool) -> str:
+def _body(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]], sources: Sequence[Source]) -> str:
     student, teacher = manifest.student, manifest.teacher
     parts = [f"# {_md(manifest.name)}", ""]
     parts.append(f"A language model of {student.parameters:,} parameters for {_target(manifest)}.")
@@ -117,11 +59,13 @@ def _body(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]
     if data is not None:
         parts += ["", f"Text in both parts: {data.in_both()}."]
     parts += ["", "## Licence", ""]
-    parts.append(
-        "See LICENSE: it was beside the weights that this model was made from. The text's licence may add to it."
-        if license_found
-        else "Unknown: no licence was found beside the weights. See LICENSE."
-    )
+    found, missing = [each for each in sources if each.license], [each for each in sources if not each.license]
+    if found:
+        parts.append(f"See LICENSE: it has those of {_md(whose(found))}. The text's licence may add to it.")
+        if missing:
+            parts.append(f"Unknown: no licence was found beside the weights of {_md(whose(missing))}.")
+    else:
+        parts.append("Unknown: no licence was found beside the weights. See LICENSE.")
     parts += ["", "## Check it", "", "    edgedistill bundle verify .", ""]
     return "\n".join(parts)
 
@@ -178,11 +122,6 @@ def _interval(ci95: tuple[float, float]) -> str:
     return f"{ci95[0]:.4g}–{ci95[1]:.4g}"
 
 
-def _plain(text: str) -> str:
-    """One line without control characters."""
-    return re.sub(r"\s+", " ", "".join(c if c.isprintable() or c.isspace() else "?" for c in text)).strip()
-
-
 def _md(text: str) -> str:
     """Text of a record as Markdown that shows it as it is: no tables, links, HTML or headings come of it."""
-    return re.sub(r"([\\`*_{}\[\]<>#|!])", r"\\\1", _plain(text))
+    return re.sub(r"([\\`*_{}\[\]<>#|!])", r"\\\1", plain(text))

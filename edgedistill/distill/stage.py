@@ -20,6 +20,7 @@ from edgedistill.models import (
     copy_tokenizer,
     open_model,
     require_same_tokenizer,
+    require_weights,
     tokenizer_sha256,
     weights_sha256,
 )
@@ -178,6 +179,8 @@ def _train(
     signals = None
     if loss.needs_teacher:
         signals = _signals(recipe, teacher, data.result, text, trimmed, work, store, ranks, progress)
+    if ranks.main:  # both are in memory now, as they were when they were hashed
+        require_weights(teacher_folder, teacher.weights_sha256, store, role="teacher")
     progress.say(
         f"distill: {shape.parameters:,} parameters, {len(text.packed.stream):,} tokens of text,"
         f" teacher signals {signals.name if signals else 'none'}, on {ranks.device.type}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from edgedistill import machine
 from edgedistill.errors import GateFailed
+from edgedistill.models import require_weights
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Verify
 from edgedistill.records import Artifact, Gate, Retention, StudentResult, TeacherResult
@@ -52,6 +53,8 @@ def verify_artifact(
         from edgedistill.verify.ladder import Subject, climb
 
         progress.say(f"verify: {exported.result.format}:{exported.result.quantization} in {exported.result.runtime}")
+        require_weights(Path(student.path), student.weights_sha256, store, role="student")
+        require_weights(Path(teacher.path), teacher.weights_sha256, store, role="teacher")
         return climb(
             Subject(artifact=exported.result, folder=exported.directory, student=student, teacher=teacher),
             held_out=held_out,

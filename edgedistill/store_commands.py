@@ -1,0 +1,158 @@
+"""What can be asked of a whole store: `store list`, `verify`, `adopt` and `prune`."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+
+from edgedistill.errors import UserError
+from edgedistill.store import Damaged, Store, files_under, key_of, read_record, sha256_of, versions
+
+ADOPTABLE = ("teacher", "student")
+# Beside records and unfinished work; all of it can be made again.
+OTHER_FOLDERS = ("reports", "logs", "downloads", "probes", "hashes")
+
+
+def store_list(store: Store) -> list[dict[str, Any]]:
+    """One row a record: stage, key, bytes, age, folder; and unfinished work."""
+    rows = []
+    for folder in sorted(store.root.glob("records/*/*")):
+        record = _record_or_none(folder)
+        rows.append(
+            {
+                "stage": folder.parent.name,
+                "key": folder.name,
+                "bytes": _bytes_under(folder),
+                "written_unix_s": int(folder.stat().st_mtime) if record is None else record["written_unix_s"],
+                "path": str(folder),
+                "state": "damaged" if record is None else "finished",
+            }
+        )
+    for folder in sorted(store.root.glob("work/*")):
+        stage, _, key = folder.name.rpartition("-")
+        rows.append(
+            {
+                "stage": stage,
+                "key": key,
+                "bytes": _bytes_under(folder),
+                "written_unix_s": int(folder.stat().st_mtime),
+                "path": str(folder),
+                "state": "unfinished",
+            }
+        )
+    return rows
+
+
+def store_verify(store: Store) -> list[str]:
+    """Re-hash every file of every record, and records themselves; a list of what is wrong, empty where all is well."""
+    problems = []
+    for folder in sorted(store.root.glob("records/*/*")):
+        try:
+            problems += _problems(folder, read_record(folder))
+        except Damaged as error:
+            problems.append(str(error))
+    return problems
+
+
+def _problems(folder: Path, record: dict[str, Any]) -> list[str]:
+    """What of a record's files is not as it was written: missing, changed, or there in addition."""
+    found = []
+    for entry in record["files"]:
+        path = folder / entry["path"]
+        if not path.is_file():
+            found.append(f"{path}: missing")
+        elif sha256_of(path) != entry["sha256"]:
+            found.append(f"{path}: content changed")
+    known = {folder / entry["path"] for entry in record["files"]} | {folder / "record.json"}
+    return found + [f"{path}: not part of the record" for path in files_under(folder) if path not in known]
+
+
+def _whole(folder: Path) -> bool:
+    """A record that reads, and whose files are those that it names, with their hashes."""
+    record = _record_or_none(folder)
+    return record is not None and not _problems(folder, record)
+
+
+def _record_or_none(folder: Path) -> dict[str, Any] | None:
+    try:
+        return read_record(folder)
+    except Damaged:
+        return None
+
+
+def _bytes_under(folder: Path) -> int:
+    return sum(path.stat().st_size for path in files_under(folder))
+
+
+def store_adopt(store: Store) -> list[dict[str, Any]]:
+    """Keep finished teachers and students across an upgrade of the libraries that computed them.
+
+    Each record of those stages whose library versions are not the installed ones is copied under the key that the
+    installed ones give, marked `adopted`; what is damaged is not. Returns stage, keys and both sets of versions.
+    """
+    adopted = []
+    for stage in ADOPTABLE:
+        for folder in sorted(store.root.glob(f"records/{stage}/*")):
+            record = _record_or_none(folder)
+            if record is None or _problems(folder, record):
+                continue
+            before = record["inputs"]["versions"]
+            inputs = {**record["inputs"], "versions": versions(*before)}
+            key = key_of(stage, inputs)
+            if key == folder.name or _record_or_none(store.record_folder(stage, key)) is not None:
+                continue
+            with store.lock(f"{stage}-{key}"):
+                out = store.work_folder(stage, key) / "out"
+                shutil.rmtree(out, ignore_errors=True)
+                shutil.copytree(folder, out, ignore=shutil.ignore_patterns("record.json"))
+                store.put(stage, inputs, out, {**record["result"], "adopted": True})
+            adopted.append({"stage": stage, "from": folder.name, "to": key, "was": before, "is": inputs["versions"]})
+    return adopted
+
+
+def store_prune(
+    store: Store, *, stage: str | None = None, older_than_days: float | None = None, everything: bool = False
+) -> list[str]:
+    """Remove what is damaged, and with a filter, or `everything`, records and unfinished work; what was removed.
+
+    Without a filter only records go that cannot be read or whose files are not what they were. `everything` also takes
+    reports, logs, downloads, probes and remembered hashes. A folder that another process is building is left alone.
+    Raises UserError where `everything` and a filter are both given.
+    """
+    if everything and (stage is not None or older_than_days is not None):
+        raise UserError("--all with --stage or --older-than-days", "give --all alone, or the filters alone")
+    rows = store_list(store)
+    filtered = everything or stage is not None or older_than_days is not None
+    limit = time.time() - (older_than_days or 0.0) * 86400
+    removed: list[str] = []
+    for row in rows:
+        chosen = filtered and (stage is None or row["stage"] == stage) and row["written_unix_s"] <= limit
+        if not chosen and (row["state"] == "unfinished" or _whole(Path(row["path"]))):
+            continue
+        try:
+            with store.lock(f"{row['stage']}-{row['key']}").acquire(timeout=0):
+                shutil.rmtree(row["path"], ignore_errors=True)
+        except Timeout:
+            continue
+        removed.append(row["path"])
+    return removed + (_prune_others(store) if everything else [])
+
+
+def _prune_others(store: Store) -> list[str]:
+    """Remove what lies beside the records; a log or download of a run that goes on stays."""
+    busy = {folder.name for folder in store.root.glob("work/*")}
+    removed = []
+    for name in OTHER_FOLDERS:
+        for path in sorted((store.root / name).glob("*")):
+            if name == "logs" and path.name in busy:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+            removed.append(str(path))
+    return removed
