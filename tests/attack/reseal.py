@@ -1,0 +1,77 @@
+"""What a liar does to a bundle after a change: every hash right again, as if it had been made so."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edgedistill.store import combined_sha256
+
+MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
+Tree = dict[str, Any]
+
+
+def reseal(bundle: Path, change: Callable[[Tree], None] = lambda manifest: None) -> None:
+    """Recompute sizes and hashes of files, artifacts, records, the manifest and SHA256SUMS.
+
+    `change` gets the manifest first. It knows JSON and hashes, no schema: what it writes may be anything. Files that
+    were added are listed, those that are gone are not.
+    """
+    manifest: Tree = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
+    change(manifest)
+    renamed: dict[str, str] = {}
+    for artifact in manifest["artifacts"]:
+        renamed |= _artifact(bundle, artifact)
+    _records(bundle, renamed)
+    paths = sorted(path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file())
+    manifest["files"] = [_entry(bundle, path) for path in paths if path not in (MANIFEST, SUMS)]
+    data = _sealed(manifest)
+    (bundle / MANIFEST).write_bytes(data)
+    hashes = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
+    hashes[MANIFEST] = hashlib.sha256(data).hexdigest()
+    lines = "".join(f"{hashes[path]}  {path}\n" for path in sorted(hashes))
+    (bundle / SUMS).write_text(lines, encoding="utf-8", newline="\n")
+
+
+def _artifact(bundle: Path, artifact: Tree) -> dict[str, str]:
+    """Old hash → new hash of the artifact and of its files."""
+    folder = artifact["folder"]
+    files = [_entry(bundle / folder, entry["path"]) for entry in artifact["files"]]
+    renamed = {old["sha256"]: new["sha256"] for old, new in zip(artifact["files"], files, strict=True)}
+    artifact["files"] = files
+    artifact["bytes"] = sum(entry["bytes"] for entry in files)
+    renamed[artifact["sha256"]] = artifact["sha256"] = _combined(files)
+    return renamed
+
+
+def _combined(files: list[Tree]) -> str:
+    from edgedistill.records import FileEntry
+
+    return combined_sha256([FileEntry(**entry) for entry in files])
+
+
+def _records(bundle: Path, renamed: dict[str, str]) -> None:
+    """Reports, the bill of materials and the card speak of the new bytes."""
+    for path in bundle.rglob("*"):
+        if path.is_file() and path.suffix in (".json", ".md", ".html") and path.name != MANIFEST:
+            text = before = path.read_text(encoding="utf-8", errors="surrogateescape")
+            for old, new in renamed.items():
+                text = text.replace(old, new)
+            if text != before:
+                path.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
+
+
+def _entry(folder: Path, path: str) -> Tree:
+    with (folder / path).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"path": path, "bytes": (folder / path).stat().st_size, "sha256": digest}
+
+
+def _sealed(manifest: Tree) -> bytes:
+    manifest["manifest_sha256"] = "0" * 64
+    blank = (json.dumps(manifest, indent=1) + "\n").encode()
+    field = '"manifest_sha256": "%s"'
+    return blank.replace((field % ("0" * 64)).encode(), (field % hashlib.sha256(blank).hexdigest()).encode(), 1)
