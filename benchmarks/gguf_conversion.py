@@ -25,7 +25,8 @@ import numpy as np
 from common import Bound, finish, parser
 
 from edgedistill.gguf.architectures import model_of
-from edgedistill.weights import INDEX_FILE, read_json
+from edgedistill.strict import read_json
+from edgedistill.weights import INDEX_FILE
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -56,18 +56,14 @@ def asked_recipe(recipe: str | None, sets: list[str] | None, **named: Any) -> An
         "document_separator": "data.document_separator",
         "min_retention": "verify.min_retention",
     }
-    overrides = [
-        f"{paths[name]}={json.dumps(value, ensure_ascii=False)}"
-        for name, value in named.items()
-        if name in paths and value is not None
-    ]
+    values = {paths[name]: value for name, value in named.items() if name in paths and value is not None}
     if named.get("student") is not None:
-        overrides += [f"student.model={json.dumps(named['student'], ensure_ascii=False)}", "student.start=pretrained"]
+        values |= {"student.model": named["student"], "student.start": "pretrained"}
     if recipe is None:
         recipe = "own" if any(named.get(name) is not None for name in ("teacher", "student", "data")) else "quickstart"
         if recipe == "own" and not is_follower():
             print("no recipe named: using the built-in 'own' (see `edgedistill recipes show own`)", file=sys.stderr)
-    return load_recipe(recipe, [*overrides, *(sets or [])])
+    return load_recipe(recipe, sets or [], values=values)
 
 
 def chosen_targets(names: list[str]) -> Any:

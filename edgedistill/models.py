@@ -16,7 +16,8 @@ from edgedistill.errors import UserError
 from edgedistill.records import Shape
 from edgedistill.shapes import shape_from_config
 from edgedistill.store import Store, canonical_json
-from edgedistill.weights import StoredTensor, check_tensors, read_json, read_tensor, stored_tensors
+from edgedistill.strict import read_json
+from edgedistill.weights import StoredTensor, check_tensors, read_tensor, stored_tensors
 
 TOKENIZER_FILES = (
     "tokenizer.json",

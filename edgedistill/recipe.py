@@ -5,36 +5,31 @@ A recipe is YAML. Every field has a default, so a recipe says only what it chang
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from edgedistill import machine
 from edgedistill.errors import UserError, did_you_mean
+from edgedistill.strict import local_path, read_text, shown
+from edgedistill.strict_yaml import MAX_YAML_BYTES, parse_yaml
 
 QUICKSTART = "quickstart"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-MAX_RECIPE_BYTES = 1 << 20
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number, as people and YAML 1.2 mean it; PyYAML's 1.1 reads a string."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+MAX_OVERRIDE_CHARS = 1 << 16
+MAX_KEY_PARTS = 8  # a field stands at most four deep
+MAX_WHOLE_NUMBER = 10**15  # more tokens than anybody trains on; what is derived from it still fits in 64 bits
 
 
 class Section(BaseModel):
     """Base of the recipe's sections: unknown keys refused, no silent conversions of kind."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ShapeAsk(Section):
@@ -290,12 +285,6 @@ class Export(Section):
     )
     compare_speed: bool = Field(True, description="measure float against quantized where the runtime is at hand")
 
-    @field_validator("importance_matrix", mode="before")
-    @classmethod
-    def _on_or_off(cls, value: Any) -> Any:
-        # YAML reads a bare on and off as true and false.
-        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-
     @field_validator("artifacts", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
@@ -343,82 +332,116 @@ def builtin_recipes() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
-def load_recipe(name_or_path: str = QUICKSTART, overrides: Iterable[str] = ()) -> Recipe:
-    """A built-in recipe by name, or a YAML file, with `key.path=value` overrides on top.
+def load_recipe(
+    name_or_path: str = QUICKSTART, overrides: Iterable[str] = (), *, values: Mapping[str, Any] | None = None
+) -> Recipe:
+    """A built-in recipe by name, or a YAML file, with `values` by path and `key.path=value` overrides on top.
 
     Raises UserError with cause, value and remedy for anything that is not a recipe.
     """
-    return parse_recipe(recipe_text(name_or_path), where=name_or_path, overrides=overrides)
+    return parse_recipe(recipe_text(name_or_path), where=name_or_path, overrides=overrides, values=values)
 
 
 def recipe_text(name_or_path: str) -> str:
     """The YAML of a built-in recipe or of a file."""
     if name_or_path in builtin_recipes():
         return (resources.files("edgedistill") / "recipes" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
-    path = Path(name_or_path).expanduser()
-    if not path.is_file():
+    path = local_path(name_or_path, what="recipe")
+    if not os.path.lexists(path):
         raise UserError(
-            f"no recipe '{name_or_path}': not a built-in one and no such file",
+            f"no recipe {shown(name_or_path)}: not a built-in one and no such file",
             did_you_mean(name_or_path, builtin_recipes()),
         )
-    if path.stat().st_size > MAX_RECIPE_BYTES:
-        raise UserError(f"recipe {path} has {path.stat().st_size} bytes", "a recipe is YAML text of at most 1 MiB")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"recipe {path} is not UTF-8 text: byte {error.start}", "save it as UTF-8") from error
+    return read_text(path, what="recipe", max_bytes=MAX_YAML_BYTES)
 
 
-def parse_recipe(text: str, *, where: str, overrides: Iterable[str] = ()) -> Recipe:
+def parse_recipe(
+    text: str, *, where: str, overrides: Iterable[str] = (), values: Mapping[str, Any] | None = None
+) -> Recipe:
     """Text of YAML → Recipe; `where` names it in errors."""
-    try:
-        tree = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {where} is not YAML: {str(error).splitlines()[0]}", "mend its syntax") from error
-    except RecursionError as error:
-        raise UserError(f"recipe {where} is nested too deeply", "a recipe has two or three levels") from error
+    tree = parse_yaml(text, where=f"recipe {where}")
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"recipe {where} holds a {type(tree).__name__}", "a recipe is a mapping, like `data: {...}`")
-    for override in overrides:
-        _set(tree, override)
+    for path, value, said in _asked(overrides, values or {}):
+        _set(tree, path, value, said)
     _refuse_unknown(tree, Recipe, where, "")
+    _refuse_huge(tree, where, "")
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
+        first = error.errors(include_url=False)[0]
+        path = shown(".".join(str(part) for part in first["loc"]))[1:-1]
         raise UserError(
-            f"recipe {where}: {path} = {first['input']!r}: {first['msg']}", f"see {path} in `edgedistill recipes show`"
+            f"recipe {where}: {path} = {shown(first['input'])}: {first['msg']}",
+            f"see {path} in `edgedistill recipes show`",
         ) from error
 
 
-def _set(tree: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path.strip():
-        raise UserError(f"--set {override!r} has no value", "write --set key.path=value")
-    try:
-        value = yaml.load(text, Loader=_Loader) if text.strip() else None
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override!r}: the value is not YAML", "quote it") from error
+def _asked(overrides: Iterable[str], values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Path, value, and how it was said; UserError where one field is given twice with two values."""
+    yield from ((path, value, path) for path, value in values.items())
+    seen = dict(values)
+    for override in overrides:
+        said = f"--set {shown(override)}"
+        path, equals, text = override.partition("=")
+        path = path.strip()
+        if not equals or not path:
+            raise UserError(f"{said} has no value", "write --set key.path=value")
+        if len(override) > MAX_OVERRIDE_CHARS:
+            raise UserError(f"{said} has {len(override):,} characters", f"at most {MAX_OVERRIDE_CHARS:,}")
+        if path.count(".") >= MAX_KEY_PARTS or "" in path.split("."):
+            raise UserError(
+                f"{said}: no field has the path {shown(path)}", "see `edgedistill recipes show` for the fields"
+            )
+        value = _override_value(text, said)
+        if path in seen and seen[path] != value:
+            raise UserError(f"{said}: {path} is given twice, as {shown(seen[path])} too", "give it once")
+        seen[path] = value
+        yield path, value, said
+
+
+def _override_value(text: str, said: str) -> Any:
+    value = parse_yaml(text, where=f"{said}, its value")
+    written = text.strip().removesuffix("\n...")  # as PyYAML ends a document
+    if isinstance(value, str) and written[:1] not in "'\"|>" and value != written:
+        raise UserError(f"{said}: YAML reads {shown(value)}", "quote the whole value")
+    if value is None and written.startswith("#"):
+        raise UserError(f"{said}: for YAML that is a comment", "quote the whole value")
+    return value
+
+
+def _set(tree: dict[str, Any], path: str, value: Any, said: str) -> None:
     node = tree
-    *parents, leaf = path.strip().split(".")
+    *parents, leaf = path.split(".")
     for part in parents:
         child = node.setdefault(part, {})
         if child is None:
             child = node[part] = {}
         if not isinstance(child, dict):
-            raise UserError(f"--set {override!r}: {part} is not a section", "see `edgedistill recipes show`")
+            raise UserError(f"{said}: {part} is not a section", "see `edgedistill recipes show`")
         node = child
     node[leaf] = value
 
 
+def _refuse_huge(value: Any, where: str, path: str) -> None:
+    """Whole numbers that no field means: arithmetic on them would end in an overflow, or never."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_huge(inner, where, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_huge(inner, where, path)
+    elif isinstance(value, int) and abs(value) > MAX_WHOLE_NUMBER:
+        raise UserError(f"recipe {where}: {path} = {shown(value)}", f"at most {MAX_WHOLE_NUMBER:,}")
+
+
 def _refuse_unknown(tree: dict[str, Any], section: type[BaseModel], where: str, prefix: str) -> None:
     for key, value in tree.items():
-        field = section.model_fields.get(str(key))
+        field = section.model_fields.get(key)
         if field is None:
             raise UserError(
-                f"recipe {where}: unknown key '{prefix}{key}'", did_you_mean(str(key), section.model_fields)
+                f"recipe {where}: unknown key '{prefix}{shown(key)[1:-1]}'", did_you_mean(key, section.model_fields)
             )
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
@@ -426,7 +449,7 @@ def _refuse_unknown(tree: dict[str, Any], section: type[BaseModel], where: str, 
                 value = tree[key] = {}
             if not isinstance(value, dict):
                 raise UserError(
-                    f"recipe {where}: '{prefix}{key}' is {value!r}",
+                    f"recipe {where}: '{prefix}{key}' is {shown(value)}",
                     f"it is a section with the keys {', '.join(inner.model_fields)}",
                 )
             _refuse_unknown(value, inner, where, f"{prefix}{key}.")

@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from edgedistill.errors import UserError, did_you_mean
 from edgedistill.records import Figure
+from edgedistill.strict import local_path, read_text, shown
+from edgedistill.strict_yaml import dump_yaml, parse_yaml
 
 MAX_PROFILE_BYTES = 1 << 18
-MAX_DEPTH = 20  # a profile needs four
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 ARTIFACTS: dict[str, tuple[str, ...]] = {
     "gguf": (
@@ -272,31 +272,13 @@ def targets_check(path_or_name: str | Path) -> Target:
     text = str(path_or_name)
     if isinstance(path_or_name, str) and not _is_path(text):
         return load_target(text)
-    path = Path(text).expanduser()
-    try:
-        size = path.stat().st_size
-        if not path.is_file():
-            raise UserError(f"target profile {path} is not a file", "name a YAML file")
-        if size > MAX_PROFILE_BYTES:
-            raise UserError(f"target profile {path} has {size:,} bytes", "a profile is YAML text of at most 256 KiB")
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"target profile {path} is not UTF-8 text: byte {error.start}", "save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(
-            f"target profile {path} cannot be read: {error.strerror or error}", "see `edgedistill targets list`"
-        ) from error
-    return parse_target(content, where=str(path))
+    path = local_path(text, what="target profile")
+    return parse_target(read_text(path, what="target profile", max_bytes=MAX_PROFILE_BYTES), where=str(path))
 
 
 def parse_target(text: str, *, where: str) -> Target:
     """YAML text -> Target; `where` names it in errors. Aliases and repeated keys are refused."""
-    try:
-        tree = _plain_yaml(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"target profile {where} is not plain YAML: {_first_line(error)}", "mend its syntax") from error
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"target profile {where} cannot be parsed: {_first_line(error)}", "mend it") from error
+    tree = parse_yaml(text, where=f"target profile {where}")
     if not isinstance(tree, dict):
         raise UserError(
             f"target profile {where} holds a {type(tree).__name__}",
@@ -310,7 +292,7 @@ def parse_target(text: str, *, where: str) -> Target:
 
 def target_yaml(target: Target) -> str:
     """The profile as YAML text that `targets_check` accepts."""
-    return yaml.safe_dump(target.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True, width=110)
+    return dump_yaml(target.model_dump(exclude_none=True))
 
 
 def is_this_machine(target: Target, machine: Mapping[str, Any]) -> bool:
@@ -362,12 +344,6 @@ def _is_path(text: str) -> bool:
     return text.endswith((".yaml", ".yml")) or os.sep in text or "/" in text
 
 
-def _first_line(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    what = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"{what}{f' (line {mark.line + 1})' if mark else ''}"[:200]
-
-
 def _profile_error(error: ValidationError, where: str) -> UserError:
     first = error.errors()[0]
     loc = list(first["loc"])
@@ -379,9 +355,9 @@ def _profile_error(error: ValidationError, where: str) -> UserError:
     if first["type"] == "missing":
         return UserError(f"target profile {where}: '{path}' is missing", "see `edgedistill targets show jetson`")
     seen = first["input"]
-    shown = f" = {seen!r}"[:80] if isinstance(seen, (str, int, float, bool, type(None))) else ""
+    value = f" = {shown(seen, 80)}" if isinstance(seen, (str, int, float, bool, type(None))) else ""
     message = first["msg"].removeprefix("Value error, ")
-    at = f"{path}{shown}: " if path else ""
+    at = f"{path}{value}: " if path else ""
     return UserError(f"target profile {where}: {at}{message}", "mend it; `edgedistill targets show` has examples")
 
 
@@ -402,43 +378,3 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
         if found is not None:
             return found
     return None
-
-
-# libyaml's parser where PyYAML has it: several times faster, and `targets list` reads every profile
-_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-def _plain_yaml(text: str) -> Any:
-    """YAML without aliases (a few bytes can stand for gigabytes) and without keys that silently win."""
-    depth = 0
-    for event in yaml.parse(text, Loader=_SafeLoader):  # flat: libyaml's composer overflows the stack on deep nesting
-        if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError("a profile uses no aliases")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep")
-    loader = _SafeLoader(text)
-    try:
-        root = loader.get_single_node()
-        if root is None:
-            return None
-        _require_plain(root)
-        return loader.construct_document(root)
-    finally:
-        loader.dispose()
-
-
-def _require_plain(node: yaml.Node) -> None:
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _require_plain(item)
-    if not isinstance(node, yaml.MappingNode):
-        return
-    keys: set[str] = set()
-    for key, value in node.value:
-        if not isinstance(key, yaml.ScalarNode):
-            raise yaml.constructor.ConstructorError(None, None, "a key is not plain text", key.start_mark)
-        if key.value in keys:
-            raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' stands twice", key.start_mark)
-        keys.add(key.value)
-        _require_plain(value)

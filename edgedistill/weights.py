@@ -1,29 +1,27 @@
 """Reads a transformers folder's safetensors without torch: checked whole before any work, then one tensor at a time.
 
-Format: https://github.com/huggingface/safetensors (u64 header length, JSON header, data).
+Headers are read in safetensors_header.py.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
+from edgedistill.safetensors_header import read_safetensors_header
+from edgedistill.strict import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 # BF16 has no numpy type: it is the upper half of a float32.
 DTYPES: dict[str, tuple[str, int]] = {"F32": ("<f4", 4), "F16": ("<f2", 2), "BF16": ("<u2", 2), "F64": ("<f8", 8)}
 MISMATCHES_SHOWN = 3
-MAX_JSON_BYTES = 256_000_000  # the largest tokenizer.json of today has about 35 MB
 
 
 @dataclass(frozen=True)
@@ -44,23 +42,6 @@ class StoredTensor:
         return self.elements * DTYPES[self.dtype][1]
 
 
-def read_json(path: Path, *, what: str) -> dict[str, Any]:
-    """A JSON object from a file; UserError where it is missing, broken or something else."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{path} has {path.stat().st_size:,} bytes", f"at most {MAX_JSON_BYTES:,} are read")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path} is missing", f"the folder needs {what}, as transformers' save_pretrained writes it"
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}", f"replace it with a whole {what}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}", f"{what} is a JSON object")
-    return value
-
-
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder, from the headers of its safetensors files.
 
@@ -71,7 +52,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         raise UserError(f"no model folder {folder}", "give a folder as transformers' save_pretrained writes it")
     index = folder / INDEX_FILE
     if (folder / SINGLE_FILE).is_file():
-        return _read_header(folder / SINGLE_FILE)
+        return _stored(folder / SINGLE_FILE)
     if not index.is_file():
         raise _no_weights(folder)
     weight_map = read_json(index, what=INDEX_FILE).get("weight_map")
@@ -81,7 +62,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard or not (folder / shard).is_file():
             raise UserError(f"shard {shard!r} of {index} is missing", "download or copy all shards of the model")
-        headers[shard] = _read_header(folder / shard)
+        headers[shard] = _stored(folder / shard)
     for name, shard in weight_map.items():
         if name not in headers[shard]:
             raise UserError(
@@ -141,46 +122,14 @@ def _no_weights(folder: Path) -> UserError:
     return UserError(f"{folder} holds no weights", f"it needs {SINGLE_FILE}, or {INDEX_FILE} with its shards")
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
-    size = path.stat().st_size
-    again = f"copy or download it again (it has {size:,} bytes)"
-    if size < 8:
-        raise UserError(f"{path} is cut short: {size} bytes, less than its header's length", again)
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if header_bytes > MAX_HEADER_BYTES:
-            raise UserError(f"{path} is not a safetensors file: its header would have {header_bytes:,} bytes", again)
-        if 8 + header_bytes > size:
-            raise UserError(f"{path} is cut short: its header alone needs {8 + header_bytes:,} bytes", again)
-        raw = file.read(header_bytes)
-    try:
-        header = json.loads(raw)
-    except ValueError as error:
-        raise UserError(f"{path}: its header is not JSON ({error})", again) from error
-    if not isinstance(header, dict):
-        raise UserError(f"{path}: its header is not a table of tensors", again)
-    header.pop("__metadata__", None)
-    found = {name: _entry(path, name, entry, 8 + header_bytes) for name, entry in header.items()}
-    end = max((t.offset + t.elements * DTYPES[t.dtype][1] for t in found.values()), default=8 + header_bytes)
-    if end > size:
-        raise UserError(f"{path} is cut short: its tensors end at byte {end:,}", again)
-    if end < size:
-        raise UserError(f"{path} has {size - end:,} bytes behind its last tensor", again)
+def _stored(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file that this package can read: those of a model's weights in floating point."""
+    found = {}
+    for name, entry in read_safetensors_header(path).tensors.items():
+        if entry.dtype not in DTYPES:
+            raise UserError(
+                f"{path}: {name} is stored as {entry.dtype}",
+                f"use the model's original weights; {', '.join(DTYPES)} work",
+            )
+        found[name] = StoredTensor(path=path, offset=entry.begin, dtype=entry.dtype, shape=entry.shape)
     return found
-
-
-def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
-    try:
-        dtype, shape = str(entry["dtype"]), tuple(int(d) for d in entry["shape"])
-        start, end = (int(o) for o in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: the header's entry of {name} is damaged", "copy or download it again") from error
-    if dtype not in DTYPES:
-        raise UserError(
-            f"{path}: {name} is stored as {dtype}", f"use the model's original weights; {', '.join(DTYPES)} work"
-        )
-    if start < 0 or any(d < 0 for d in shape) or end - start != prod(shape) * DTYPES[dtype][1]:
-        raise UserError(
-            f"{path}: {name} of shape {list(shape)} in {dtype} has {end - start:,} bytes", "copy or download it again"
-        )
-    return StoredTensor(path=path, offset=data_start + start, dtype=dtype, shape=shape)

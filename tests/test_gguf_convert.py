@@ -330,7 +330,7 @@ def damage_config(folder: Path) -> None:
         (damage_model_type, "does not go with model_type 'llama'", "same family"),
         (damage_rope, "rope_type is 'longrope'", "llama3"),
         (damage_vocabulary, "401 tokens, but the model's embedding has 400 rows", "trained with"),
-        (damage_config, "config.json cannot be read", "config.json"),
+        (damage_config, "config.json: it is not JSON", "config.json"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )

@@ -20,7 +20,7 @@ from edgedistill.gguf.quantize import QUANTIZATIONS, export_gguf, fallbacks_of
 from edgedistill.gguf.request import matrices_of, planned_types
 from edgedistill.records import Artifact
 from edgedistill.runtimes.child import RuntimeProcess
-from edgedistill.weights import read_json
+from edgedistill.strict import read_json
 
 
 def export(checkpoint: Path, out: Path, quantization: str, **changes: Any) -> Artifact:

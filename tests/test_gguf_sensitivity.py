@@ -22,7 +22,7 @@ from edgedistill.gguf.quantize import export_gguf
 from edgedistill.gguf.request import request_of, with_importance
 from edgedistill.gguf.sensitivity import Scored, StoredModel, group_of, ladders_of, read_text
 from edgedistill.records import Artifact, Sensitivity
-from edgedistill.weights import read_json
+from edgedistill.strict import read_json
 
 CONTEXT = 128
 

@@ -27,7 +27,7 @@ from edgedistill.gguf.importance import (
 )
 from edgedistill.gguf.quantize import export_gguf
 from edgedistill.records import Artifact
-from edgedistill.weights import read_json
+from edgedistill.strict import read_json
 
 BLOCKS = tuple((f"{number} {text}",) for number, text in enumerate(CORPUS * 40))
 OPTIONS = ExportOptions(calibration=BLOCKS, calibration_samples=100, calibration_tokens=64, calibration_source="corpus")

@@ -99,9 +99,9 @@ def test_the_trace_agrees_with_torch_tensor_by_tensor(
 ) -> None:
     """No tensor is taken for another, none is left out, and nothing of the trace stays."""
     from edgedistill.onnx.dequantize import dequantized
+    from edgedistill.strict import read_json
     from edgedistill.verify.parity import Differences
     from edgedistill.verify.runners import with_weights
-    from edgedistill.weights import read_json
 
     folder = folders[kind, quantization]
     files = sorted(path.name for path in folder.iterdir())

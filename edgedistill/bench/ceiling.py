@@ -82,7 +82,7 @@ def _bitsandbytes(folder: Path, context_tokens: int) -> BytesRead:
     from safetensors import SafetensorError, safe_open
 
     from edgedistill.shapes import shape_from_config
-    from edgedistill.weights import read_json
+    from edgedistill.strict import read_json
 
     config = read_json(folder / "config.json", what="config.json")
     config.pop("quantization_config", None)  # what makes it an artifact and no model to be exported again

@@ -24,7 +24,7 @@ from edgedistill.export_options import DEFAULT_OPTIONS, ExportOptions
 from edgedistill.gguf.stored import as_converted, as_in_torch, gguf_values
 from edgedistill.onnx.blocks import decoder_values
 from edgedistill.progress import QUIET, Progress
-from edgedistill.weights import read_json
+from edgedistill.strict import read_json
 
 HEAD = "lm_head.weight"
 Floats = NDArray[np.float32]

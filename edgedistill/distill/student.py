@@ -10,7 +10,7 @@ from edgedistill.models import ModelFolder, check_folder
 from edgedistill.recipe import Student
 from edgedistill.records import Shape
 from edgedistill.shapes import config_from_shape
-from edgedistill.weights import read_json
+from edgedistill.strict import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

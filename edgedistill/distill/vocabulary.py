@@ -29,8 +29,8 @@ from edgedistill.models import copy_tokenizer, kept_tokens, tokenizer_sha256, vo
 from edgedistill.progress import QUIET, Progress
 from edgedistill.records import DataResult, VocabularyResult
 from edgedistill.store import Store, Stored, Work, sha256_of, versions
+from edgedistill.strict import read_json
 from edgedistill.tasks.causal_lm import Ids, TextTokenizer
-from edgedistill.weights import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -17,7 +17,7 @@ from edgedistill.models import require_sound
 from edgedistill.records import Artifact
 from edgedistill.shapes import shape_from_config
 from edgedistill.store import combined_sha256, file_entries, fsync_tree, versions
-from edgedistill.weights import read_json
+from edgedistill.strict import read_json
 
 PRECISIONS = {"INT8": "int8", "NF4": "nf4"}
 # Relative error of the logits against torch fp32 with the stored weights: INT8 rounds the activations to 8 bits a

@@ -18,7 +18,7 @@ from edgedistill.records import Artifact, Parity
 from edgedistill.runtimes.child import signal_name
 from edgedistill.shapes import shape_from_config
 from edgedistill.store import combined_sha256, file_entries, fsync_tree
-from edgedistill.weights import read_json
+from edgedistill.strict import read_json
 
 INTERPRETER = "EDGEDISTILL_EXECUTORCH_PYTHON"
 # Relative error of the logits against torch with the same (quantized) model. 8DA4W: a rounding of the activations

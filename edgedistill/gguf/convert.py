@@ -16,7 +16,8 @@ from edgedistill.gguf.rope import MetadataValue
 from edgedistill.gguf.streaming import ELEMENT_BYTES, Dtype, equal, write_tensor
 from edgedistill.gguf.tokenizer import GgufTokenizer, add_tokenizer, general_name, read_tokenizer
 from edgedistill.store import fsync_folder
-from edgedistill.weights import StoredTensor, check_tensors, read_json, stored_tensors
+from edgedistill.strict import read_json
+from edgedistill.weights import StoredTensor, check_tensors, stored_tensors
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import UserError
-from edgedistill.weights import read_json
+from edgedistill.strict import read_json
 
 MEAN, CLS, LAST = 1, 2, 3  # llama.cpp's numbers
 NAMES = {MEAN: "mean", CLS: "cls", LAST: "last token"}

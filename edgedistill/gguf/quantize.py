@@ -24,7 +24,7 @@ from edgedistill.progress import QUIET, Progress
 from edgedistill.records import Artifact, Fallback, Sensitivity
 from edgedistill.runtimes.quantize import quantize_in_child
 from edgedistill.store import combined_sha256, file_entries, fsync_folder, versions
-from edgedistill.weights import read_json
+from edgedistill.strict import read_json
 
 MODEL_FILE = "model.gguf"
 # llama.cpp's mixes → the type that most of their matrices get.

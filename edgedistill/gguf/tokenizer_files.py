@@ -12,7 +12,7 @@ from typing import Any
 
 from edgedistill.errors import UserError
 from edgedistill.gguf.pretokenizers import OWN_CONVERTER
-from edgedistill.weights import read_json
+from edgedistill.strict import read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
 SPACE_MARK = "\u2581"

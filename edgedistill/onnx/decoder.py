@@ -21,7 +21,8 @@ from edgedistill.records import Artifact, Fallback, Parity, Shape
 from edgedistill.runtimes.child import RuntimeProcess, signal_name
 from edgedistill.shapes import shape_from_config
 from edgedistill.store import combined_sha256, file_entries, versions
-from edgedistill.weights import check_tensors, read_json, stored_tensors
+from edgedistill.strict import read_json
+from edgedistill.weights import check_tensors, stored_tensors
 
 BLOCK_SIZE = 32
 # 4: activations to INT8 before each product, which is what makes INT4 fast on ARM (dotprod, i8mm) and x86.

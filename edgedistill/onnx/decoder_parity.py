@@ -22,7 +22,8 @@ from edgedistill.records import Parity
 from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.runtimes.graph import GraphProcess
 from edgedistill.shapes import shape_from_config
-from edgedistill.weights import read_json, read_tensor, stored_tensors
+from edgedistill.strict import read_json
+from edgedistill.weights import read_tensor, stored_tensors
 
 if TYPE_CHECKING:
     from onnx import ModelProto

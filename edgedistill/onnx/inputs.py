@@ -16,7 +16,7 @@ from edgedistill.errors import UserError
 from edgedistill.onnx.float_export import FloatExport
 from edgedistill.onnx.tasks import TaskModel
 from edgedistill.records import TensorSpec
-from edgedistill.weights import read_json
+from edgedistill.strict import read_json
 
 Batch = dict[str, NDArray[Any]]
 # Short and long, plain and not: what a graph is compared on where no text is given.

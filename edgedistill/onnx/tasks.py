@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import UserError, did_you_mean
-from edgedistill.weights import read_json
+from edgedistill.strict import read_json
 
 # Task → the transformers class that loads it, how its architectures are called in config.json, the graph's outputs.
 TASKS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
 from edgedistill.models import vocabulary
-from edgedistill.weights import read_json
+from edgedistill.strict import read_json
 
 Ids = NDArray[np.int32]
 IGNORED = -100

@@ -20,9 +20,10 @@ from edgedistill.gguf.pooling import CLS, LAST, MEAN
 from edgedistill.records import Parity
 from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.store import Store
+from edgedistill.strict import read_json
 from edgedistill.verify.parity import INVALID, Differences, measure, real_inputs, weight_difference
 from edgedistill.verify.runners import with_weights
-from edgedistill.weights import read_json, read_tensor, stored_tensors
+from edgedistill.weights import read_tensor, stored_tensors
 
 FLOAT_TYPES = ("F32", "F16", "BF16")
 # Relative error of the logits against torch fp32 with the same stored weights. Float: F16 products and KV cache.

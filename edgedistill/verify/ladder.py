@@ -41,6 +41,7 @@ from edgedistill.records import (
 )
 from edgedistill.runtimes.child import RuntimeName, RuntimeProcess
 from edgedistill.store import Store
+from edgedistill.strict import read_json
 from edgedistill.tasks.causal_lm import TextTokenizer, Window, encode_blocks, scoring_windows
 from edgedistill.verify.metrics import (
     Summary,
@@ -53,7 +54,6 @@ from edgedistill.verify.metrics import (
 )
 from edgedistill.verify.runners import ArtifactScorer, Scorer, TorchScorer, load_torch, with_weights
 from edgedistill.verify.tokenizer_check import check_tokenizer
-from edgedistill.weights import read_json
 
 GROUP_TOKENS = 2048  # scored together
 RUNGS: tuple[RungName, ...] = ("teacher", "student", "quantized", "shipped")

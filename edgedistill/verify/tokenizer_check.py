@@ -10,7 +10,7 @@ from edgedistill.gguf.pretokenizers import NEW_CHARACTERS_NOTE
 from edgedistill.gguf.tokenizer import read_tokenizer
 from edgedistill.records import Artifact, TokenizerCheck
 from edgedistill.runtimes.child import RuntimeProcess
-from edgedistill.weights import read_json
+from edgedistill.strict import read_json
 
 TEXT_SHOWN = 60
 IDS_SHOWN = 12
