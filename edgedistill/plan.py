@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from edgedistill import sizes
+from edgedistill.distill.cache_files import estimate_bytes
 from edgedistill.distill.design import FILL, Cut, design_student, fill_of
 from edgedistill.errors import UserError
 from edgedistill.fit import (
@@ -33,6 +34,7 @@ from edgedistill.refusals import (
 )
 from edgedistill.targets import Target, parse_artifact
 from edgedistill.training_fit import GENERAL_LOSSES, PROCESS_BYTES, Run, distillation, propose, teacher_training
+from edgedistill.verification_memory import verification_memory
 
 # Mirzadeh et al. 2020 (teacher assistants); Minitron's two steps: beyond this, one in between pays.
 MOST_COMPRESSION_IN_ONE_STEP = 5.0
@@ -52,13 +54,17 @@ FINAL_BYTES_A_PARAMETER = 4
 F16_BYTES_A_PARAMETER = 2
 # Text, split parts, tokenized data, reports, golden vectors.
 DISK_FOR_DATA_BYTES = 200_000_000
+UNKNOWN_SIGNALS = (
+    "the disk needed does not count the teacher's signals: how many tokens the text has is not known before it is read"
+)
 
 
 class Plan(Record):
     """What will be built. `sized_by` says what set the student's size, `start_because` what set its start.
 
     `training_memory_bytes` is the process's peak less what stands after its imports (about 0.4 GB);
-    `training_memory_parts` what lives at that peak.
+    `training_memory_parts` what lives at that peak. `verification_memory_bytes` is the peak of verification's process
+    and of the runtime that it opens, together, for the artifact that needs most.
     """
 
     recipe: str
@@ -77,6 +83,7 @@ class Plan(Record):
     artifacts: list[ArtifactPlan]
     training_memory_bytes: Figure
     training_memory_parts: dict[str, int]
+    verification_memory_bytes: Figure
     machine_memory_bytes: int | None
     disk_bytes: Figure
     free_disk_bytes: int | None
@@ -93,6 +100,7 @@ def plan(
     student: Shape | None = None,
     further_teachers: Sequence[Shape] = (),
     trimmed_tokens: int | None = None,
+    training_tokens: int | None = None,
     store_hits: Mapping[str, bool] | None = None,
     free_disk_bytes: int | None = None,
     machine_memory_bytes: int | None = None,
@@ -101,7 +109,8 @@ def plan(
     """Sizes, ceilings and warnings of a build; one student for all targets, sized by the tightest.
 
     `further_teachers` are those that teach beside the first (`teacher.also`). `trimmed_tokens` is the size of a
-    student's trimmed vocabulary: what it saves of the embedding goes into the layers.
+    student's trimmed vocabulary: what it saves of the embedding goes into the layers. `training_tokens` are about those
+    that a signal cache holds; None: not known.
     `student` is a given shape (pretrained, or a folder); without it one is designed. `store_hits` says by stage
     ("teacher", "student", ...) what is already in the store. `free_disk_bytes` is that of the store's disk,
     `machine_memory_bytes` and `machine_cores` this machine's; None: not checked.
@@ -142,7 +151,9 @@ def plan(
         raise UserError(worst.cause, worst.remedy)
     artifacts = [artifact_plan(shape, recipe, *entry) for entry in wanted]
     training, parts, advice = _training_memory(recipe, shape, teacher, further_teachers, hits, machine_memory_bytes)
-    disk = _disk(recipe, parameters, shape, artifacts, hits, free_disk_bytes)
+    verifying = _verification_memory(recipe, teacher, shape, artifacts, machine_memory_bytes)
+    cached = _signal_bytes(recipe, designed_from, training_tokens, hits)
+    disk = _disk(recipe, parameters, shape, artifacts, hits, cached, free_disk_bytes)
     return Plan(
         recipe=recipe.name,
         teacher=teacher,
@@ -160,6 +171,7 @@ def plan(
         artifacts=artifacts,
         training_memory_bytes=training,
         training_memory_parts=parts,
+        verification_memory_bytes=verifying,
         machine_memory_bytes=machine_memory_bytes,
         disk_bytes=disk,
         free_disk_bytes=free_disk_bytes,
@@ -168,6 +180,7 @@ def plan(
             *([f"the student's start is {start}: {because}"] if because not in ("the recipe", MEASURED_BEST) else []),
             *_warnings(recipe, targets, wanted, shape, teacher, parameters, student is None, machine_cores),
             *advice,
+            *([UNKNOWN_SIGNALS] if cached is None else []),
         ],
     )  # fmt: skip
 
@@ -210,6 +223,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
             row(f"{name}: decode at most", artifact.decode_ceiling_tokens_per_s, lambda v: f"{v:,.0f} tokens/s")
         )
     rows.append(row("training memory here", plan.training_memory_bytes, human_bytes))
+    rows.append(row("verification memory here", plan.verification_memory_bytes, human_bytes))
     rows.append(row("disk needed", plan.disk_bytes, human_bytes))
     rows += [(f"store: {stage}", "ready" if hit else "to be made", "", "") for stage, hit in plan.store_hits.items()]
     return rows
@@ -334,11 +348,45 @@ def _advice(run: Run, recipe: Recipe, needed: int, machine: int) -> str:
     )
 
 
+def _verification_memory(
+    recipe: Recipe, teacher: Shape, student: Shape, artifacts: list[ArtifactPlan], machine: int | None
+) -> Figure:
+    """What verifying the largest artifact takes. UserError where this machine lacks it: now, not after the training."""
+    found = max(
+        (
+            verification_memory(teacher, student, recipe.verify, artifact_bytes=int(each.artifact_bytes.value))
+            for each in artifacts
+        ),
+        key=lambda figure: figure.value,
+    )
+    if machine is not None and found.value > machine:
+        raise UserError(
+            f"verification needs about {human_bytes(found.value)} of memory ({found.source}), and this machine has"
+            f" {human_bytes(machine)}",
+            "use a machine with more memory, a smaller teacher or student, or a shorter verify.context_tokens",
+        )
+    return found
+
+
+def _signal_bytes(recipe: Recipe, teacher: Shape, tokens: int | None, hits: Mapping[str, bool]) -> int | None:
+    """What the teacher's signals take where the store keeps them; 0 where it does not, None where nobody knows yet."""
+    ask = recipe.distill
+    if ask.teacher_signals != "cached" or ask.cache.url is not None or hits.get("student"):
+        return 0
+    if tokens is None:
+        return None
+    vocab, width = teacher.vocab_size, teacher.hidden_size
+    each = estimate_bytes(ask.cache.kind, vocab=vocab, width=width, draws=ask.cache.draws, top_k=ask.cache.top_k)
+    each += 2 * width * len(ask.cache.hidden_layers)
+    each += 2 * teacher.num_attention_heads * ask.context_tokens * len(ask.cache.attention_layers)
+    return math.ceil(tokens * each)
+
+
 def _disk(
     recipe: Recipe, teacher_parameters: int, student: Shape, artifacts: list[ArtifactPlan], hits: Mapping[str, bool],
-    free: int | None,
+    signals: int | None, free: int | None,
 ) -> Figure:  # fmt: skip
-    """Checkpoints while training, weights kept, an F16 file between, artifacts in the store and in the bundle."""
+    """Checkpoints while training, weights kept, signals, an F16 file between, artifacts in the store and the bundle."""
     kept = 0
     peak = 0
     if recipe.teacher.model is None and not hits.get("teacher"):
@@ -349,6 +397,7 @@ def _disk(
         peak = max(peak, CHECKPOINT_BYTES_A_PARAMETER * student.parameters)
     peak = max(peak, F16_BYTES_A_PARAMETER * student.parameters)
     needed = kept + peak + sum(2 * int(a.artifact_bytes.value) for a in artifacts) + DISK_FOR_DATA_BYTES
+    needed += signals or 0
     if free is not None and needed > free:
         raise UserError(
             f"the build needs about {human_bytes(needed)} of disk, {human_bytes(needed - free)} more than the "
@@ -359,7 +408,8 @@ def _disk(
         value=needed,
         unit="B",
         basis="derived",
-        source="checkpoints, kept weights, the F16 file between, artifacts in store and bundle, data",
+        source="checkpoints, kept weights, the F16 file between, artifacts in store and bundle, data"
+        + (f", the teacher's signals ({human_bytes(signals)})" if signals else ""),
     )
 
 

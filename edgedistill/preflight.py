@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 from edgedistill import machine
 from edgedistill.data.prepare import prepare_data
@@ -17,6 +18,10 @@ from edgedistill.records import Shape, StudentResult
 from edgedistill.refusals import refuse_trimming
 from edgedistill.store import Store
 from edgedistill.targets import Target, parse_artifact
+
+# English with a vocabulary of 2,048 (the quickstart's); larger vocabularies give fewer.
+TOKENS_A_BYTE = 0.33
+SAMPLE_CHARS = 200_000
 
 
 def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress: Progress = QUIET) -> Plan:
@@ -45,6 +50,7 @@ def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store, progre
         student=student,
         further_teachers=_further_shapes(recipe),
         trimmed_tokens=tokens,
+        training_tokens=_training_tokens(recipe, store),
         store_hits=_store_hits(with_start(recipe, sizes_only), sizes_only.student, store),
         free_disk_bytes=shutil.disk_usage(room).free,
         machine_memory_bytes=machine.describe()["memory_bytes"],
@@ -162,6 +168,45 @@ def with_start(recipe: Recipe, planned: Plan) -> Recipe:
     if recipe.student.start != "auto" or planned.start == "given":
         return recipe
     return recipe.model_copy(update={"student": recipe.student.model_copy(update={"start": planned.start})})
+
+
+def _training_tokens(recipe: Recipe, store: Store) -> int | None:
+    """About how many tokens a signal cache would hold; None where none is asked for or the text is not known yet."""
+    if recipe.distill.teacher_signals != "cached":
+        return None
+    from edgedistill.data.prepare import find_data, read_part
+
+    data = find_data(recipe.data, store=store)
+    if data is not None:
+        size = data.result.parts["train"].bytes
+        sample = "\n".join(text for block in read_part(data.directory, "calibration") for text in block)
+    else:
+        found = _text_files(recipe.data.source)
+        if not found:
+            return None
+        size = sum(path.stat().st_size for path in found)
+        with found[0].open(encoding="utf-8", errors="replace") as file:
+            sample = file.read(SAMPLE_CHARS)
+    return round(size * recipe.distill.documents_share * _tokens_a_byte(recipe, sample[:SAMPLE_CHARS]))
+
+
+def _text_files(source: str) -> list[Path]:
+    from edgedistill.data.documents import LOADERS, TEXT_SUFFIXES
+
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES | set(LOADERS) and p.is_file())
+
+
+def _tokens_a_byte(recipe: Recipe, sample: str) -> float:
+    """Of the teacher's tokenizer on a sample of the text; of a tokenizer that is yet to be trained, about."""
+    if recipe.teacher.model is None or not sample.strip():
+        return TOKENS_A_BYTE
+    from edgedistill.tasks.causal_lm import TextTokenizer
+
+    folder = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
+    return len(TextTokenizer.load(folder.path).encode([sample])[0]) / len(sample.encode())
 
 
 def _store_hits(recipe: Recipe, shape: Shape, store: Store) -> dict[str, bool]:

@@ -14,7 +14,7 @@ from edgedistill.errors import UserError
 from edgedistill.fit import artifacts_of, context_of, decode_ceiling, human_bytes
 from edgedistill.plan import AUTO_STARTS, Plan, plan, plan_rows
 from edgedistill.recipe import Recipe, parse_recipe
-from edgedistill.records import Shape
+from edgedistill.records import Figure, Shape
 from edgedistill.targets import Target, load_target, targets_list
 from edgedistill.training_fit import PROCESS_BYTES, _relaxed, distillation, predict_distillation, propose
 
@@ -192,11 +192,48 @@ def test_disk() -> None:
     assert trained_here.disk_bytes.value >= needed + 4 * TEACHER.parameters
 
 
+def test_the_disk_holds_the_teachers_signals() -> None:
+    cached = _recipe("distill.teacher_signals=cached", "distill.cache.kind=hidden")
+    base = _plan(JETSON, recipe=cached, training_tokens=0).disk_bytes.value
+    million = _plan(JETSON, recipe=cached, training_tokens=1_000_000)
+    assert million.disk_bytes.value - base == 2 * TEACHER.hidden_size * 1_000_000
+    assert "the teacher's signals" in million.disk_bytes.source
+    with pytest.raises(UserError, match="of disk"):
+        _plan(JETSON, recipe=cached, training_tokens=10**9, free_disk_bytes=10**11)
+    # where the text is not known yet, it says so
+    assert any("does not count the teacher's signals" in line for line in _plan(JETSON, recipe=cached).warnings)
+    for other in (_recipe(), _recipe("distill.teacher_signals=cached", "distill.cache.url=elsewhere")):
+        planned = _plan(JETSON, recipe=other, training_tokens=10**9)
+        assert planned.disk_bytes.value == base and "signals" not in " ".join(planned.warnings)
+    assert _plan(JETSON, recipe=cached, training_tokens=10**9, store_hits={"student": True}).disk_bytes.value < base
+
+
+def test_verification_that_does_not_fit_is_refused_before_any_training() -> None:
+    planned = _plan(JETSON)
+    needed = int(planned.verification_memory_bytes.value)
+    assert needed >= 4 * (TEACHER.parameters + 2 * planned.student.parameters)
+    # an 8B teacher may teach in NF4 on this machine; verification holds it in fp32
+    roomy = _plan(JETSON, teacher=LLAMA_8B)
+    for_all = int(roomy.verification_memory_bytes.value)
+    assert for_all > 4 * LLAMA_8B.parameters
+    quantized = _recipe("teacher.precision=nf4", "distill.teacher_signals=live")
+    with pytest.raises(UserError, match=r"verification needs about .* of memory \(teacher, student and dequantized"):
+        _plan(JETSON, teacher=LLAMA_8B, recipe=quantized, machine_memory_bytes=for_all - 1)
+
+
 def _whole(planned: Plan) -> int:
     """The training process's bytes: the peak, and what stands after its imports."""
     return PROCESS_BYTES + int(planned.training_memory_bytes.value)
 
 
+@pytest.fixture
+def free_verification(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So small a machine could not verify; what training proposes on it is looked at alone."""
+    nothing = Figure(value=0, unit="B", basis="derived", source="left out")
+    monkeypatch.setattr("edgedistill.plan.verification_memory", lambda *args, **kwargs: nothing)
+
+
+@pytest.mark.usefixtures("free_verification")
 def test_training_memory_is_predicted_with_its_parts() -> None:
     planned = _plan(JETSON)
     expected = predict_distillation(_recipe(), planned.student, TEACHER)
@@ -211,6 +248,7 @@ def test_training_memory_is_predicted_with_its_parts() -> None:
     assert here.training_memory_bytes.source.startswith("the teacher's training")
 
 
+@pytest.mark.usefixtures("free_verification")
 def test_settings_that_fit_are_proposed_in_turn() -> None:
     """At each limit the nearest settings are named, with --set words that do fit when they are taken."""
     recipe = _recipe("distill.batch_sequences=8", "distill.context_tokens=1024", "distill.precision=fp32")

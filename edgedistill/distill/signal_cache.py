@@ -23,6 +23,7 @@ from edgedistill.distill import multiset
 from edgedistill.distill.cache_files import (
     KINDS,
     SCHEMA,
+    estimate_bytes,
     is_remote,
     local_copy,
     read_record,
@@ -51,14 +52,6 @@ class Produced:
     attentions: Mapping[int, Tensor]
     counted: Tensor
     logits: Callable[[slice, int], Tensor] | None = None
-
-
-def estimate_bytes(kind: str, *, vocab: int, width: int, draws: int, top_k: int) -> float:
-    """Bytes a token, about: a sample is taken to hold half of its draws distinct."""
-    if kind == "sampled":
-        k = max(1, min(draws, vocab) // 2)
-        return float(multiset.payload_bits(draws, vocab)[k] + multiset.k_bits(draws, vocab)) / 8
-    return float({"topk": 6 * top_k + 4, "dense": 2 * vocab, "hidden": 2 * width}[kind])
 
 
 def build_cache(

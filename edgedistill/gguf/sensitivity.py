@@ -330,7 +330,7 @@ def read_text(checkpoint: Path, model: Model, options: ExportOptions, *, weighte
 
 def _of_any_length(windows: Sequence[Window]) -> list[list[Window]]:
     """Batches of windows that are nearly as long: a decoder does not look ahead, so padding behind changes nothing."""
-    from edgedistill.verify.ladder import GROUP_TOKENS
+    from edgedistill.verification_memory import GROUP_TOKENS
 
     batches: list[list[Window]] = []
     for window in sorted(windows, key=lambda window: -len(window.ids)):

@@ -171,6 +171,11 @@ class Window:
         return len(self.ids) - 1 - self.first
 
 
+def stride_of(context: int, stride: int | None) -> int:
+    """The step between windows that runs: a window's first id is scored by none but the window before."""
+    return context - 1 if stride is None else min(stride, context - 1)
+
+
 def scoring_windows(
     documents: Sequence[Ids], *, context: int, stride: int | None, max_tokens: int | None
 ) -> list[Window]:
@@ -179,7 +184,7 @@ def scoring_windows(
     `max_tokens` bounds the scored tokens, in whole documents (at least two). stride None: disjoint windows,
     each of which sees the last id of the one before.
     """
-    step = (context - 1) if stride is None else min(stride, context - 1)
+    step = stride_of(context, stride)
     windows: list[Window] = []
     total = 0
     for number, ids in enumerate(documents):

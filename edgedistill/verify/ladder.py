@@ -42,7 +42,8 @@ from edgedistill.records import (
 from edgedistill.runtimes.child import RuntimeName, RuntimeProcess
 from edgedistill.store import Store
 from edgedistill.strict import read_json
-from edgedistill.tasks.causal_lm import TextTokenizer, Window, encode_blocks, scoring_windows
+from edgedistill.tasks.causal_lm import TextTokenizer, Window, encode_blocks, scoring_windows, stride_of
+from edgedistill.verification_memory import GROUP_TOKENS
 from edgedistill.verify.metrics import (
     Summary,
     TokenScores,
@@ -55,7 +56,6 @@ from edgedistill.verify.metrics import (
 from edgedistill.verify.runners import ArtifactScorer, Scorer, TorchScorer, load_torch, with_weights
 from edgedistill.verify.tokenizer_check import check_tokenizer
 
-GROUP_TOKENS = 2048  # scored together
 RUNGS: tuple[RungName, ...] = ("teacher", "student", "quantized", "shipped")
 
 
@@ -160,7 +160,7 @@ def climb(
         documents=len(used),
         eval_sha256=_windows_sha256(windows),
         context_tokens=settings.context_tokens,
-        stride_tokens=settings.stride_tokens or settings.context_tokens - 1,
+        stride_tokens=stride_of(settings.context_tokens, settings.stride_tokens),
         bos=tokenizer.bos is not None,
         bootstrap={"samples": settings.bootstrap_samples, "seed": seed},
         machine=machine.describe(),
