@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import UserError
+from edgedistill.generation import generation_of
 from edgedistill.gguf.architectures import TIED_HEAD, Model, TensorSpec, as_modules, by_gguf_name, model_of
+from edgedistill.gguf.generation_keys import with_generation
 from edgedistill.gguf.pooling import pooling_of
 from edgedistill.gguf.rope import MetadataValue
 from edgedistill.gguf.streaming import ELEMENT_BYTES, Dtype, equal, write_tensor
@@ -38,7 +40,7 @@ def convert_to_gguf(checkpoint: Path, out: Path, *, dtype: Dtype = "F16", name: 
     files = stored_tensors(checkpoint)
     model = model_of(read_json(checkpoint / "config.json", what="config.json"), where=where)
     stored = checked_tensors(files, model, where=where)
-    tokenizer = read_tokenizer(checkpoint, vocab_size=model.sizes.vocab_size)
+    tokenizer = tokenizer_of(checkpoint, model)
     keys = dict(model.keys)
     notes = [*tokenizer.notes, *model.notes]
     if model.family.task == "embedding":
@@ -54,6 +56,15 @@ def convert_to_gguf(checkpoint: Path, out: Path, *, dtype: Dtype = "F16", name: 
         "bytes": out.stat().st_size,
         "notes": notes,
     }
+
+
+def tokenizer_of(checkpoint: Path, model: Model) -> GgufTokenizer:
+    """What the GGUF of a model of the table says of its tokenizer; of a decoder, of where it stops too."""
+    vocab_size = model.sizes.vocab_size
+    tokenizer = read_tokenizer(checkpoint, vocab_size=vocab_size)
+    if model.family.task != "causal-lm":
+        return tokenizer
+    return with_generation(tokenizer, generation_of(checkpoint, vocab_size=vocab_size), where=str(checkpoint))
 
 
 def gguf_positions(checkpoint: Path, script: Path | None) -> int:

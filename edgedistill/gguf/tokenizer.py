@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgedistill.gguf.generation_keys import SAMPLING
 from edgedistill.gguf.tokenizer_bpe import bpe
 from edgedistill.gguf.tokenizer_files import (
     BYTES,
@@ -80,9 +81,18 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: GgufTokenizer) -> None:
     writer.add_bool("tokenizer.ggml.add_bos_token", tokenizer.add_bos)
     writer.add_bool("tokenizer.ggml.add_eos_token", tokenizer.add_eos)
     writer.add_bool("tokenizer.ggml.add_space_prefix", tokenizer.add_space_prefix)
-    for key, value in tokenizer.extra.items():
-        if isinstance(value, bytes):
-            writer.add_array(f"tokenizer.ggml.{key}", value)
+    for key, extra in tokenizer.extra.items():
+        if isinstance(extra, bytes):
+            writer.add_array(f"tokenizer.ggml.{key}", extra)
         else:
-            writer.add_bool(f"tokenizer.ggml.{key}", value)
+            writer.add_bool(f"tokenizer.ggml.{key}", extra)
     writer.add_string("tokenizer.chat_template", tokenizer.chat_template)
+    if tokenizer.templates:
+        writer.add_array("tokenizer.chat_templates", list(tokenizer.templates))
+        for name, template in tokenizer.templates.items():
+            writer.add_string(f"tokenizer.chat_template.{name}", template)
+    for key, value in tokenizer.sampling.items():
+        if isinstance(value, int):
+            writer.add_int32(f"{SAMPLING}{key}", value)
+        else:
+            writer.add_float32(f"{SAMPLING}{key}", value)

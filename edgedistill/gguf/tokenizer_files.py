@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import UserError
+from edgedistill.generation import DEFAULT_TEMPLATE, chat_templates
 from edgedistill.gguf.pretokenizers import OWN_CONVERTER
 from edgedistill.strict import read_json
 
@@ -48,6 +49,8 @@ class GgufTokenizer:
     notes: list[str] = field(default_factory=list)
     strips_right: bool = False
     extra: dict[str, bool | bytes] = field(default_factory=dict)
+    templates: Mapping[str, str] = field(default_factory=dict)
+    sampling: Mapping[str, int | float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class TokenizerFiles:
     config: dict[str, Any]
     special_map: dict[str, Any]
     model_config: dict[str, Any]
-    template_file: str
+    template: str
 
 
 def read_files(folder: Path) -> TokenizerFiles:
@@ -73,14 +76,13 @@ def read_files(folder: Path) -> TokenizerFiles:
         name: read_json(folder / name, what=name) if (folder / name).is_file() else {}
         for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json")
     }
-    template = folder / "chat_template.jinja"
     return TokenizerFiles(
         where=str(path),
         tokenizer=read_json(path, what="tokenizer.json"),
         config=optional["tokenizer_config.json"],
         special_map=optional["special_tokens_map.json"],
         model_config=optional["config.json"],
-        template_file=template.read_text(encoding="utf-8") if template.is_file() else "",
+        template=chat_templates(folder).get(DEFAULT_TEMPLATE, ""),
     )
 
 
@@ -122,7 +124,7 @@ def assemble(
         add_bos=ends[0] is not None,
         add_eos=ends[1] is not None and roles[1] == "eos",
         add_space_prefix=space,
-        chat_template=_chat_template(files),
+        chat_template=files.template,
         notes=[*notes, *_notes_on_added(added, kind, strips_right=_strips_as_phi3(added))],
         strips_right=_strips_as_phi3(added),
         extra=extra or {},
@@ -289,16 +291,6 @@ def _ends_of_template(processor: Any, where: str) -> tuple[str | None, str | Non
     if len(around[0]) > 1 or len(around[1]) > 1:
         raise unknown(where, f"a post-processor that adds {around[0] + around[1]}")
     return (around[0][0] if around[0] else None, around[1][0] if around[1] else None)
-
-
-def _chat_template(files: TokenizerFiles) -> str:
-    if files.template_file:
-        return files.template_file
-    written = files.config.get("chat_template")
-    if isinstance(written, list):
-        named = {entry.get("name"): entry.get("template") for entry in written if isinstance(entry, dict)}
-        written = named.get("default")
-    return written if isinstance(written, str) else ""
 
 
 def _content(value: Any) -> str | None:

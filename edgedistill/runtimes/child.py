@@ -310,6 +310,10 @@ class RuntimeProcess:
             found += self._child.call("tokenize_many", f"tokenizing {len(part)} texts", params)["tokens"]
         return found
 
+    def generation(self) -> dict[str, Any]:
+        """Where the runtime stops, as it says itself (`stops`: ids), and what else it takes from the artifact."""
+        return self._child.call("generation", "asking where it stops", {})
+
     def greedy(self, tokens: Sequence[int] | IntArray, new_tokens: int) -> list[int]:
         """The `new_tokens` most likely tokens one after another; an end-of-sequence token does not stop it."""
         if new_tokens < 1:

@@ -67,6 +67,16 @@ class FolderBackend:
         tokenizer.encode_special_tokens = not parse_special
         return [int(token) for token in tokenizer.encode(text, add_special_tokens=add_special).ids]
 
+    def generation(self) -> dict[str, Any]:
+        """Where transformers stops, and the settings that it generates with."""
+        config = self._model.generation_config
+        eos = config.eos_token_id
+        settings = config.to_diff_dict()
+        return {
+            "stops": [] if eos is None else [int(token) for token in (eos if isinstance(eos, list) else [eos])],
+            "settings": {k: v for k, v in settings.items() if isinstance(v, int | float | str | bool | list)},
+        }
+
     def timed(self, tokens_T: NDArray[np.int32], new_tokens: int) -> dict[str, Any]:
         cache: Any = None
 

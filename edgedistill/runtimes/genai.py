@@ -87,6 +87,15 @@ class GenaiBackend:
         self._tokenizer.update_options(add_special_tokens=str(add_special).lower())
         return [int(token) for token in self._tokenizer.encode(text)]
 
+    def generation(self) -> dict[str, Any]:
+        """Where onnxruntime-genai stops, and the settings that its search starts with."""
+        params = self._og.GeneratorParams(self._model)
+        return {
+            "stops": [int(token) for token in self._tokenizer.eos_token_ids],
+            "bos": int(self._tokenizer.bos_token_id),
+            "search": {key: _plain(value) for key, value in dict(params.get_search_options()).items()},
+        }
+
     def _special_tokens(self) -> list[str]:
         try:
             added = json.loads((self._folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", [])
@@ -109,3 +118,7 @@ class GenaiBackend:
         params = self._og.GeneratorParams(self._model)
         params.set_search_options(max_length=tokens, do_sample=False, batch_size=1)
         return self._og.Generator(self._model, params)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, bool | int | float | str) else str(value)

@@ -247,6 +247,19 @@ class LlamaBackend:
                 raise RuntimeError(f"llama_tokenize answered {count} for {len(data)} bytes of text")
             size = -count
 
+    def generation(self) -> dict[str, Any]:
+        """Where llama.cpp stops and what it puts around a text: of the vocabulary alone too. -1: there is none."""
+        api, vocab = self._api, self._vocab
+        template = api.llama_model_chat_template(self._model, None)
+        return {
+            "stops": [token for token in range(self.vocab_size) if api.llama_vocab_is_eog(vocab, token)],
+            "bos": int(api.llama_vocab_bos(vocab)),
+            "eos": int(api.llama_vocab_eos(vocab)),
+            "adds_bos": bool(api.llama_vocab_get_add_bos(vocab)),
+            "adds_eos": bool(api.llama_vocab_get_add_eos(vocab)),
+            "template": None if template is None else template.decode("utf-8", errors="surrogateescape"),
+        }
+
     def timed(self, tokens_T: NDArray[np.int32], new_tokens: int) -> dict[str, Any]:
         self._require(encoder=False)
         self._clear()

@@ -150,6 +150,9 @@ class Worker:
         elif op == "tokenize_many":
             tokenize, texts = self._opened().tokenize, params.pop("texts")
             yield {"tokens": [tokenize(text, **params) for text in texts]}, {}
+        elif op == "generation":
+            backend: Any = self._opened()
+            yield backend.generation(), {}
         elif op == "timed":
             new_tokens = int(params["new_tokens"])
             yield self._opened().timed(self._checked(arrays["tokens"], new_tokens), new_tokens), {}
