@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ class Generation:
     plain         the stops that are no special tokens
     templates     name → Jinja text as it is in the files, "default" the one that is used unasked; none: empty
     settings      generation_config.json's, those that differ from what transformers takes anyway
+    written       generation_config.json as it is
     notes         where the files say different things, and what was made of it
     """
 
@@ -84,6 +85,7 @@ class Generation:
     plain: tuple[int, ...] = ()
     templates: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    written: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -105,12 +107,19 @@ def generation_of(folder: Path, *, vocab_size: int) -> Generation:
     tokenizer = read_json(folder / "tokenizer.json", what="tokenizer.json")
     texts, special = _tokens(tokenizer)
     stops, notes = _stops(folder, texts, vocab_size)
-    plain = tuple(stop for stop in stops if stop not in special)
-    settings = generation_settings(folder)
-    found = Generation(stops, texts, plain, chat_templates(folder), settings, tuple(notes))
-    words = [f"{found.named(stop)} is a word of the text and no special token: generation stops at it" for stop in plain]
-    silent = [] if stops else ["neither the model's configuration nor its tokenizer names a token that ends a text"]
-    return Generation(stops, texts, plain, found.templates, settings, (*notes, *words, *silent))
+    path = folder / GENERATION_FILE
+    found = Generation(
+        stops=stops,
+        texts=texts,
+        plain=tuple(stop for stop in stops if stop not in special),
+        templates=chat_templates(folder),
+        settings=generation_settings(folder),
+        written=read_json(path, what=GENERATION_FILE) if path.is_file() else {},
+    )
+    notes += [f"{found.named(s)} is a word and no special token, and generation stops at it" for s in found.plain]
+    if not stops:
+        notes.append("neither the model's configuration nor its tokenizer names a token that ends a text")
+    return replace(found, notes=tuple(notes))
 
 
 def generation_settings(folder: Path) -> dict[str, Any]:
