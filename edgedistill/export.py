@@ -7,7 +7,8 @@ from typing import Any
 
 from edgedistill import machine
 from edgedistill.errors import UserError
-from edgedistill.export_options import DEFAULT_OPTIONS, NOT_COMPARED, ExportOptions
+from edgedistill.export_options import DEFAULT_OPTIONS, NOT_COMPARED, UNKNOWN_FAMILY, ExportOptions
+from edgedistill.generation import generation_sha256
 from edgedistill.gguf.pretokenizers import NEW_CHARACTERS_NOTE
 from edgedistill.models import require_weights
 from edgedistill.progress import QUIET, Progress
@@ -69,6 +70,7 @@ def export_model(
         "artifact": artifact,
         "weights": weights_sha256,
         "tokenizer": tokenizer_sha256,
+        "generation": generation_sha256(checkpoint),
         "context_tokens": context_tokens,
         "name": name,
         "options": options.key(),
@@ -80,15 +82,10 @@ def export_model(
         require_weights(checkpoint, weights_sha256, store, role="student")
         made = write_artifact(
             checkpoint, work.out, format_=format_, quantization=quantization, context_tokens=context_tokens, name=name,
-            options=options, progress=progress,
+            options=options, store=store, progress=progress,
         )  # fmt: skip
         require_weights(checkpoint, weights_sha256, store, role="student")
-        made = made.model_copy(update={"notes": [*made.notes, *options.notes]})
-        if format_ != "gguf":
-            return made
-        from edgedistill.verify.tokenizer_check import with_checked_tokenizer
-
-        return with_checked_tokenizer(made, work.out, checkpoint)
+        return made.model_copy(update={"notes": [*made.notes, *options.notes]})
 
     stored = store.run("export", inputs, write, Artifact, progress.say)
     made = stored.result
@@ -96,10 +93,7 @@ def export_model(
         f"export: {artifact} has {made.bytes:,} bytes, {made.bits_per_weight:.2f} bits a weight"
         f"{' (from the store)' if stored.reused else ''}"
     )
-    for note in made.notes:
-        # True of every byte-level BPE, and of scripts that few texts hold: no reason to look up.
-        tell = progress.say if note == NEW_CHARACTERS_NOTE else progress.warn
-        tell(f"export: {artifact}: {note}")
+    tell_notes(made, progress)
     if made.fallbacks:
         first = made.fallbacks[0]
         progress.say(
@@ -107,6 +101,14 @@ def export_model(
             f" {first.got} instead of {first.wanted}, because {first.why}"
         )
     return stored
+
+
+def tell_notes(made: Artifact, progress: Progress) -> None:
+    """Say where the artifact is known to differ from the original, as a warning."""
+    for note in made.notes:
+        # True of every byte-level BPE, and of scripts that few texts hold: no reason to look up.
+        tell = progress.say if note == NEW_CHARACTERS_NOTE else progress.warn
+        tell(f"export: {made.format}:{made.quantization}: {note}")
 
 
 def write_artifact(
@@ -119,18 +121,53 @@ def write_artifact(
     name: str,
     options: ExportOptions = DEFAULT_OPTIONS,
     checked: bool = True,
+    store: Store | None = None,
     progress: Progress = QUIET,
 ) -> Artifact:
-    """Write the artifact into `out`, which must be empty or new.
+    """Write the artifact into `out`, which must be empty or new, and hold it to the checkpoint.
 
-    `checked=False` leaves a GGUF or ONNX decoder unheld to its checkpoint's logits and untimed: for one that is read
-    back and thrown away. Raises UserError before any work where the comparison would not fit this machine's memory.
+    What is written is read back: weights and the numbers that a computation depends on, tokenizer, stop tokens, chat
+    templates, context and settings must be the checkpoint's (verify/faithful.py), then its logits in its runtime.
+    `checked=False` leaves all that out, and the timing: for an artifact that is read back and thrown away. Raises
+    UserError before any work where the comparison would not fit this machine's memory, and after it for what differs.
     """
+    made = _written(
+        checkpoint, out, format_=format_, quantization=quantization, context_tokens=context_tokens, name=name,
+        options=options, compared=checked and options.compare_logits, progress=progress,
+    )  # fmt: skip
+    if not checked:
+        return made
+    from edgedistill.verify.faithful import require_faithful
+    from edgedistill.verify.tokenizer_check import with_checked_tokenizer
+
+    # The tokenizer first: what it says of a wrong one is a text, which tells more than a key.
+    made = with_checked_tokenizer(made, out, checkpoint)
+    require_faithful(made, out, checkpoint)
+    threads = max(1, len(machine.usable_cpus()))
+    if format_ == "gguf":
+        made = _compared_gguf(made, checkpoint, out, options=options, threads=threads, progress=progress)
+        made = _timed_gguf(made, checkpoint, out, options=options, threads=threads, progress=progress)
+    _runs(made, out, store)
+    return made
+
+
+def _written(
+    checkpoint: Path,
+    out: Path,
+    *,
+    format_: str,
+    quantization: str,
+    context_tokens: int,
+    name: str,
+    options: ExportOptions,
+    compared: bool,
+    progress: Progress,
+) -> Artifact:
+    """The artifact as its format's exporter leaves it."""
     threads = max(1, len(machine.usable_cpus()))
     if options.mixed_retention is not None:
         decoder = format_ != "onnx" or is_decoder(checkpoint, options.task)
         refuse_mixed_format(format_, quantization, decoder=decoder)
-    compared = checked and options.compare_logits
     if options.tensorrt and (format_ != "onnx" or is_decoder(checkpoint, options.task)):
         raise UserError(
             f"export.tensorrt is true, and {format_}:{quantization} of {checkpoint} has operators that TensorRT lacks",
@@ -139,16 +176,12 @@ def write_artifact(
     if format_ == "gguf":
         from edgedistill.gguf.quantize import export_gguf
 
-        if compared and options.converter is None:
+        if compared:
             _require_memory(checkpoint, 4 if quantization == "F32" else 2)
-        made = export_gguf(
+        return export_gguf(
             checkpoint, out, quantization=quantization, context_tokens=context_tokens, threads=threads, name=name,
             options=options, progress=progress,
         )  # fmt: skip
-        if not checked:
-            return made
-        made = _checked_gguf(made, checkpoint, out, options=options, threads=threads, progress=progress)
-        return _timed_gguf(made, checkpoint, out, options=options, threads=threads, progress=progress)
     if format_ == "onnx" and not is_decoder(checkpoint, options.task):
         from edgedistill.onnx.encoder import export_encoder
 
@@ -184,16 +217,15 @@ def write_artifact(
     raise UserError(f"no format '{format_}'", "use gguf, onnx, bitsandbytes or executorch")
 
 
-def _checked_gguf(
+def _compared_gguf(
     made: Artifact, checkpoint: Path, out: Path, *, options: ExportOptions, threads: int, progress: Progress
 ) -> Artifact:
     """The artifact with its parity, which is an error beyond its limit; none for a family that is not in the table."""
-    from edgedistill.verify.gguf_layers import check_gguf, check_weights
+    from edgedistill.verify.gguf_layers import check_gguf
 
-    if options.converter is not None:
-        return made
+    if not in_table(checkpoint):
+        return made.model_copy(update={"notes": [*made.notes, UNKNOWN_FAMILY]})
     if not options.compare_logits:
-        check_weights(checkpoint, out / made.entry)
         return made.model_copy(update={"notes": [*made.notes, NOT_COMPARED]})
     parity = check_gguf(
         checkpoint, out / made.entry, quantization=made.quantization, context_tokens=made.context_tokens,
@@ -204,6 +236,35 @@ def _checked_gguf(
     return made
 
 
+def in_table(checkpoint: Path) -> bool:
+    """Whether the GGUF table has the model's family; where not, the user's own converter answers for its tensors."""
+    from edgedistill.gguf.architectures import model_of
+    from edgedistill.strict import read_json
+
+    try:
+        model_of(read_json(checkpoint / "config.json", what="config.json"), where=str(checkpoint))
+    except UserError:
+        return False
+    return True
+
+
+def _runs(made: Artifact, folder: Path, store: Store | None) -> None:
+    """Let the runtime that ships run a token of what was not compared in it."""
+    if made.parity is not None:
+        return
+    from edgedistill.runtimes.child import RuntimeProcess
+
+    with RuntimeProcess(
+        made.runtime, folder / made.entry, threads=len(machine.usable_cpus()), context_tokens=32, store=store,
+        logits_all=False,
+    ) as process:  # fmt: skip
+        tokens = [0, min(1, made.vocab_size - 1)]
+        if made.task == "embedding":
+            process.embedding(tokens)
+        else:
+            process.greedy(tokens, 2)
+
+
 def _say_parity(made: Artifact, runtime: str, progress: Progress) -> None:
     parity = made.parity
     if parity is None:
@@ -211,7 +272,10 @@ def _say_parity(made: Artifact, runtime: str, progress: Progress) -> None:
     what, greedy = "embeddings", ""
     if parity.greedy_tokens is not None:
         what = "logits"
-        greedy = f"; greedy text equal for {parity.greedy_tokens_equal} of {parity.greedy_tokens} tokens"
+        compared = parity.greedy_tokens if parity.greedy_compared is None else parity.greedy_compared
+        greedy = f"; greedy text equal for {parity.greedy_tokens_equal} of {compared} tokens"
+        if compared < parity.greedy_tokens:
+            greedy += f" ({parity.greedy_tokens - compared} more are a toss between two logits)"
     progress.say(
         f"export: {runtime}'s {what} are torch's within {parity.relative_rms:.2g} of their spread (limit"
         f" {parity.limit:g}){greedy}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 NOT_COMPARED = "its logits were not compared with torch's (export.compare_logits is off): its weights alone were"
+UNKNOWN_FAMILY = "its weights and logits were not compared with the original: the family is not in edgedistill's table"
 CalibrationMethod = Literal["minmax", "entropy", "percentile"]
 Int8Scheme = Literal["auto", "u8s8", "u8s8-7bit", "u8u8", "s8s8"]
 

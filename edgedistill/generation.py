@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import UserError
-from edgedistill.weights import read_json
+from edgedistill.strict import read_json
 
 GENERATION_FILE = "generation_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -94,7 +94,7 @@ class Generation:
         return self.templates.get(DEFAULT_TEMPLATE, "")
 
     def named(self, token_id: int) -> str:
-        """"128009 ('<|eot_id|>')"."""
+        """An id and its token: 128009 ('<|eot_id|>')."""
         return f"{token_id} ({self.texts[token_id]!r})" if token_id in self.texts else f"{token_id} (no token)"
 
 
@@ -135,9 +135,8 @@ def generation_settings(folder: Path) -> dict[str, Any]:
             low, high = BOUNDS[key]
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not low <= value <= (float("inf") if high is None else high) or value == float("inf"):
-                raise UserError(
-                    f"{path}: {key} is {value!r}", f"it is a number from {low:g}{'' if high is None else f' to {high:g}'}"
-                )
+                most = "" if high is None else f" to {high:g}"
+                raise UserError(f"{path}: {key} is {value!r}", f"it is a number from {low:g}{most}")
         if key == "do_sample" and not isinstance(value, bool):
             raise UserError(f"{path}: do_sample is {value!r}", "it is true or false")
         found[key] = value
@@ -187,7 +186,7 @@ def render(template: str, messages: list[dict[str, str]], *, bos: str = "", eos:
             conversations=[messages], chat_template=template, add_generation_prompt=True, bos_token=bos, eos_token=eos
         )
     except (TemplateError, TypeError, ValueError) as error:
-        raise UserError(f"the chat template fails: {error}", "mend it; transformers could not render it either") from error
+        raise UserError(f"the chat template fails: {error}", "mend it; transformers cannot render it either") from error
     return str(rendered[0])
 
 

@@ -224,7 +224,8 @@ class Parity(Record):
 
     Differences are over all outputs, in the outputs' own unit. `reference`: what torch held: the original weights,
     or the stored weights dequantized. `relative_rms` is the root mean square of the difference over that of the
-    reference about its mean; at most `limit` is rounding. Greedy tokens are None where the model is no decoder.
+    reference about its mean; at most `limit` is rounding. Greedy tokens are None where the model is no decoder;
+    `greedy_compared` of them had a margin that the runtime's rounding cannot turn.
     """
 
     runtime: str
@@ -236,6 +237,7 @@ class Parity(Record):
     relative_rms: float
     limit: float
     greedy_tokens: int | None = None
+    greedy_compared: int | None = None
     greedy_tokens_equal: int | None = None
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from edgedistill import machine
 from edgedistill.data.documents import in_pieces, read_documents
 from edgedistill.data.split import blocks_of
 from edgedistill.errors import GateFailed, UserError
@@ -18,7 +17,6 @@ from edgedistill.models import kept_tokens, locate, open_model
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
 from edgedistill.records import Artifact, Latency, Retention
-from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.store import Store, Stored, fsync_tree, sha256_of
 from edgedistill.targets import Target, parse_artifact
 
@@ -46,7 +44,7 @@ def export(
     Raises UserError where `out` holds something, or the model cannot be converted; RuntimeCrashed where its
     runtime dies on it.
     """
-    from edgedistill.export import is_decoder, write_artifact
+    from edgedistill.export import is_decoder, tell_notes, write_artifact
     from edgedistill.gguf.convert import gguf_positions
 
     format_, quantization = parse_artifact(f"{format_}:{quantization}")
@@ -79,9 +77,8 @@ def export(
     try:
         artifact = write_artifact(
             path, scratch, format_=format_, quantization=quantization, context_tokens=context,
-            name=path.name, options=options, progress=progress,
+            name=path.name, options=options, store=store, progress=progress,
         )  # fmt: skip
-        _runs(artifact, scratch, store)
         (scratch / RECORD).write_text(artifact.model_dump_json(indent=2) + "\n", encoding="utf-8")
         fsync_tree(scratch)
         if out.exists():
@@ -91,6 +88,7 @@ def export(
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+    tell_notes(artifact, progress)
     for fallback in artifact.fallbacks:
         progress.say(
             f"export: {fallback.tensor} is {fallback.got} instead of {fallback.wanted}: {fallback.why}", level=2
@@ -111,20 +109,6 @@ def _options(recipe: Recipe, calibration: str | None, converter: Path | None, ta
         blocks = [[text] for text in read_documents(calibration, recipe.data)]
     options = options_of(recipe.export, blocks, calibration or "", recipe.seed)
     return replace(options, converter=converter, task=task, calibration_path=arrays)
-
-
-def _runs(artifact: Artifact, folder: Path, store: Store) -> None:
-    if artifact.parity is not None:
-        return  # it ran in its runtime, and was compared
-    with RuntimeProcess(
-        artifact.runtime, folder / artifact.entry, threads=len(machine.usable_cpus()), context_tokens=32, store=store,
-        logits_all=False,
-    ) as process:  # fmt: skip
-        tokens = [0, min(1, artifact.vocab_size - 1)]
-        if artifact.task == "embedding":
-            process.embedding(tokens)
-        else:
-            process.greedy(tokens, 2)
 
 
 def open_artifact(folder: Path) -> Stored[Artifact]:

@@ -285,9 +285,10 @@ def test_a_converter_of_the_users(script: Any, plain: dict[str, Path], tmp_path:
     convert_to_gguf(plain["gpt2"], tmp_path / "theirs.gguf", dtype="F16")
     assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
     assert facts["architecture"] == "gpt2" and facts["vocab_size"] == 400 and facts["context_length"] == 256
-    assert "not compared" in facts["notes"][0]
+    assert facts["notes"] == ["converted by convert_hf_to_gguf.py"]
     artifact = export_gguf(plain["gpt2"], tmp_path, converter=path)
-    assert artifact.notes == facts["notes"]
+    assert artifact.notes == facts["notes"] and artifact.tool_versions["converter"] == "convert_hf_to_gguf.py"
+    assert artifact.parity is not None and artifact.parity.relative_rms < 0.02
 
 
 @pytest.mark.parametrize(

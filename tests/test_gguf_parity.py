@@ -54,7 +54,7 @@ def test_every_export_records_its_parity(
     assert 0 < parity.mean_abs_difference < parity.max_abs_difference
     assert parity.greedy_tokens == 16
     if quantization == "F16":
-        assert parity.greedy_tokens_equal == 16
+        assert parity.greedy_tokens_equal == parity.greedy_compared > 8
 
 
 @pytest.mark.parametrize("quantization", ["F16", "Q8_0"])

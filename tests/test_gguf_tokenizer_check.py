@@ -13,6 +13,7 @@ from edgedistill.errors import UserError
 from edgedistill.export import export_model
 from edgedistill.gguf.pretokenizers import NEW_CHARACTERS_NOTE
 from edgedistill.gguf.tokenizer_bpe import NFC_NOTE
+from edgedistill.models import open_model, weights_sha256
 from edgedistill.progress import Progress
 from edgedistill.records import Artifact
 from edgedistill.store import Store
@@ -21,7 +22,8 @@ from edgedistill.verify.tokenizer_check import with_checked_tokenizer
 
 def exported(checkpoint: Path, store: Path, stream: io.StringIO) -> tuple[Artifact, Path]:
     stored = export_model(
-        checkpoint, "gguf:F16", context_tokens=64, name="tiny", weights_sha256="0" * 64, tokenizer_sha256="0" * 64,
+        checkpoint, "gguf:F16", context_tokens=64, name="tiny", tokenizer_sha256="0" * 64,
+        weights_sha256=weights_sha256(open_model(str(checkpoint)), Store(store)),
         store=Store(store), progress=Progress(stream=stream),
     )  # fmt: skip
     return stored.result, stored.directory

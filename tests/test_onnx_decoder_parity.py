@@ -89,7 +89,7 @@ def test_every_export_records_its_parity(folders: Any, kind: str, quantization: 
     assert 0 < parity.mean_abs_difference < parity.max_abs_difference
     assert parity.runtime.startswith("onnxruntime-genai") and parity.greedy_tokens == 16
     if quantization == "FP32":
-        assert parity.greedy_tokens_equal == 16
+        assert parity.greedy_tokens_equal == parity.greedy_compared > 8
 
 
 @pytest.mark.parametrize("kind", KINDS)

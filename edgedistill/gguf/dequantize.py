@@ -84,11 +84,11 @@ def _as_in_torch(values: NDArray[np.float32], spec: TensorSpec) -> NDArray[np.fl
 
 
 def _specs(reader: GGUFReader, gguf: Path, stored: Sequence[ReaderTensor]) -> Mapping[str, TensorSpec]:
-    def value(key: str) -> int:
+    def value(key: str, default: int | None = None) -> int:
         field = reader.get_field(key)
-        if field is None:
+        if field is None and default is None:
             raise UserError(f"{gguf} has no metadata {key}", "export it with this version of edgedistill")
-        return int(field.contents())
+        return default if field is None else int(field.contents())  # type: ignore[return-value]
 
     named = reader.get_field("general.architecture")
     architecture = str(named.contents()) if named is not None else ""
@@ -98,14 +98,16 @@ def _specs(reader: GGUFReader, gguf: Path, stored: Sequence[ReaderTensor]) -> Ma
     rows = {tensor.name: int(tensor.shape[-1]) for tensor in stored}
     # A flag is what decides whether its tensors are there: take all that could be, and keep those that are.
     flags = frozenset({"untied", *(f for f in family.flags if f != "use_parallel_residual")})
+    heads = value(f"{architecture}.attention.head_count")
+    hidden = value(f"{architecture}.embedding_length")
     sizes = Sizes(
-        vocab_size=value(f"{architecture}.vocab_size"),
-        hidden_size=value(f"{architecture}.embedding_length"),
+        vocab_size=value(f"{architecture}.vocab_size", rows.get("token_embd.weight")),
+        hidden_size=hidden,
         intermediate_size=value(f"{architecture}.feed_forward_length"),
         num_hidden_layers=value(f"{architecture}.block_count"),
-        num_attention_heads=value(f"{architecture}.attention.head_count"),
-        num_key_value_heads=value(f"{architecture}.attention.head_count_kv"),
-        head_dim=value(f"{architecture}.attention.key_length"),
+        num_attention_heads=heads,
+        num_key_value_heads=value(f"{architecture}.attention.head_count_kv", heads),
+        head_dim=value(f"{architecture}.attention.key_length", hidden // heads),
         max_position_embeddings=rows.get("position_embd.weight", value(f"{architecture}.context_length")),
         token_types=rows.get("token_types.weight", 0),
         flags=flags,

@@ -55,9 +55,10 @@ def with_generation(tokenizer: GgufTokenizer, generation: Generation, *, where: 
     eos = tokenizer.special.get("eos", generation.stops[0])
     others = [s for s in generation.stops if s != eos and generation.texts.get(s) not in STOPS_BY_TEXT]
     if len(others) >= len(STOP_ROLES):
+        named = ", ".join(generation.named(stop) for stop in generation.stops)
         raise UserError(
-            f"{where}: {len(generation.stops)} stop tokens ({', '.join(generation.named(s) for s in generation.stops)});"
-            f" a GGUF names {len(STOP_ROLES)} (eos, eot, eom), and llama.cpp does not know these by their text",
+            f"{where}: {len(generation.stops)} stop tokens ({named}); a GGUF names {len(STOP_ROLES)} (eos, eot, eom),"
+            " and llama.cpp does not know these by their text",
             f"leave at most {len(STOP_ROLES)} in eos_token_id, or export as ONNX, which takes a list",
         )
     # In the place where the key stood before, so that models with one stop token keep their bytes.

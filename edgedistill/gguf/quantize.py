@@ -27,6 +27,7 @@ from edgedistill.store import combined_sha256, file_entries, fsync_folder, versi
 from edgedistill.strict import read_json
 
 MODEL_FILE = "model.gguf"
+CONVERTER = "converter"  # in an artifact's tool_versions: the user's own script wrote it
 # llama.cpp's mixes → the type that most of their matrices get.
 QUANTIZATIONS = BASE_TYPES
 FALLBACK_LINE = re.compile(
@@ -91,7 +92,10 @@ def export_gguf(
             model.unlink(missing_ok=True)
             raise
     fsync_folder(out)
-    return _artifact(files, facts, described, request, sensitivity, context_tokens=context_tokens, log=log)
+    made = _artifact(files, facts, described, request, sensitivity, context_tokens=context_tokens, log=log)
+    if options.converter is None:
+        return made
+    return made.model_copy(update={"tool_versions": {**made.tool_versions, CONVERTER: options.converter.name}})
 
 
 def fallbacks_of(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BYTES", "CONTROL", "NORMAL", "UNUSED", "USER_DEFINED", "GgufTokenizer", "add_tokenizer", "added_ends",
-    "general_name", "read_tokenizer",
+    "general_name", "read_tokenizer", "write_vocabulary",
 ]  # fmt: skip
 
 PHI3 = re.compile("phi-?3", re.IGNORECASE)
@@ -96,3 +96,16 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: GgufTokenizer) -> None:
             writer.add_int32(f"{SAMPLING}{key}", value)
         else:
             writer.add_float32(f"{SAMPLING}{key}", value)
+
+
+def write_vocabulary(out: Path, tokenizer: GgufTokenizer) -> None:
+    """A GGUF of the tokenizer alone, which llama.cpp opens where the vocabulary is all that is asked for."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(out, "llama")
+    writer.add_string("general.name", general_name("vocabulary", tokenizer))
+    add_tokenizer(writer, tokenizer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -9,21 +9,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgedistill.errors import UserError
+from edgedistill.gguf.quantize import CONVERTER
 from edgedistill.records import Artifact
+from edgedistill.strict import read_json
 from edgedistill.verify.finding import Finding, require_none
-from edgedistill.weights import read_json
 
-CONVERTER = "converter"  # in an artifact's tool_versions: the user's own script wrote it
 REMEDY = "the artifact is not that model: export it again, or report this with the model's config.json"
 
-__all__ = ["CONVERTER", "Finding", "check_faithful", "require_faithful"]
+__all__ = ["Finding", "check_faithful", "require_faithful"]
 
 
 def check_faithful(artifact: Artifact, folder: Path, checkpoint: Path) -> list[Finding]:
     """Everything in `folder` that differs from `checkpoint` by more than the artifact's quantization explains.
 
     Weights, the numbers that change what is computed, tokenizer, stop tokens, chat templates, context, settings of
-    generation. Empty: nothing does. Raises UserError where either cannot be read, RuntimeCrashed where the runtime dies.
+    generation. Raises UserError where either cannot be read, RuntimeCrashed where the runtime dies.
     """
     if artifact.format == "gguf":
         return _gguf(artifact, folder, checkpoint)
@@ -59,9 +59,7 @@ def _gguf(artifact: Artifact, folder: Path, checkpoint: Path) -> list[Finding]:
     if model is not None:
         found += key_findings(readers[0], model, checkpoint)
         weighted = artifact.calibration is not None
-        found += tensor_findings(
-            readers, model, checkpoint, quantization=artifact.quantization, weighted=weighted
-        )
+        found += tensor_findings(readers, model, checkpoint, quantization=artifact.quantization, weighted=weighted)
         try:
             tokenizer = tokenizer_of(checkpoint, model)
         except UserError:
@@ -69,7 +67,8 @@ def _gguf(artifact: Artifact, folder: Path, checkpoint: Path) -> list[Finding]:
                 raise
     generation = None
     if artifact.task == "causal-lm":
-        vocab_size = len(value_of(readers[0], "tokenizer.ggml.tokens") or []) if model is None else model.sizes.vocab_size
+        tokens = value_of(readers[0], "tokenizer.ggml.tokens") or []
+        vocab_size = len(tokens) if model is None else model.sizes.vocab_size
         generation = generation_of(checkpoint, vocab_size=vocab_size)
     with RuntimeProcess("llama.cpp", entry, threads=1, context_tokens=0, use_extra_bufts=False) as process:
         runtime = process.generation()

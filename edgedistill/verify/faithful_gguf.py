@@ -1,4 +1,4 @@
-"""A GGUF against the folder that it was made of, without running it: every tensor, every key that a computation reads."""
+"""A GGUF against the folder that it was made of, without running it: every tensor, every key that is computed with."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FACTOR_TOLERANCE = 1e-5  # of a rotary factor: another order of the same operati
 # Keys that say nothing where they have such a value, and keys of which llama.cpp has the value without them.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
-    "rope.scaling.type": ("none",),
+    "rope.scaling.type": ("none", ""),
     "rope.scaling.factor": (0.0, 1.0),
     "rope.scaling.finetuned": (False, True),
     "rope.scaling.attn_factor": (1.0,),
@@ -109,8 +109,8 @@ def key_findings(reader: GGUFReader, model: Model, checkpoint: Path) -> Iterator
             yield Finding("metadata", f"{named}.{key}", f"is {shown(found)}, the model's is {shown(wanted)}")
     for key in sorted(written.keys() - expected.keys()):
         found = value_of(reader, written[key])
-        empty = found in (None, 0, False, "") or key in HARMLESS
-        if not empty and found not in NEUTRAL.get(key, ()):
+        usual = NEUTRAL.get(key, (None, 0, False, ""))
+        if key not in HARMLESS and found not in usual:
             yield Finding("metadata", f"{named}.{key}", f"is {shown(found)}, and the model's configuration has none")
 
 
@@ -209,5 +209,3 @@ def _floats(data: NDArray[Any], kind: str, shape: tuple[int, ...]) -> NDArray[np
     if kind == "F16":
         return raw.view(np.float16).astype(np.float32).reshape(shape)
     return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
-
-

@@ -64,10 +64,9 @@ def _tokens(reader: GGUFReader, tokenizer: GgufTokenizer, *, converted: bool) ->
     wrong = [i for i, (a, b) in enumerate(zip(found, tokenizer.tokens, strict=True)) if a != b and i not in free]
     if wrong:
         at = wrong[0]
-        yield Finding(
-            "tokenizer", f"{GGML}tokens",
-            f"differs in {len(wrong):,} tokens: {at} is {shown(found[at])}, the model's is {shown(tokenizer.tokens[at])}",
-        )  # fmt: skip
+        seen, original = shown(found[at]), shown(tokenizer.tokens[at])
+        said = f"differs in {len(wrong):,} tokens: {at} is {seen}, the model's is {original}"
+        yield Finding("tokenizer", f"{GGML}tokens", said)
     yield from _list(reader, "merges", tokenizer.merges)
     if tokenizer.model not in (value_of(reader, f"{GGML}model"),):
         found_model = value_of(reader, f"{GGML}model")
@@ -90,6 +89,7 @@ def _own_keys(reader: GGUFReader, tokenizer: GgufTokenizer) -> Iterator[Finding]
     yield from _list(reader, "token_type", tokenizer.types)
     yield from _list(reader, "scores", [float(np.float32(score)) for score in tokenizer.scores])
     wanted: dict[str, Any] = {"pre": tokenizer.pre, "add_space_prefix": tokenizer.add_space_prefix}
+    wanted |= {"add_bos_token": tokenizer.add_bos, "add_eos_token": tokenizer.add_eos}
     wanted |= {f"{role}_token_id": token_id for role, token_id in tokenizer.special.items()}
     wanted |= {key: list(value) if isinstance(value, bytes) else value for key, value in tokenizer.extra.items()}
     for key, value in wanted.items():
@@ -138,9 +138,7 @@ def _stops(reader: GGUFReader, generation: Generation, runtime: Mapping[str, Any
         yield Finding("stops", f"{GGML}eos_token_id", f"is {shown(keys['eos'])}, which is no token")
 
 
-def template_findings(
-    reader: GGUFReader, generation: Generation, runtime: Mapping[str, Any]
-) -> Iterator[Finding]:
+def template_findings(reader: GGUFReader, generation: Generation, runtime: Mapping[str, Any]) -> Iterator[Finding]:
     """The chat templates, byte for byte, in the file and as llama.cpp gives the default one."""
     for name, wanted in {"default": "", **generation.templates}.items():
         key = TEMPLATE if name == "default" else f"{TEMPLATE}.{name}"

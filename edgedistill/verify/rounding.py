@@ -154,4 +154,5 @@ def _beyond(stored: NDArray[np.float32], original: NDArray[np.float32], type_nam
 def _block_sizes(values: NDArray[np.float32], width: int) -> NDArray[np.float64]:
     """Root mean square of each block, in the file's order."""
     blocks = values.reshape(-1, width)
-    return np.sqrt(np.einsum("bw,bw->b", blocks, blocks, dtype=np.float64) / width)
+    sizes: NDArray[np.float64] = np.sqrt(np.einsum("bw,bw->b", blocks, blocks, dtype=np.float64) / width)
+    return sizes
