@@ -226,7 +226,7 @@ class TestWhole:
         (tmp_path / "llama_cpp" / "__init__.py").write_text(
             "raise ModuleNotFoundError(\"No module named 'llama_cpp'\", name='llama_cpp')\n", encoding="utf-8"
         )
-        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setenv("EDGEDISTILL_LLAMA_EXTRA_BUFTS", "0")
         with pytest.raises(UserError) as caught:
             verify_bundle(made, store=ingredients.store)

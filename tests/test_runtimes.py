@@ -160,16 +160,13 @@ def test_extra_buffers_do_as_the_probe_says(q8_0: Path, store: Store) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0005, 0.5, 0.999])
-def test_a_truncated_gguf_is_refused_with_llama_cpps_reason(
-    f32: Path, store: Store, tmp_path: Path, share: float
-) -> None:
+def test_a_truncated_gguf_is_refused_with_the_reason(f32: Path, store: Store, tmp_path: Path, share: float) -> None:
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(f32.read_bytes()[: int(f32.stat().st_size * share)])
     with pytest.raises(UserError, match=r"cut\.gguf") as refused:
         opened("llama.cpp", cut, store)
-    assert "export it again" in refused.value.remedy
-    if share > 0.1:
-        assert "not within the file bounds" in refused.value.cause
+    assert "export the artifact again" in refused.value.remedy
+    assert "cut short" in refused.value.cause
     assert len(str(refused.value).splitlines()) <= 3
 
 
@@ -236,10 +233,10 @@ def test_a_damaged_onnx_is_refused(runtime_name: str, onnx_int4: Path, tmp_path:
     damaged = shutil.copytree(onnx_int4, tmp_path / "damaged")
     data = damaged / "model.onnx.data"
     os.truncate(data, data.stat().st_size // 2)
-    with pytest.raises(UserError, match="cannot open"):
+    with pytest.raises(UserError, match=r"model\.onnx\.data, which has \d"):
         opened(runtime_name, damaged)
     (damaged / "model.onnx").write_bytes(b"not a model")
-    with pytest.raises(UserError, match="cannot open"):
+    with pytest.raises(UserError, match=r"not a whole ONNX model|not among what is allowed"):
         opened(runtime_name, damaged)
 
 

@@ -29,7 +29,9 @@ from edgedistill import machine
 from edgedistill.bundle.manifest import BundleArtifact, Golden, GoldenCase, GoldenOutput
 from edgedistill.errors import RuntimeCrashed, UserError
 from edgedistill.records import Artifact
+from edgedistill.runtimes.bounds import replay_of
 from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.confine import layers_off
 from edgedistill.store import Store
 
 MULTIPLE_OF_SEEN = 4.0
@@ -178,8 +180,15 @@ def replay(root: Path, artifact: BundleArtifact, *, store: Store | None = None) 
     threads = 1 if artifact.bytes < SMALL_BYTES else min(REPLAY_THREADS, len(machine.usable_cpus()))
     model = root / artifact.folder / artifact.entry
     largest = 0.0
+    # Prompt and continuation twice: token by token, and in one batch.
+    tokens_in_all = 2 * sum(case.token_count + golden.new_tokens for case in golden.cases)
     with RuntimeProcess(
-        artifact.runtime, model, threads=threads, context_tokens=golden.context_tokens, store=store
+        artifact.runtime,
+        model,
+        threads=threads,
+        context_tokens=golden.context_tokens,
+        store=store,
+        bounds=replay_of(tokens_in_all),
     ) as runtime:
         version = str(runtime.info["runtime_version"])
         if int(runtime.info["vocab_size"]) != golden.vocab_size:
@@ -260,6 +269,7 @@ def _replay_notes(artifact: BundleArtifact, info: dict[str, Any]) -> list[str]:
         notes.append(f"{artifact.name}: replayed in {info['runtime_version']}; the vectors were made in {made_with}")
     if info["options"].get("use_extra_bufts") is False:
         notes.append(f"{artifact.name}: use_extra_bufts is off: {info['options'].get('use_extra_bufts_reason', '')}")
+    notes += [f"{artifact.name}: replayed without a layer of its bounds: {off}" for off in layers_off(info["bounds"])]
     if artifact.golden.tokenized_by != "artifact":
         notes.append(f"{artifact.name}: {artifact.runtime} holds no tokenizer: the tokens were taken as they are")
     return notes

@@ -15,6 +15,7 @@ from edgedistill.gguf.config import Sizes
 from edgedistill.gguf.families import FAMILIES, Family
 from edgedistill.gguf.rope import FACTORS, LONG_FACTORS, SHORT_FACTORS
 from edgedistill.gguf.split import split_files
+from edgedistill.guards.gguf import check_gguf
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
@@ -66,6 +67,7 @@ def _read(gguf: Path) -> tuple[dict[str, list[tuple[str, TensorSpec]]], list[Rea
 def _open(gguf: Path) -> GGUFReader:
     from gguf import GGUFReader
 
+    check_gguf(gguf)  # the reader below believes every count
     try:
         return GGUFReader(gguf)
     except (OSError, ValueError, IndexError, KeyError) as error:

@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -21,11 +21,12 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-import edgedistill
-from edgedistill.errors import RuntimeCrashed, UserError
+from edgedistill.errors import EdgedistillError, RuntimeCrashed, UserError
 from edgedistill.machine import usable_cpus
 from edgedistill.runtimes import frames
+from edgedistill.runtimes.bounds import OWN, Bounds
 from edgedistill.runtimes.probe import OVERRIDE, ExtraBufts, extra_bufts
+from edgedistill.runtimes.room import Room, room_for
 from edgedistill.store import Store
 
 RuntimeName = Literal["llama.cpp", "onnxruntime", "onnxruntime-genai", "transformers", "executorch"]
@@ -34,6 +35,7 @@ FloatArray = NDArray[np.float32]
 
 LOG_LINES_SHOWN = 6
 LOG_LINE_CHARS = 200
+LOG_TAIL_BYTES = 64 << 10
 POLL_MS = 200
 TEXTS_PER_MESSAGE = 1000
 CLOSE_S = 2.0
@@ -44,25 +46,32 @@ SPEED_FILES = ("cpu_capacity", "cpufreq/cpuinfo_max_freq")
 class Child:
     """A worker process and the frames to it. `artifact` and `runtime` only name it in errors."""
 
-    def __init__(self, *, runtime: str, artifact: Path, timeout_s: float, log: Path | None = None) -> None:
+    def __init__(
+        self, *, runtime: str, artifact: Path, timeout_s: float, log: Path | None = None, room: Room | None = None
+    ) -> None:
+        """`room`: where and within which bounds it runs; None: here, as this process."""
         self.runtime = runtime
         self.artifact = artifact
         self.timeout_s = timeout_s
         self.remedies: dict[str, str] = {}
+        self._room = room if room is not None else Room()
+        wall_s = self._room.limits.wall_s
+        self._deadline = math.inf if wall_s is None else time.monotonic() + wall_s
         self._log = _open_log(log)
         child_reads, self._write_fd = os.pipe()
         self._read_fd, child_writes = os.pipe()
         # A parent-death signal follows the thread that starts the child, so only the main one may ask for it.
         with_parent = threading.current_thread() is threading.main_thread()
-        command = [sys.executable, "-P", "-m", "edgedistill.runtimes.worker"]
+        arguments = [str(child_reads), str(child_writes), str(int(with_parent)), self._room.bounds_json()]
         try:
             self.process = subprocess.Popen(
-                [*command, str(child_reads), str(child_writes), str(int(with_parent))],
+                [*self._room.command(), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
                 pass_fds=(child_reads, child_writes),
-                env=_environment(),
+                cwd=self._room.working_folder(),
+                env=self._room.environment(),
             )
         finally:
             os.close(child_reads)
@@ -81,17 +90,19 @@ class Child:
         self, op: str, what: str, params: Mapping[str, Any], arrays: Mapping[str, frames.Array] | None = None
     ) -> Iterator[frames.Frame]:
         """One operation with many answers; the caller takes as many as the operation has."""
-        deadline = time.monotonic() + self.timeout_s
+        deadline = min(time.monotonic() + self.timeout_s, self._deadline)
         try:
             frames.send(self._write_fd, {"op": op, **params}, arrays or {}, self._waiter(select.POLLOUT, deadline))
             while True:
                 frame = frames.receive(self._read_fd, self._waiter(select.POLLIN, deadline))
                 if frame is None:
                     raise self._died(what)
-                _raise_sent(frame[0], f"{self.runtime} failed in {what} of {self.artifact}")
+                self._raise_sent(frame[0], f"{self.runtime} failed in {what} of {self.artifact}")
                 yield frame
         except TimeoutError:
             self.kill()
+            if time.monotonic() > self._deadline:
+                raise self._too_long(what, f"{self._room.limits.wall_s:.0f} s") from None
             raise RuntimeCrashed(
                 f"{self.runtime} did not answer within {self.timeout_s:g} s in {what} of {self.artifact}; "
                 f"it was killed{self._log_tail()}",
@@ -113,7 +124,14 @@ class Child:
 
         return wait
 
-    def _died(self, what: str) -> RuntimeCrashed:
+    def _too_long(self, what: str, limit: str) -> UserError:
+        return UserError(
+            f"{self.runtime} hung in {what} of {self.artifact}: it was stopped after {limit}, several times what such "
+            f"an artifact needs{self._log_tail()}",
+            "do not use the artifact; where the machine is very slow or busy, try again on another",
+        )
+
+    def _died(self, what: str) -> EdgedistillError:
         try:
             code = self.process.wait(CLOSE_S)
         except subprocess.TimeoutExpired:
@@ -123,6 +141,8 @@ class Child:
                 "report this as a bug",
             )
         name = signal_name(code)
+        if name == "SIGXCPU":
+            return self._too_long(what, f"{self._room.limits.cpu_s:.0f} s of processor time")
         how = f"died with {name}" if name else f"ended with exit code {code}"
         return RuntimeCrashed(
             f"{self.runtime} {how} in {what} of {self.artifact}{self._log_tail()}", self._remedy(name), name
@@ -141,9 +161,20 @@ class Child:
 
     def _log_tail(self) -> str:
         self._log.flush()
-        lines = Path(self._log.name).read_text(encoding="utf-8", errors="replace").splitlines()
+        with Path(self._log.name).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+            text = file.read(LOG_TAIL_BYTES).decode("utf-8", errors="replace")
+        lines = self._room.named(text).splitlines()
         kept = [line.strip()[:LOG_LINE_CHARS] for line in lines if line.strip()][-LOG_LINES_SHOWN:]
         return "; its last lines:\n  " + "\n  ".join(kept) if kept else ""
+
+    def _raise_sent(self, params: dict[str, Any], where: str) -> None:
+        """An error that the child met in Python, raised here."""
+        cause = self._room.named(str(params.get("cause", "")))
+        if params.get("error") == "user":
+            raise UserError(cause, self._room.named(str(params["remedy"])))
+        if "error" in params:
+            raise RuntimeCrashed(f"{where}: {cause}", "export the artifact again; if it fails again, report a bug")
 
     def kill(self) -> None:
         """End the process at once."""
@@ -174,33 +205,10 @@ def signal_name(returncode: int) -> str:
         return f"signal {-returncode}"
 
 
-def _raise_sent(params: dict[str, Any], where: str) -> None:
-    """An error that the child met in Python, raised here."""
-    if params.get("error") == "user":
-        raise UserError(str(params["cause"]), str(params["remedy"]))
-    if "error" in params:
-        raise RuntimeCrashed(
-            f"{where}: {params['cause']}", "export the artifact again; if it fails again, report a bug"
-        )
-
-
 def _open_log(log: Path | None) -> IO[bytes]:
     if log is None:
         return tempfile.NamedTemporaryFile(prefix="edgedistill-runtime-", suffix=".log")
     return log.open("ab")
-
-
-def _environment() -> dict[str, str]:
-    package_parent = str(Path(edgedistill.__file__).resolve().parent.parent)
-    paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        # llama.cpp's abort would start a debugger to print where it is.
-        "GGML_NO_BACKTRACE": "1",
-        # numpy's own thread pool would spin beside the runtime's.
-        "OPENBLAS_NUM_THREADS": "1",
-    }
 
 
 class RuntimeProcess:
@@ -212,7 +220,9 @@ class RuntimeProcess:
     logits_all      False where only `greedy` and `timed` are wanted: llama.cpp then keeps one row of logits
     timeout_s       of one operation, after which the child is killed
     log             a file for what the runtime prints; default: a temporary one
+    bounds          what the process may use: `OWN`, or `replay_of(tokens)` for an artifact that is not trusted
 
+    The artifact is read before it is opened (guards/), and what it says to the runtime is checked, whoever made it.
     Raises RuntimeCrashed where the child dies or hangs, UserError where the runtime refuses the
     artifact or the input.
     """
@@ -230,14 +240,20 @@ class RuntimeProcess:
         timeout_s: float = 900.0,
         log: Path | None = None,
         store: Store | None = None,
+        bounds: Bounds = OWN,
     ) -> None:
         artifact = artifact.absolute()
         if not artifact.exists():
             raise UserError(f"no artifact {artifact}", "give the path of an existing artifact")
         choice = _extra_bufts_choice(runtime, use_extra_bufts, store)
         cpus = _cpus_for(threads) if pin else None
+        self._room = room_for(runtime, artifact, bounds, context_tokens=context_tokens, threads=threads)
         started = time.perf_counter()
-        self._child = Child(runtime=runtime, artifact=artifact, timeout_s=timeout_s, log=log)
+        try:
+            self._child = Child(runtime=runtime, artifact=artifact, timeout_s=timeout_s, log=log, room=self._room)
+        except BaseException:
+            self._room.close()
+            raise
         try:
             if runtime == "llama.cpp" and choice.use:
                 self._child.remedies.update(dict.fromkeys(("SIGILL", "SIGSEGV"), _extra_bufts_remedy()))
@@ -246,14 +262,16 @@ class RuntimeProcess:
                 "opening",
                 {
                     "runtime": runtime,
-                    "artifact": str(artifact),
+                    "artifact": str(self._room.path()),
                     "cpus": cpus,
+                    "limits": self._room.limits_sent(),
                     "threads": threads,
                     "context_tokens": context_tokens,
                     "use_extra_bufts": choice.use,
                     "logits_all": logits_all,
                 },
             )
+            self._room.require_unchanged()
         except BaseException:
             self.close()
             raise
@@ -336,6 +354,7 @@ class RuntimeProcess:
 
     def close(self) -> None:
         self._child.close()
+        self._room.close()
 
     def __enter__(self) -> RuntimeProcess:
         return self

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
+from edgedistill.guards.tokenizer import TOKENIZER, check_tokenizer_json
 from edgedistill.runtimes.backend import greedy_timed
-from edgedistill.runtimes.ort import CONFIG, genai_config
+from edgedistill.runtimes.ort import genai_config
 
 
 class GenaiBackend:
@@ -29,12 +30,9 @@ class GenaiBackend:
         del use_extra_bufts, logits_all  # llama.cpp's
         import onnxruntime_genai as og
 
-        self._folder = artifact if artifact.is_dir() else artifact.parent
-        model = genai_config(self._folder).get("model", {})
-        if "vocab_size" not in model:
-            raise UserError(
-                f"{self._folder} has no {CONFIG} of a decoder", "give the folder of an onnxruntime-genai model"
-            )
+        self._folder = artifact
+        model = genai_config(self._folder)["model"]
+        check_tokenizer_json(artifact / TOKENIZER)
         self._og = og
         self._threads = threads
         self.vocab_size = int(model["vocab_size"])

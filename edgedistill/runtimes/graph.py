@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
+from edgedistill.runtimes.bounds import OWN
 from edgedistill.runtimes.child import Child
+from edgedistill.runtimes.room import GRAPH, room_for
 
 if TYPE_CHECKING:
     from edgedistill.onnx.histogram import Observed
@@ -23,13 +25,19 @@ class GraphProcess:
         path = path.absolute()
         if not path.is_file():
             raise UserError(f"no graph {path}", "give an .onnx or .ort file")
-        self._child = Child(runtime="onnxruntime", artifact=path, timeout_s=timeout_s)
+        self._room = room_for(GRAPH, path, OWN, context_tokens=0, threads=threads)
+        try:
+            self._child = Child(runtime="onnxruntime", artifact=path, timeout_s=timeout_s, room=self._room)
+        except BaseException:
+            self._room.close()
+            raise
         try:
             self.info = self._child.call(
-                "open_graph", "opening", {"path": str(path), "threads": threads, "optimize": optimize}
+                "open_graph", "opening", {"path": str(self._room.path()), "threads": threads, "optimize": optimize}
             )
+            self._room.require_unchanged()
         except BaseException:
-            self._child.close()
+            self.close()
             raise
 
     @property
@@ -72,6 +80,7 @@ class GraphProcess:
 
     def close(self) -> None:
         self._child.close()
+        self._room.close()
 
     def __enter__(self) -> GraphProcess:
         return self

@@ -1,4 +1,4 @@
-"""The child process that holds a runtime: `python -m edgedistill.runtimes.worker READ_FD WRITE_FD DIE_WITH_PARENT`.
+"""The child process that holds a runtime: `main` with READ_FD WRITE_FD DIE_WITH_PARENT BOUNDS as last arguments.
 
 Started by `child.Child`. It reads frames from one pipe and answers on the other; whatever the C++
 libraries print goes to the log file that is its standard output and error. It needs numpy and the
@@ -8,6 +8,7 @@ runtime that it is told to open, nothing else.
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
-from edgedistill.runtimes import frames
+from edgedistill.runtimes import confine, frames
 from edgedistill.runtimes.backend import Backend, Embedder
 
 if TYPE_CHECKING:
@@ -31,6 +32,13 @@ BACKENDS = {
     "onnxruntime": "edgedistill.runtimes.ort:OrtBackend",
     "onnxruntime-genai": "edgedistill.runtimes.genai:GenaiBackend",
     "transformers": "edgedistill.runtimes.folder:FolderBackend",
+}
+# What each runtime brings, loaded before the process is sealed: loading may start threads and programs.
+LIBRARIES = {
+    "llama.cpp": ("llama_cpp",),
+    "onnxruntime": ("onnxruntime",),
+    "onnxruntime-genai": ("onnxruntime_genai",),
+    "transformers": ("torch", "transformers", "bitsandbytes", "accelerate", "tokenizers", "safetensors.torch"),
 }
 EXTRAS = {
     "llama_cpp": "llama", "onnxruntime": "onnx", "onnxruntime_genai": "onnx", "bitsandbytes": "train",
@@ -57,13 +65,17 @@ def peak_rss_bytes() -> int:
 
 
 def main() -> None:
-    read_fd, write_fd, die_with_parent = (int(argument) for argument in sys.argv[1:4])
+    read_fd, write_fd, die_with_parent = (int(argument) for argument in sys.argv[-4:-1])
+    bounds = json.loads(sys.argv[-1])
     # Ctrl-C reaches the whole process group; the parent decides what becomes of this child.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _no_core_file()
     if die_with_parent:
         _die_with_parent()
-    Worker(read_fd, write_fd).serve()
+    report = {}
+    if bounds["isolated"]:
+        report = confine.begin(Path(bounds["folder"]), [Path(path) for path in bounds["files"]])
+    Worker(read_fd, write_fd, isolated=bounds["isolated"], report=report).serve()
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: the destructors of C++ libraries may crash, and there is nothing left to lose.
@@ -90,7 +102,9 @@ def _die_with_parent() -> None:
 class Worker:
     """Answers frames until the parent closes its end."""
 
-    def __init__(self, read_fd: int, write_fd: int) -> None:
+    def __init__(self, read_fd: int, write_fd: int, *, isolated: bool, report: dict[str, str]) -> None:
+        self.isolated = isolated
+        self.report = report
         self.read_fd = read_fd
         self.write_fd = write_fd
         self.backend: Backend | None = None
@@ -165,7 +179,9 @@ class Worker:
         else:
             raise ValueError(f"no operation '{op}'")
 
-    def _open(self, runtime: str, artifact: str, cpus: list[int] | None, **options: Any) -> dict[str, Any]:
+    def _open(
+        self, runtime: str, artifact: str, cpus: list[int] | None, limits: dict[str, Any], **options: Any
+    ) -> dict[str, Any]:
         if cpus:
             # Before the runtime is loaded: threads inherit the mask of the thread that starts them.
             os.sched_setaffinity(0, cpus)
@@ -176,8 +192,11 @@ class Worker:
             )
         module, _, name = BACKENDS[runtime].partition(":")
         backend_class = getattr(importlib.import_module(module), name)
+        for library in LIBRARIES[runtime]:
+            importlib.import_module(library)
+        self.report |= confine.seal(**limits, isolated=self.isolated)
         self.backend = backend_class(Path(artifact), **options)
-        return {**self._opened().info(), "pid": os.getpid()}
+        return {**self._opened().info(), "pid": os.getpid(), "bounds": self.report}
 
     def _logits(self, tokens_T: NDArray[np.int32]) -> Iterator[Answer]:
         backend = self._opened()
