@@ -184,6 +184,16 @@ def test_modules_where_the_program_is_started_are_not_imported(
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "onnxruntime-genai"])
+def test_nothing_is_left_in_the_home(runtime: str, int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both keep a database of what they ran, for their maker, unless they are told not to."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    with RuntimeProcess(runtime, int4, threads=1, context_tokens=64) as process:
+        assert len(process.greedy([1], 2)) == 2
+    assert not listing(tmp_path)
+
+
 # ONNX
 
 

@@ -32,7 +32,7 @@ SYSTEM_FOLDERS = (
     "/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc", "/opt", "/proc", "/sys", "/dev", "/nix", "/gnu", "/snap",
     "/run/current-system", "/run/opengl-driver", "/System", "/Library",
 )  # fmt: skip
-WRITABLE_DEVICES = ("/dev/null", "/dev/zero", "/dev/shm")
+WRITABLE_DEVICES = ("/dev/null", "/dev/zero")
 
 
 def begin(folder: Path, files: Sequence[Path]) -> dict[str, str]:

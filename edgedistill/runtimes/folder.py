@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
+from edgedistill.guards.tokenizer import TOKENIZER, check_tokenizer_json
 from edgedistill.runtimes.backend import greedy_timed
 
 
@@ -30,6 +31,8 @@ class FolderBackend:
         self._torch = torch
         self._folder = artifact
         self._threads = threads
+        if (artifact / TOKENIZER).is_file():
+            check_tokenizer_json(artifact / TOKENIZER)
         started = time.perf_counter()
         try:
             self._model = open_folder(artifact)

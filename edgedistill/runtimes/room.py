@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import edgedistill
+from edgedistill.errors import UserError
 from edgedistill.runtimes.bounds import OWN, Bounds, Limits, limits_of
 from edgedistill.runtimes.staging import PrivateFolder, Staged, stage, stage_graph
 
@@ -33,6 +35,8 @@ OURS = {
     "GGML_NO_BACKTRACE": "1",
     # numpy's own thread pool would spin beside the runtime's.
     "OPENBLAS_NUM_THREADS": "1",
+    # onnxruntime and onnxruntime-genai keep a diary of every model in the user's home, and send it to their maker.
+    "ORT_DISABLE_TELEMETRY": "1",
 }
 GRAPH = "graph"  # beside the runtimes' names: any ONNX graph, and no decoder
 NO_LIMITS = Limits(None, None, None, None)
@@ -100,7 +104,13 @@ class Room:
 
 def room_for(runtime: str, artifact: Path, bounds: Bounds, *, context_tokens: int, threads: int) -> Room:
     """Read the artifact, lay it out, bound its process. Raises UserError for what is not allowed in it."""
-    folder = PrivateFolder()
+    try:
+        folder = PrivateFolder()
+    except OSError as error:
+        raise UserError(
+            f"no private folder for {runtime} can be made in {tempfile.gettempdir()}: {error.strerror}",
+            "free some space there, or let TMPDIR name another folder",
+        ) from error
     try:
         graph = runtime == GRAPH
         staged = stage_graph(artifact, folder.content) if graph else stage(runtime, artifact, folder.content)
