@@ -450,6 +450,7 @@ def run(arguments: list[str] | None = None) -> NoReturn:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it keeps a diary at home and sends it to its maker
     try:
         code = app(args=arguments, prog_name="edgedistill", standalone_mode=False)
         if code == errors.EXIT_INTERRUPTED:  # typer gives it back for a KeyboardInterrupt
