@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgedistill.distill import multiset
 from edgedistill.errors import UserError
 from edgedistill.recipe import Recipe
 from edgedistill.store import sha256_of
@@ -24,6 +23,8 @@ DRAWN = ("sampled", "topk")  # kinds that hold probabilities, at one temperature
 def estimate_bytes(kind: str, *, vocab: int, width: int, draws: int, top_k: int) -> float:
     """Bytes a token, about: a sample is taken to hold half of its draws distinct."""
     if kind == "sampled":
+        from edgedistill.distill import multiset  # numpy: not for a plan without such a cache
+
         k = max(1, min(draws, vocab) // 2)
         return float(multiset.payload_bits(draws, vocab)[k] + multiset.k_bits(draws, vocab)) / 8
     return float({"topk": 6 * top_k + 4, "dense": 2 * vocab, "hidden": 2 * width}[kind])
