@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from edgedistill import errors
+from edgedistill import errors, waiting
 from edgedistill.cli_options import (
     DataOption,
     EvalData,
@@ -446,6 +446,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str] | None = None) -> NoReturn:
     """Run a command; every expected error ends here, with its exit code and no traceback."""
+    waiting.let_threads_sleep()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

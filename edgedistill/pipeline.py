@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgedistill import machine
+from edgedistill import machine, waiting
 from edgedistill.data.prepare import prepare_data
 from edgedistill.errors import GateFailed, LimitBroken
 from edgedistill.export_options import ExportOptions
@@ -106,6 +106,7 @@ def build(
 
 def distill(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress: Progress = QUIET) -> Trained:
     """Plan, data, teacher and a student that fits all targets; whatever the store has is reused."""
+    waiting.let_threads_sleep()  # for Python users; the command line did it before
     from edgedistill.distill.ranks import leave
     from edgedistill.distill.stage import distill as train_student
     from edgedistill.distill.teacher import obtain_teacher
@@ -137,6 +138,7 @@ def distill(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress
 
 def cache_teacher(recipe: Recipe, *, store: Store, progress: Progress = QUIET) -> tuple[str, SignalsResult]:
     """The teacher's signals on disk, as the recipe's `distill.cache` asks: where they lie, and how large they are."""
+    waiting.let_threads_sleep()
     from edgedistill.distill.ranks import leave
     from edgedistill.distill.stage import cache_signals
     from edgedistill.distill.teacher import obtain_teacher

@@ -18,7 +18,7 @@ Interval = tuple[float, float]
 class Record(BaseModel):
     """Base: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), defer_build=True)
 
 
 class FileEntry(Record):

@@ -50,7 +50,14 @@ def compare_decoders(
     def opened(artifact: Path, stack: ExitStack) -> tuple[Callable[[], float], dict[str, Any]]:
         process = stack.enter_context(
             RuntimeProcess(
-                runtime, artifact, threads=threads, context_tokens=context, logits_all=False, pin=True, store=store
+                runtime,
+                artifact,
+                threads=threads,
+                context_tokens=context,
+                logits_all=False,
+                pin=True,
+                spin=True,
+                store=store,
             )
         )
         return lambda: float(np.mean(process.timed(prompt, context - prompt_tokens)["token_ms"])), process.info
@@ -76,7 +83,7 @@ def compare_graphs(
     with ExitStack() as both:
 
         def opened(paths: Sequence[Path]) -> tuple[Callable[[], float], str]:
-            parts = [both.enter_context(GraphProcess(path, threads=threads)) for path in paths]
+            parts = [both.enter_context(GraphProcess(path, threads=threads, spin=True)) for path in paths]
             first = [min(part.timed(arrays, 3)) for part, arrays in zip(parts, inputs, strict=True)]
             repeats = int(np.clip(SAMPLE_MS / max(1e-3, sum(first)), 1, MOST_REPEATS))
 

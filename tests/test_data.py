@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import json
+import typing
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,7 +14,7 @@ from hypothesis import strategies as st
 
 from edgedistill.data.documents import decode_text, in_pieces, read_documents, split_text
 from edgedistill.data.prepare import prepare_data, read_part
-from edgedistill.data.python_docs import python_docs
+from edgedistill.data.python_docs import _documented, python_docs
 from edgedistill.data.split import blocks_of, overlap, split_documents
 from edgedistill.errors import UserError
 from edgedistill.recipe import Data
@@ -142,6 +146,21 @@ def test_joining_keeps_all_text_in_order(texts, size):
     blocks = blocks_of(texts, size)
     assert [text for block in blocks for text in block] == texts
     assert all(sum(len(text) + 1 for text in block) >= size for block in blocks[:-1])
+
+
+def test_docstrings_are_found_in_the_order_of_a_walk_over_everything():
+    source = (
+        "'m'\nclass A:\n  'a'\n  def f(self):\n    'f'\n    def g(): 'g'\n"
+        "if x:\n  def h(): 'h'\nelif y:\n  class B: 'b'\nelse:\n  async def i(): 'i'\n"
+        "try:\n  def j(): 'j'\nexcept E:\n  def k(): 'k'\nelse:\n  def n(): 'n'\nfinally:\n  def l(): 'l'\n"
+        "match z:\n  case 1:\n    def o(): 'o'\n  case _:\n    def p(): 'p'\n"
+        "with q:\n  for r in s:\n    def t(): 't'\n  else:\n    class C: 'c'\n"
+        "try:\n  pass\nexcept* E:\n  class D: 'd'\nwhile u:\n  def v(a=lambda: 0): 'v'\n"
+    )
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for text in (source, Path(argparse.__file__).read_text(), Path(typing.__file__).read_text()):
+        tree = ast.parse(text)
+        assert list(_documented(tree)) == [node for node in ast.walk(tree) if isinstance(node, kinds)]
 
 
 def test_python_docs_are_english_deduplicated_and_stable():

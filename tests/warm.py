@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
+from edgedistill import waiting
+
 HERE = Path(__file__).resolve().parent
 # What edgedistill.cli.run sets before anything is imported, and Command for every command.
 ENVIRONMENT = {
@@ -25,6 +27,7 @@ ENVIRONMENT = {
 if multiprocessing.current_process().name == "MainProcess" and "forkserver" in " ".join(sys.orig_argv):
     # In the server, which imports this module before it forks.
     os.environ.update(ENVIRONMENT)
+    waiting.let_threads_sleep()
     import accelerate  # noqa: F401
     import torch  # noqa: F401
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401

@@ -65,6 +65,7 @@ def bench(
         context_tokens=artifact.context_tokens,
         logits_all=False,
         pin=True,
+        spin=True,
         store=store,
     ) as runtime:
         vocabulary = min(artifact.vocab_size, int(runtime.info["vocab_size"]))

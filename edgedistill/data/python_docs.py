@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from edgedistill.errors import UserError
 
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "pydoc_data"})
 MIN_CHARS = 16  # shorter docstrings are names and types
+# the fields of nodes that hold statements, in the order in which the grammar has them
+STATEMENTS = ("body", "cases", "handlers", "orelse", "finalbody")
 REPEATED_CHARS = 60  # shorter paragraphs repeat by chance
 
 
@@ -57,10 +60,17 @@ def _passages() -> Iterator[list[str]]:
     else:
         for name in sorted(topics.topics):
             yield [topics.topics[name]]
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*.py"), key=lambda p: p.relative_to(library).as_posix()):
-        if not SKIPPED_FOLDERS.intersection(path.relative_to(library).parts):
-            yield _docstrings(path)
+    for path in _sources(Path(sysconfig.get_paths()["stdlib"])):
+        yield _docstrings(path)
+
+
+def _sources(library: Path) -> list[Path]:
+    """The library's modules in the order of their names; folders that are skipped are not even walked."""
+    found = []
+    for folder, folders, files in os.walk(library):
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return sorted(found, key=lambda path: path.relative_to(library).as_posix())
 
 
 def _docstrings(path: Path) -> list[str]:
@@ -70,7 +80,17 @@ def _docstrings(path: Path) -> list[str]:
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):  # templates and deliberately broken files are no documentation
         return []
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return [
-        text for node in ast.walk(tree) if isinstance(node, kinds) and (text := ast.get_docstring(node, clean=False))
-    ]
+    return [text for node in _documented(tree) if (text := ast.get_docstring(node, clean=False))]
+
+
+def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """What may carry a docstring, level by level as `ast.walk` gives it, without its visits to every expression."""
+    level: list[ast.AST] = [tree]
+    while level:
+        below: list[ast.AST] = []
+        for node in level:
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield node
+            for name in STATEMENTS:
+                below += getattr(node, name, ())
+        level = below

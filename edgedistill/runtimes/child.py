@@ -217,6 +217,7 @@ class RuntimeProcess:
     threads         CPU threads; with `pin`, the child may only run on so many CPUs, the fastest ones (Linux)
     context_tokens  the longest sequence, prompt and answer together; llama.cpp with 0 reads the vocabulary alone
     use_extra_bufts llama.cpp's repacked and AMX weights; None: as the probe of this machine says
+    spin            waiting threads spin as the runtime's defaults have it: where speed is measured
     logits_all      False where only `greedy` and `timed` are wanted: llama.cpp then keeps one row of logits
     timeout_s       of one operation, after which the child is killed
     log             a file for what the runtime prints; default: a temporary one
@@ -237,6 +238,7 @@ class RuntimeProcess:
         use_extra_bufts: bool | None = None,
         logits_all: bool = True,
         pin: bool = False,
+        spin: bool = False,
         timeout_s: float = 900.0,
         log: Path | None = None,
         store: Store | None = None,
@@ -247,7 +249,7 @@ class RuntimeProcess:
             raise UserError(f"no artifact {artifact}", "give the path of an existing artifact")
         choice = _extra_bufts_choice(runtime, use_extra_bufts, store)
         cpus = _cpus_for(threads) if pin else None
-        self._room = room_for(runtime, artifact, bounds, context_tokens=context_tokens, threads=threads)
+        self._room = room_for(runtime, artifact, bounds, context_tokens=context_tokens, threads=threads, spin=spin)
         started = time.perf_counter()
         try:
             self._child = Child(runtime=runtime, artifact=artifact, timeout_s=timeout_s, log=log, room=self._room)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgedistill import waiting
 from edgedistill.errors import UserError
 from edgedistill.guards.tokenizer import TOKENIZER, check_tokenizer_json
 from edgedistill.runtimes.backend import greedy_timed
@@ -38,7 +39,9 @@ class GenaiBackend:
         self.vocab_size = int(model["vocab_size"])
         self.context_tokens = min(context_tokens, int(model.get("context_length", context_tokens)))
         og.disable_telemetry_events()
-        session_options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+        session_options: dict[str, Any] = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+        if waiting.sleeps_soon():
+            session_options[waiting.ONNXRUNTIME_SPINS] = "0"
         started = time.perf_counter()
         try:
             config = og.Config(str(self._folder))

@@ -19,13 +19,18 @@ if TYPE_CHECKING:
 
 
 class GraphProcess:
-    """A graph open in a child process. A context manager. Raises RuntimeCrashed, UserError."""
+    """A graph open in a child process. A context manager. Raises RuntimeCrashed, UserError.
 
-    def __init__(self, path: Path, *, threads: int, optimize: bool = True, timeout_s: float = 900.0) -> None:
+    `spin`: waiting threads spin as onnxruntime has it, where speed is measured.
+    """
+
+    def __init__(
+        self, path: Path, *, threads: int, optimize: bool = True, timeout_s: float = 900.0, spin: bool = False
+    ) -> None:
         path = path.absolute()
         if not path.is_file():
             raise UserError(f"no graph {path}", "give an .onnx or .ort file")
-        self._room = room_for(GRAPH, path, OWN, context_tokens=0, threads=threads)
+        self._room = room_for(GRAPH, path, OWN, context_tokens=0, threads=threads, spin=spin)
         try:
             self._child = Child(runtime="onnxruntime", artifact=path, timeout_s=timeout_s, room=self._room)
         except BaseException:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgedistill import waiting
 from edgedistill.errors import UserError
 from edgedistill.onnx.histogram import Observed, observe
 from edgedistill.runtimes.backend import greedy_timed
@@ -70,6 +71,8 @@ class OrtBackend:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        if waiting.sleeps_soon():
+            options.add_session_config_entry(waiting.ONNXRUNTIME_SPINS, "0")
         started = time.perf_counter()
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -118,7 +121,11 @@ class OrtBackend:
             "vocab_size": self.vocab_size,
             "context_tokens": self.context_tokens,
             "load_ms": self.load_ms,
-            "options": {"threads": self._threads, "providers": self._session.get_providers()},
+            "options": {
+                "threads": self._threads,
+                "providers": self._session.get_providers(),
+                "spins": not waiting.sleeps_soon(),
+            },
         }
 
     def logits(self, tokens_T: NDArray[np.int32]) -> Iterator[NDArray[np.float32]]:
@@ -177,6 +184,8 @@ class GraphSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        if waiting.sleeps_soon():
+            options.add_session_config_entry(waiting.ONNXRUNTIME_SPINS, "0")
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import edgedistill
+from edgedistill import waiting
 from edgedistill.errors import UserError
 from edgedistill.runtimes.bounds import OWN, Bounds, Limits, limits_of
 from edgedistill.runtimes.staging import PrivateFolder, Staged, stage, stage_graph
@@ -27,8 +28,8 @@ BOOT = (
 # Of the user's environment, what an isolated process keeps: languages, libraries, and how threads wait.
 KEPT = (
     "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH",
-    "LLAMA_CPP_LIB_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_THREAD_LIMIT",
-    "GOMP_SPINCOUNT", "KMP_BLOCKTIME",
+    "LLAMA_CPP_LIB_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_THREAD_LIMIT", waiting.MARK,
+    *waiting.USERS,
 )  # fmt: skip
 OURS = {
     # llama.cpp's abort would start a debugger to print where it is.
@@ -51,6 +52,7 @@ class Room:
     shown: Path | None = None  # the artifact as the user knows it
     bounds: Bounds = OWN
     limits: Limits = field(default=NO_LIMITS)
+    spin: bool = False  # its waiting threads spin as the runtime has it: speed is measured
 
     @property
     def isolated(self) -> bool:
@@ -67,11 +69,12 @@ class Room:
         return self.folder.root if self.folder is not None and self.isolated else None
 
     def environment(self) -> dict[str, str]:
+        given = waiting.spinning(os.environ) if self.spin else waiting.asleep(os.environ)
         if self.folder is not None and self.isolated:
-            return _isolated_environment(self.folder.root, os.environ)
+            return _isolated_environment(self.folder.root, given)
         # The user's own path, but no folder that depends on where the program was started.
-        paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if Path(path).is_absolute()]
-        return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **OURS}
+        paths = [path for path in given.get("PYTHONPATH", "").split(os.pathsep) if Path(path).is_absolute()]
+        return {**given, "PYTHONPATH": os.pathsep.join(paths), **OURS}
 
     def command(self) -> list[str]:
         """What starts the worker; its four arguments follow."""
@@ -102,7 +105,9 @@ class Room:
             self.folder.close()
 
 
-def room_for(runtime: str, artifact: Path, bounds: Bounds, *, context_tokens: int, threads: int) -> Room:
+def room_for(
+    runtime: str, artifact: Path, bounds: Bounds, *, context_tokens: int, threads: int, spin: bool = False
+) -> Room:
     """Read the artifact, lay it out, bound its process. Raises UserError for what is not allowed in it."""
     try:
         folder = PrivateFolder()
@@ -118,7 +123,7 @@ def room_for(runtime: str, artifact: Path, bounds: Bounds, *, context_tokens: in
         folder.close()
         raise
     limits = limits_of(bounds, artifact_bytes=staged.bytes, context_tokens=context_tokens, threads=threads)
-    return Room(folder, staged, artifact, bounds, limits)
+    return Room(folder, staged, artifact, bounds, limits, spin)
 
 
 def _isolated_environment(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
