@@ -293,6 +293,27 @@ def test_graphs_that_are_not_allowed(what: str, folder: Path) -> None:
         assert said in opening(runtime, folder)
 
 
+def test_what_a_graph_holds_is_told(folder: Path) -> None:
+    found = check_onnx(folder / "model.onnx")
+    model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    assert found.weights == {t.name: (t.data_type, tuple(t.dims)) for t in model.graph.initializer}
+    assert set(found.inputs) == {one.name for one in model.graph.input}
+    assert found.outputs["logits"][1][-1] == 263 and found.inputs["input_ids"][0] == TensorProto.INT64
+    weight = next(t for t in model.graph.initializer if t.external_data)
+    place = {e.key: e.value for e in weight.external_data}
+    file, offset, size = found.pieces[weight.name][-1]
+    assert (file, offset, size) == (place["location"], int(place["offset"]), int(place["length"]))
+    assert all(node.name in found.pieces for node in model.graph.node)
+
+
+def test_where_a_ggufs_bytes_lie_is_told(f32: Path) -> None:
+    found, data = check_gguf(f32), f32.read_bytes()
+    for tensor in gguf.GGUFReader(f32).tensors:
+        begin, size = found.spans[tensor.name]
+        assert data[begin : begin + size] == tensor.data.tobytes()
+        assert found.kinds[tensor.name] == (int(tensor.tensor_type), tuple(int(n) for n in tensor.shape))
+
+
 def test_two_graphs_in_one_are_refused(folder: Path) -> None:
     """protobuf merges a message that stands twice: a reader that looks at one of them is deceived."""
     path = folder / "model.onnx"

@@ -61,13 +61,18 @@ SIZES = {
 
 @dataclass
 class GgufHeader:
-    """What a file says. `values`: scalars and short strings; `arrays`: key → (type, count); `tensors`: name → bytes."""
+    """What a file says. `values`: scalars and short strings; `arrays`: key → (type, count); `tensors`: name → bytes.
+
+    `spans`: array or tensor → where its bytes begin in the file, and how many; `kinds`: tensor → ggml's type and dims.
+    """
 
     path: Path
     bytes: int
     values: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, tuple[int, int]] = field(default_factory=dict)
     tensors: dict[str, int] = field(default_factory=dict)
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
+    kinds: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
 
 
 def check_gguf(path: Path) -> GgufHeader:
@@ -153,6 +158,7 @@ class _Reader:
 
     def array(self, name: str) -> None:
         kind, count = self.number("<I"), self.number("<Q")
+        start = self.at
         if kind == STRING:
             if count > MAX_TOKENS:
                 raise self.refused(f"{name} has {count:,} texts")
@@ -169,6 +175,7 @@ class _Reader:
         else:
             raise self.refused(f"{name} is an array of the type {kind}, which is not among what is allowed")
         self.found.arrays[name] = (kind, count)
+        self.found.spans[name] = (start, self.at - start)
 
     def strings(self, name: str, count: int) -> None:
         """Step over them; the sum of their lengths is bounded as well as each."""
@@ -222,18 +229,24 @@ class _Reader:
         expected = 0
         for _ in range(count):
             name = self.string(MAX_NAME_BYTES, "a tensor's name").decode("ascii", errors="replace")
-            if not NAME.fullmatch(name) or name in self.found.tensors:
+            if not NAME.fullmatch(name) or name in self.found.tensors or name in self.found.arrays:
                 raise self.refused(f"a tensor has the name {shown(name)}, a second time or with other characters")
             dims = [self.number("<Q") for _ in range(self.rank(name))]
-            size = self.tensor_bytes(name, dims, self.number("<I"))
+            kind = self.number("<I")
+            size = self.tensor_bytes(name, dims, kind)
             offset = self.number("<Q")
             if offset != expected:
                 raise self.refused(f"the tensor {name} begins at byte {offset:,} of the data, not at {expected:,}")
             self.found.tensors[name] = size
+            self.found.kinds[name] = (kind, tuple(dims))
+            self.found.spans[name] = (offset, size)
             expected += -(-size // alignment) * alignment
         # Without tensors (a vocabulary alone) nothing need be padded.
         begin = -(-self.at // alignment) * alignment if count else min(self.found.bytes, self.at + alignment - 1)
         last = expected - (-size % alignment) if count else 0
+        for name in self.found.tensors:
+            offset, size = self.found.spans[name]
+            self.found.spans[name] = (begin + offset, size)
         if not max(self.at, begin + last) <= self.found.bytes <= begin + expected:
             raise self.refused(
                 f"it has {self.found.bytes:,} bytes; its tensors end at byte {begin + last:,}: it is "

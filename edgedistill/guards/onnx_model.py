@@ -64,17 +64,31 @@ TENSOR = {
 }  # fmt: skip
 TENSOR_VALUES = (4, 5, 7, 10, 11)
 OPSET = {1: ((BYTES,), ONCE), 2: ((VARINT,), ONCE)}
+VALUE = {1: ((BYTES,), ONCE), 2: ((BYTES,), ONCE), 3: ((BYTES,), ONCE), 4: ((BYTES,), MANY)}
+# Tensors alone: no sequences, maps, optional or sparse values.
+TYPE = {1: ((BYTES,), ONCE), 6: ((BYTES,), ONCE)}
+TENSOR_TYPE = {1: ((VARINT,), ONCE), 2: ((BYTES,), ONCE)}
+SHAPE = {1: ((BYTES,), MANY)}
+DIM = {1: ((VARINT,), ONCE), 2: ((BYTES,), ONCE), 3: ((BYTES,), ONCE)}
 PAIR = {1: ((BYTES,), ONCE), 2: ((BYTES,), ONCE)}
 
 
 @dataclass
 class OnnxModel:
-    """What a file holds. `files`: names and bytes of the files beside it that hold its weights."""
+    """What a file holds. `files`: names and bytes of the files beside it that hold its weights.
+
+    `pieces`: a node or weight of the graph → where its bytes lie: file, first byte, how many; `weights`: name → type's
+    number and dimensions; `inputs`, `outputs`: the same, a dimension without a size as its name.
+    """
 
     path: Path
     bytes: int = 0
     nodes: int = 0
     files: dict[str, int] = field(default_factory=dict)
+    pieces: dict[str, list[tuple[str, int, int]]] = field(default_factory=dict)
+    weights: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    inputs: dict[str, tuple[int, tuple[int | str, ...]]] = field(default_factory=dict)
+    outputs: dict[str, tuple[int, tuple[int | str, ...]]] = field(default_factory=dict)
 
     @property
     def data_bytes(self) -> int:
@@ -95,6 +109,7 @@ def check_onnx(path: Path) -> OnnxModel:
     return found
 
 
+Piece = tuple[str, int, int]
 Table = Mapping[int, tuple[tuple[int, ...], bool]]
 
 
@@ -150,12 +165,36 @@ class _Reader:
         if len(nodes) > MAX_NODES:
             raise self.refused(f"it has {len(nodes):,} nodes; at most {MAX_NODES:,} are read")
         self.found.nodes = len(nodes)
-        for one in nodes:
-            self.node(one)
         for one in graph.get(5, []):
-            self.tensor(one)
+            name, where, kind = self.tensor(one)
+            if name in self.found.pieces:
+                raise self.refused(f"two tensors have the name {shown(name)}")
+            self.found.pieces[name], self.found.weights[name] = where, kind
+        for number, one in enumerate(nodes):
+            # A node need have no name, nor one of its own.
+            name = self.node(one)
+            self.found.pieces[name if name and name not in self.found.pieces else f"{name}#{number}"] = [self.span(one)]
+        for many, into in ((graph.get(11, []), self.found.inputs), (graph.get(12, []), self.found.outputs)):
+            into.update(self.value(one) for one in many)
 
-    def node(self, one: Field) -> None:
+    def span(self, one: Field) -> Piece:
+        return self.found.path.name, one.value, one.end - one.value
+
+    def value(self, one: Field) -> tuple[str, tuple[int, tuple[int | str, ...]]]:
+        """An input or output: its name, its type's number (0: no tensor), its shape."""
+        value = self.read(one.value, one.end, VALUE, "an input or output")
+        kind, dims = 0, []
+        for whole in value.get(2, []):
+            for tensor in self.read(whole.value, whole.end, TYPE, "a type").get(1, []):
+                parts = self.read(tensor.value, tensor.end, TENSOR_TYPE, "a tensor's type")
+                kind = parts[1][0].value if 1 in parts else 0
+                for shape in parts.get(2, []):
+                    found = self.read(shape.value, shape.end, SHAPE, "a shape")
+                    dims = [self.read(dim.value, dim.end, DIM, "a dimension") for dim in found.get(1, [])]
+        return self.text(value, 1), (kind, tuple(dim[1][0].value if 1 in dim else self.text(dim, 2) for dim in dims))
+
+    def node(self, one: Field) -> str:
+        """Its name."""
         node = self.read(one.value, one.end, NODE, "a node")
         domain, operator = self.text(node, 7), self.text(node, 4)
         if operator not in OPERATORS.get(domain, ()):
@@ -167,8 +206,10 @@ class _Reader:
             attribute = self.read(inner.value, inner.end, ATTRIBUTE, f"an attribute of {operator}")
             for tensor in (*attribute.get(5, []), *attribute.get(10, [])):
                 self.tensor(tensor)
+        return self.text(node, 3)
 
-    def tensor(self, one: Field) -> None:
+    def tensor(self, one: Field) -> tuple[str, list[Piece], tuple[int, tuple[int, ...]]]:
+        """Its name, where its bytes lie, its type's number and dimensions."""
         tensor = self.read(one.value, one.end, TENSOR, "a tensor")
         name = shown(self.text(tensor, 8))
         kind = tensor[2][0].value if 2 in tensor else 0
@@ -184,8 +225,9 @@ class _Reader:
         if places > 1 or outside != (13 in tensor):
             raise self.refused(f"the tensor {name} does not say where its values are")
         if outside:
-            self.external(tensor[13], name, needed)
-        elif 9 in tensor:
+            where = [self.span(one), self.external(tensor[13], name, needed)]
+            return self.text(tensor, 8), where, (kind, tuple(dims))
+        if 9 in tensor:
             raw = tensor[9][0]
             if raw.end - raw.value != needed:
                 raise self.refused(f"the tensor {name} {dims} needs {needed:,} bytes and has {raw.end - raw.value:,}")
@@ -197,6 +239,7 @@ class _Reader:
             held += sum(8 for n in TENSOR_VALUES for value in tensor.get(n, []) if value.kind != BYTES)
             if elements > 4 * held:
                 raise self.refused(f"the tensor {name} {dims} has {held:,} bytes of values")
+        return self.text(tensor, 8), [self.span(one)], (kind, tuple(dims))
 
     def dims(self, found: list[Field], name: str) -> list[int]:
         dims: list[int] = []
@@ -212,7 +255,7 @@ class _Reader:
             raise self.refused(f"the tensor {name} has the shape {shown(dims)}")
         return dims
 
-    def external(self, entries: list[Field], name: str, needed: int) -> None:
+    def external(self, entries: list[Field], name: str, needed: int) -> Piece:
         """Data in another file: beside this one, and as long as the tensor needs."""
         pairs: dict[str, str] = {}
         for one in entries:
@@ -234,6 +277,7 @@ class _Reader:
                 f"the tensor {name} needs {needed:,} bytes; it names {length:,} from byte {offset:,} of {place}, "
                 f"which has {held:,}"
             )
+        return place, offset, length
 
     def file_bytes(self, place: str, name: str) -> int:
         if place not in self.found.files:
