@@ -225,8 +225,9 @@ def verify(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """The retention ladder of an exported artifact on a text; exit code 3 where the gate fails."""
+    """The retention ladder of an exported artifact on a text; exit code 3 where the gate fails or cannot tell."""
     from edgedistill import show, single
+    from edgedistill.verify.stage import require_gate
 
     asked = asked_recipe("own", sets, data=data, document_separator=document_separator, min_retention=min_retention)
     retention, reports = single.verify(
@@ -238,7 +239,7 @@ def verify(
         progress=progress_of(quiet, verbose),
     )
     emit(as_json, retention.model_dump(mode="json", by_alias=True), show.retention_text(retention))
-    single.require_gate(retention, reports)
+    require_gate([(str(artifact), retention, reports)])
 
 
 @app.command()

@@ -41,7 +41,7 @@ class UserError(EdgedistillError):
 
 
 class GateFailed(EdgedistillError):
-    """The artifact kept less of its teacher than the gate asks for (exit code 3)."""
+    """A check of the gate failed, or there were too few documents to tell (exit code 3)."""
 
     exit_code = EXIT_GATE
 

@@ -29,6 +29,7 @@ from edgedistill.records import (
     Artifact,
     DataResult,
     Latency,
+    QadResult,
     Retention,
     SignalsResult,
     StudentResult,
@@ -86,8 +87,9 @@ def build(
     for target in targets:
         finished = []
         for artifact in artifacts_of(recipe, target):
-            exported = export(recipe, target, artifact, trained, store=store, progress=progress)
-            retention, folder = verify(recipe, exported, trained, store=store, progress=progress)
+            masters = learn_rounding(recipe, target, artifact, trained, store=store, progress=progress)
+            exported = export(recipe, target, artifact, trained, masters=masters, store=store, progress=progress)
+            retention, folder = verify(recipe, exported, trained, masters=masters, store=store, progress=progress)
             latency = None
             if retention.gate.passed:
                 latency = bench(recipe, target, exported, store=store, progress=progress)
@@ -158,28 +160,58 @@ def cache_teacher(recipe: Recipe, *, store: Store, progress: Progress = QUIET) -
     return made
 
 
-def export(
+def learn_rounding(
     recipe: Recipe, target: Target, artifact: str, trained: Trained, *, store: Store, progress: Progress = QUIET
+) -> Stored[QadResult] | None:
+    """Quantization-aware distillation: the masters to export; None where the recipe asks for none.
+
+    An artifact in floating point has no rounding to learn: the student is exported as it is.
+    """
+    from edgedistill.distill.qad import quantization_aware, wanted
+    from edgedistill.fit import context_of
+
+    if not wanted(recipe, artifact):
+        return None
+    made = quantization_aware(
+        recipe,
+        artifact,
+        student=trained.student,
+        teacher=trained.teacher,
+        data=trained.data,
+        options=_export_options(recipe, trained),
+        context_tokens=context_of(recipe, target, trained.student.result.shape),
+        store=store,
+        progress=progress,
+    )
+    tokens = made.result.training.tokens
+    progress.say(f"qad: {artifact}, {tokens:,} tokens under its rounding{' (from the store)' if made.reused else ''}")
+    return made
+
+
+def export(
+    recipe: Recipe,
+    target: Target,
+    artifact: str,
+    trained: Trained,
+    *,
+    masters: Stored[QadResult] | None = None,
+    store: Store,
+    progress: Progress = QUIET,
 ) -> Stored[Artifact]:
-    """The student as `artifact` ("gguf:Q4_K_M") with the context of the target."""
-    from edgedistill.data.prepare import read_part
-    from edgedistill.export import export_model, options_of
+    """The student, or the masters that went on from it, as `artifact` ("gguf:Q4_K_M"); context as the target has it."""
+    from edgedistill.export import export_model
     from edgedistill.fit import context_of
 
     student = trained.student
     folder, weights = student.directory / student.result.path, student.result.weights_sha256
-    context_tokens = context_of(recipe, target, student.result.shape)
-    options = options_of(
-        recipe.export, read_part(trained.data.directory, "calibration"), "calibration part", recipe.seed
-    )
-    if recipe.distill.qad.tokens_share > 0:
-        folder, weights, options = learn_rounding(
-            recipe, artifact, trained, options, context_tokens, store=store, progress=progress
-        )
+    options = _export_options(recipe, trained)
+    if masters is not None:
+        folder, weights = masters.directory / masters.result.path, masters.result.weights_sha256
+        options = _with_its_rounding(options, masters)
     return export_model(
         folder,
         artifact,
-        context_tokens=context_tokens,
+        context_tokens=context_of(recipe, target, student.result.shape),
         name=recipe.name,
         weights_sha256=weights,
         tokenizer_sha256=student.result.tokenizer_sha256,
@@ -189,50 +221,35 @@ def export(
     )
 
 
-def learn_rounding(
-    recipe: Recipe,
-    artifact: str,
-    trained: Trained,
-    options: ExportOptions,
-    context_tokens: int,
-    *,
-    store: Store,
-    progress: Progress = QUIET,
-) -> tuple[Path, str, ExportOptions]:
-    """Quantization-aware distillation: the folder to export, its weights' hash, and the options that keep its rounding.
+def _export_options(recipe: Recipe, trained: Trained) -> ExportOptions:
+    from edgedistill.data.prepare import read_part
+    from edgedistill.export import options_of
 
-    An artifact in floating point has no rounding to learn: the student as it is.
-    """
-    from edgedistill.distill.qad import pinned, quantization_aware, wanted
+    calibration = read_part(trained.data.directory, "calibration")
+    return options_of(recipe.export, calibration, "calibration part", recipe.seed)
 
-    student = trained.student
-    if not wanted(recipe, artifact):
-        return student.directory / student.result.path, student.result.weights_sha256, options
-    made = quantization_aware(
-        recipe,
-        artifact,
-        student=student,
-        teacher=trained.teacher,
-        data=trained.data,
-        options=options,
-        context_tokens=context_tokens,
-        store=store,
-        progress=progress,
-    )
-    tokens = made.result.training.tokens
-    progress.say(f"qad: {artifact}, {tokens:,} tokens under its rounding{' (from the store)' if made.reused else ''}")
+
+def _with_its_rounding(options: ExportOptions, masters: Stored[QadResult]) -> ExportOptions:
+    """The options that keep the rounding which training saw, and a note that says where the weights come from."""
+    from edgedistill.distill.qad import pinned
+
+    made = masters.result
     note = (
-        f"trained for {tokens:,} tokens under this rounding (quantization-aware distillation), from the float student"
-        f" {student.result.weights_sha256[:16]}; exported from its masters {made.result.weights_sha256[:16]}"
+        f"trained for {made.training.tokens:,} tokens under this rounding (quantization-aware distillation), from the"
+        f" float student {made.student_weights_sha256[:16]}; exported from its masters {made.weights_sha256[:16]}"
     )
-    importance = made.result.importance_file
-    kept = pinned(options, None if importance is None else made.directory / importance)
-    kept = dataclasses.replace(kept, notes=(*options.notes, note))
-    return made.directory / made.result.path, made.result.weights_sha256, kept
+    kept = pinned(options, None if made.importance_file is None else masters.directory / made.importance_file)
+    return dataclasses.replace(kept, notes=(*options.notes, note))
 
 
 def verify(
-    recipe: Recipe, exported: Stored[Artifact], trained: Trained, *, store: Store, progress: Progress = QUIET
+    recipe: Recipe,
+    exported: Stored[Artifact],
+    trained: Trained,
+    *,
+    masters: Stored[QadResult] | None = None,
+    store: Store,
+    progress: Progress = QUIET,
 ) -> tuple[Retention, Path]:
     """The retention ladder of an exported artifact on the held-out part, its gate, and the record's folder."""
     from edgedistill.data.prepare import read_part
@@ -241,14 +258,17 @@ def verify(
     student = trained.student.result.model_copy(
         update={"path": str(trained.student.directory / trained.student.result.path)}
     )
+    made_of = None
+    if masters is not None:
+        made_of = masters.result.model_copy(update={"path": str(masters.directory / masters.result.path)})
     return verify_artifact(
         exported,
         student=student,
         teacher=trained.teacher,
         held_out=read_part(trained.data.directory, "held_out"),
         settings=recipe.verify,
-        seed=recipe.seed,
         store=store,
+        masters=made_of,
         progress=progress,
     )
 
@@ -312,20 +332,18 @@ def _say(progress: Progress, stored: Stored[DataResult] | Stored[StudentResult],
 
 
 def _raise_failed_gates(built: Sequence[Built]) -> None:
-    failed = [(item, done) for item in built for done in item.artifacts if not done.retention.gate.passed]
-    if not failed:
-        return
-    lines = [
-        f"{item.target.name} {done.exported.result.format}:{done.exported.result.quantization} kept"
-        f" {done.retention.retention.value:.3f} of its teacher (95 % interval {done.retention.retention.ci95[0]:.3f} to"
-        f" {done.retention.retention.ci95[1]:.3f}); the gate asks for {done.retention.gate.min_retention:g}"
-        f" at its lower end; reports in {done.retention_folder}"
-        for item, done in failed
-    ]
-    raise GateFailed(
-        "the retention gate failed: " + "; ".join(lines),
-        "train longer (distill.epochs), allow a larger student (student.compression), a finer quantization"
-        " (export.artifacts), or accept less with --min-retention",
+    from edgedistill.verify.stage import require_gate
+
+    require_gate(
+        [
+            (
+                f"{item.target.name} {done.exported.result.format}:{done.exported.result.quantization}",
+                done.retention,
+                done.retention_folder,
+            )
+            for item in built
+            for done in item.artifacts
+        ]
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgedistill.records import Artifact, Latency, Retention, Sensitivity, SignalsResult
+from edgedistill.records import Artifact, Gate, Latency, Retention, Sensitivity, SignalsResult
 
 if TYPE_CHECKING:
     from edgedistill.bundle.check import BundleCheck
@@ -37,7 +37,9 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, f
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).strip("\n")
 
 
-def with_interval(value: float, ci95: tuple[float, float], digits: int = 3) -> str:
+def with_interval(value: float, ci95: tuple[float, float] | None, digits: int = 3) -> str:
+    if ci95 is None:
+        return f"{value:.{digits}f} [too few documents]"
     return f"{value:.{digits}f} [{ci95[0]:.{digits}f}, {ci95[1]:.{digits}f}]"
 
 
@@ -122,7 +124,7 @@ def built_text(trained: Trained, built: Sequence[Built]) -> str:
         f" {with_interval(teacher.perplexity, teacher.perplexity_ci95, 2)}\n"
         f"student: {trained.student.result.parameters:,} parameters, {trained.plan.compression:.1f}x smaller"
     )
-    lines = [title, table("", header, rows), "intervals: 95 %, paired bootstrap over documents"]
+    lines = [title, table("", header, rows), "intervals: 95 %, over documents"]
     measured = next((done.latency for item in built for done in item.artifacts if done.latency is not None), None)
     if measured is not None:
         where = measured.measured_on
@@ -211,16 +213,27 @@ def retention_text(retention: Retention) -> str:
         [
             table("", header, rows),
             f"{retention.examples:,} tokens of {retention.documents} documents, windows of {retention.context_tokens};"
-            " intervals: 95 %, paired bootstrap over documents",
+            " intervals: 95 %, over documents",
             *(
                 []
                 if retention.kept_tokens is None
                 else [f"vocabulary trimmed to {retention.kept_tokens:,} tokens: KL is over these, perplexity over all"]
             ),
             f"tokenizer: {check.texts - check.mismatches} of {check.texts} texts as the original",
-            f"gate: {gate.min_retention:g} at the interval's lower end {'passed' if gate.passed else 'FAILED'}",
+            *checks_lines(gate),
+            f"gate: {gate.min_retention:g} at the interval's lower end {shown_verdict(gate)}",
         ]
     )
+
+
+def shown_verdict(gate: Gate) -> str:
+    return gate.verdict if gate.passed else gate.verdict.upper()
+
+
+def checks_lines(gate: Gate) -> list[str]:
+    """Every check of the gate, a line each."""
+    words = {True: "passed", False: "FAILED", None: "cannot tell"}
+    return [f"check: {check.name} {words[check.passed]}: {check.why}" for check in gate.checks]
 
 
 def latency_text(latency: Latency) -> str:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from edgedistill.data.documents import in_pieces, read_documents
 from edgedistill.data.split import blocks_of
-from edgedistill.errors import GateFailed, UserError
+from edgedistill.errors import UserError
 from edgedistill.export_options import ExportOptions
 from edgedistill.models import kept_tokens, locate, open_model
 from edgedistill.progress import QUIET, Progress
@@ -150,20 +150,9 @@ def verify(
         teacher=describe(teacher_folder, store),
         held_out=blocks,
         settings=recipe.verify,
-        seed=recipe.seed,
         store=store,
         progress=progress,
     )
-
-
-def require_gate(retention: Retention, reports: Path) -> None:
-    """GateFailed where the gate did not pass."""
-    if not retention.gate.passed:
-        raise GateFailed(
-            f"retention {retention.retention.value:.3f} (95 % interval {retention.retention.ci95[0]:.3f} to"
-            f" {retention.retention.ci95[1]:.3f}); the gate asks for {retention.gate.min_retention:g} at its lower end",
-            f"see {reports}, or accept less with --min-retention",
-        )
 
 
 def bench(artifact: Path, target: Target, *, recipe: Recipe, store: Store, progress: Progress = QUIET) -> Latency:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from edgedistill.recipe import Verify
 from edgedistill.records import Figure, Shape
 
-# Tokens that the ladder scores together (verify/ladder.py has it from here): windows of one length, at least one.
+# Tokens that the ladder scores together (verify/scores.py has it from here): windows of one length, at least one.
 GROUP_TOKENS = 2048
 # torch and transformers loaded for inference (measured: 0.55 GB), and the runtime's process with its buffers.
 PROCESS_BYTES = 600_000_000

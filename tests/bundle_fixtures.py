@@ -14,10 +14,12 @@ from edgedistill.recipe import Recipe
 from edgedistill.records import (
     Agreement,
     Artifact,
+    Baselines,
     DataResult,
     Figure,
-    Gate,
     Latency,
+    Measured,
+    Neighbours,
     Percentiles,
     Retention,
     Rung,
@@ -31,6 +33,7 @@ from edgedistill.records import (
 )
 from edgedistill.store import Store
 from edgedistill.targets import load_target
+from edgedistill.verify.gate import judged
 
 HELD_OUT = ["Once upon a time there was a cat. " * 20, "for x in range(10):\n    print(x)\n" * 9, "日本語 and émigré"]
 SHAPE = Shape(
@@ -72,7 +75,18 @@ def rung(name: str, perplexity: float, teacher: float, sha256: str, **changes: A
     )
 
 
-def retention(artifact: Artifact, **changes: Any) -> Retention:
+def neighbours(above: str, below: str, kl: float) -> Neighbours:
+    return Neighbours(
+        above=above,
+        below=below,
+        kl_mean_nats=Scored(value=kl, ci95=(0.9 * kl, 1.1 * kl)),
+        perplexity_ratio=Scored(value=1 + kl, ci95=(1.0, 1 + 2 * kl)),
+        top1_agreement=0.98,
+    )
+
+
+def retention(artifact: Artifact, min_retention: float = 0.8, **changes: Any) -> Retention:
+    """A record that its gate agrees with: 0.882 kept of a teacher that knows its text."""
     rungs = [
         rung("teacher", 20.4, 20.4, "a" * 64),
         rung("student", 22.9, 20.4, "b" * 64),
@@ -90,7 +104,17 @@ def retention(artifact: Artifact, **changes: Any) -> Retention:
         "context_tokens": 256,
         "stride_tokens": 256,
         "bos": True,
-        "bootstrap": {"samples": 2000, "seed": 0},
+        "effective_documents": 187.4,
+        "intervals": "t-1",
+        "artifact": f"{artifact.format}:{artifact.quantization}",
+        "baselines": Baselines(
+            tokens=263,
+            uniform_over_teacher=Scored(value=12.9, ci95=(12.1, 13.6)),
+            unigram_perplexity=118.0,
+            unigram_over_teacher=Scored(value=5.78, ci95=(5.5, 6.1)),
+            smoothing=0.01,
+        ),
+        "neighbours": [neighbours("student", "quantized", 0.004), neighbours("quantized", "shipped", 1e-5)],
         "machine": {"cpu": "a CPU"},
         "runtime_options": {"threads": 2},
         "rungs": rungs,
@@ -104,9 +128,8 @@ def retention(artifact: Artifact, **changes: Any) -> Retention:
             kl_p99_nats_ci95=(1.1, 1.4),
         ),
         "tokenizer": TokenizerCheck(texts=64, mismatches=0),
-        "gate": Gate(min_retention=0.8, passed=True),
     }
-    return Retention(**{**values, **changes})
+    return judged(Measured(**{**values, **changes}), min_retention)
 
 
 def latency(artifact: Artifact, **changes: Any) -> Latency:

@@ -85,7 +85,9 @@ def test_a_gate_out_of_reach_exits_3_and_leaves_the_reports(built):
     assert "Traceback" not in done.stderr
     folder = Path(done.stderr.split("reports in ")[1].split(" ")[0].split(";")[0].strip())
     retention = json.loads((folder / "retention.json").read_text())
-    assert retention["gate"] == {"min_retention": 5.0, "on": "ci95_low", "passed": False}
+    gate = retention["gate"]
+    assert (gate["min_retention"], gate["on"], gate["passed"], gate["verdict"]) == (5.0, "ci95_low", False, "failed")
+    assert [check["name"] for check in gate["checks"] if check["passed"] is False] == ["retention"]
     assert len(retention["rungs"]) == 4
     assert "FAILED" in done.stderr
     shown = built("build", built.recipe(), *TARGETS, "--min-retention", "5", "--out", "gated", "--json")
@@ -216,6 +218,7 @@ def test_export_verify_and_bench_stand_alone(built):
     assert exported["quantization"] == "Q8_0"
     text = str(built.folder / "text.txt")
     words = ["verify", "alone", "--student", student, "--data", text, "--set", "verify.context_tokens=64"]
+    words += ["--set", "data.min_document_chars=200"]  # so many documents in 2,000 tokens that there is an interval
     retention = built.json(*words, "--set", "verify.max_tokens=2000")
     assert retention["retention"]["value"] == pytest.approx(1.0, abs=0.02)
     failed = built(*words, "--set", "verify.max_tokens=2000", "--min-retention", "3")

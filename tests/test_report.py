@@ -15,7 +15,7 @@ from bundle_fixtures import Ingredients, latency, retention, rung, teacher_resul
 from edgedistill.bundle.check import verify_bundle
 from edgedistill.bundle.manifest import read_manifest
 from edgedistill.errors import UserError
-from edgedistill.records import Fallback, Gate, Percentiles, Sensitivity, SensitivityRow, TokenizerCheck
+from edgedistill.records import Fallback, Percentiles, Sensitivity, SensitivityRow, TokenizerCheck
 from edgedistill.report.html import interval, limits_of, number, plain, render, report, size
 from edgedistill.report.plots import drift_svg, token_ms_svg, ttft_svg
 
@@ -178,7 +178,7 @@ class TestReport:
         assert "base_model" not in card
 
     def test_failed_gate_and_no_latency(self, made: Path, ingredients: Ingredients) -> None:
-        failed = retention(ingredients.artifact, gate=Gate(min_retention=0.9, passed=False))
+        failed = retention(ingredients.artifact, 0.9)
         page = page_of(made, (failed, None))
         assert "gate FAILED" in page.text
         assert "passed" not in page.text

@@ -70,6 +70,9 @@ def _body(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]
     return "\n".join(parts)
 
 
+OUTCOMES = {True: "passed", False: "FAILED", None: "cannot tell"}
+
+
 def _retention(name: str, retention: Retention) -> list[str]:
     gate = retention.gate
     lines = [
@@ -77,7 +80,15 @@ def _retention(name: str, retention: Retention) -> list[str]:
         "",
         f"{retention.documents} documents, {retention.examples:,} tokens, sha256 `{retention.eval_sha256[:16]}…`. "
         f"The gate asks for at least {gate.min_retention:g} at the lower end of the interval: "
-        f"**{'passed' if gate.passed else 'FAILED'}**.",
+        f"**{gate.verdict if gate.passed else gate.verdict.upper()}**. Its checks:",
+        "",
+        "| check | value | limit | |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {check.name} | {check.value:.4g} {check.unit} | {check.bound} {check.limit:g} "
+            f"| {OUTCOMES[check.passed]} |"
+            for check in gate.checks
+        ),
         "",
     ]
     # Two bases never share a column: each has a table of its own.
@@ -118,8 +129,8 @@ def _target(manifest: Manifest) -> str:
     return _md(str(manifest.target.get("title") or manifest.target.get("name", "an unnamed target")))
 
 
-def _interval(ci95: tuple[float, float]) -> str:
-    return f"{ci95[0]:.4g}–{ci95[1]:.4g}"
+def _interval(ci95: tuple[float, float] | None) -> str:
+    return "too few documents" if ci95 is None else f"{ci95[0]:.4g}–{ci95[1]:.4g}"
 
 
 def _md(text: str) -> str:

@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
-from edgedistill.records import Latency, Retention, Rung
+from edgedistill.records import Interval, Latency, Retention, Rung
 
 INK = "#1f2933"
 FAINT = "#9aa5b1"
@@ -146,14 +146,14 @@ def ttft_svg(latency: Latency, name: str) -> str:
 
 
 def _rung_points(
-    axes: Any, rungs: Sequence[Rung], values: Sequence[float], intervals: Sequence[tuple[float, float]], label: str
+    axes: Any, rungs: Sequence[Rung], values: Sequence[float], intervals: Sequence[Interval | None], label: str
 ) -> None:
-    for position, (rung, value, (low, high)) in enumerate(zip(rungs, values, intervals, strict=True)):
+    for position, (rung, value, ci95) in enumerate(zip(rungs, values, intervals, strict=True)):
         shipped = rung.rung == "shipped"
         color = BLUE if shipped else INK
-        # An interval is a percentile's, so the value may stand outside of it.
-        axes.plot([position, position], [low, high], color=color, linewidth=1.6)
-        for end in (low, high):
+        if ci95 is not None:
+            axes.plot([position, position], list(ci95), color=color, linewidth=1.6)
+        for end in ci95 or ():
             axes.plot([position - 0.07, position + 0.07], [end, end], color=color, linewidth=1.6)
         # Other bases are hollow: they are not to be read against a measured one.
         face = color if rung.basis == "measured" else "white"
@@ -166,8 +166,8 @@ def _rung_points(
     axes.grid(axis="x", visible=False)
 
 
-def _span(ci95: tuple[float, float]) -> str:
-    return f"{ci95[0]:.4g} to {ci95[1]:.4g}"
+def _span(ci95: tuple[float, float] | None) -> str:
+    return "too few documents" if ci95 is None else f"{ci95[0]:.4g} to {ci95[1]:.4g}"
 
 
 def _svg(draw: Callable[[Any], None], name: str, spoken: str) -> str:

@@ -5,33 +5,30 @@
     quantized   the artifact's stored weights, dequantized into the torch model
     shipped     the artifact's bytes in the runtime that will run them
 
-All rungs walk the windows together, so that no logits are kept; intervals are paired bootstraps over
-documents.
+All rungs walk the windows together, so that no logits are kept; intervals are over documents (statistics.py).
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch  # noqa: TID253  this module is imported by verification alone
 from numpy.typing import NDArray
 
-from edgedistill import machine
-from edgedistill.errors import UserError
-from edgedistill.models import kept_tokens
+from edgedistill import machine, statistics
+from edgedistill.errors import GateFailed
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Verify
 from edgedistill.records import (
     Agreement,
     Artifact,
-    Gate,
-    Retention,
+    Baselines,
+    Departure,
+    Measured,
+    Neighbours,
     Rung,
     RungName,
     Scored,
@@ -40,33 +37,42 @@ from edgedistill.records import (
     TokenizerCheck,
 )
 from edgedistill.runtimes.child import RuntimeName, RuntimeProcess
+from edgedistill.statistics import (
+    Estimate,
+    by_unit,
+    p99,
+    perplexity,
+    perplexity_ratio,
+    positive_mean,
+    proportion,
+)
 from edgedistill.store import Store
 from edgedistill.strict import read_json
-from edgedistill.tasks.causal_lm import TextTokenizer, Window, encode_blocks, scoring_windows, stride_of
-from edgedistill.verification_memory import GROUP_TOKENS
-from edgedistill.verify.metrics import (
-    Summary,
-    TokenScores,
-    document_draws,
-    interval,
-    mean_over_tokens,
-    p99_over_tokens,
-    perplexity_of,
-)
+from edgedistill.tasks.causal_lm import stride_of
+from edgedistill.verify.baselines import unigram
+from edgedistill.verify.blame import against_model, in_runtime
+from edgedistill.verify.limits import runtime_limit
 from edgedistill.verify.runners import ArtifactScorer, Scorer, TorchScorer, load_torch, with_weights
+from edgedistill.verify.scores import NEIGHBOURS, RUNGS, Scores, Text, score, some_ids, text_of, windows_sha256
+from edgedistill.verify.scores import groups as groups
 from edgedistill.verify.tokenizer_check import check_tokenizer
 
-RUNGS: tuple[RungName, ...] = ("teacher", "student", "quantized", "shipped")
+MOST_NATS = 700.0  # a token: exp of more is no double
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is verified: an artifact, the model it was made of, and the teacher that both are held to."""
+    """What is verified: an artifact, the model it was made of, and the teacher that both are held to.
+
+    `masters`: the checkpoint that the artifact was exported from, where that is not the student (quantization-aware
+    distillation).
+    """
 
     artifact: Artifact
     folder: Path
     student: StudentResult
     teacher: TeacherResult
+    masters: Path | None = None
 
 
 def climb(
@@ -74,34 +80,21 @@ def climb(
     *,
     held_out: list[list[str]],
     settings: Verify,
-    seed: int,
     threads: int,
     store: Store,
     task: str = "causal-lm",
     progress: Progress = QUIET,
-) -> Retention:
-    """Score every rung on `held_out` and compare the interval's lower end with the gate.
+) -> Measured:
+    """Score every rung on `held_out`, and hold each to its neighbour; the gate is judged apart (gate.py).
 
-    `held_out` is blocks of documents; a block is what the intervals resample.
-    Raises UserError where the tokenizers differ or the text is too short; RuntimeCrashed where the
-    artifact's runtime dies.
+    `held_out` is blocks of documents; a block is what the intervals resample, and counts once however often it is
+    given. Raises UserError where the text is too short; GateFailed where a rung gives no numbers; RuntimeCrashed
+    where the artifact's runtime dies.
     """
-    kept = kept_tokens(Path(subject.teacher.path), Path(subject.student.path))
-    tokenizer = TextTokenizer.load(Path((subject.teacher if kept is None else subject.student).path))
-    documents = encode_blocks(tokenizer, held_out)
-    numbering = None if kept is None else _numbering(subject, np.array(kept, dtype=np.int64), held_out, documents)
-    windows = scoring_windows(
-        documents, context=settings.context_tokens, stride=settings.stride_tokens, max_tokens=settings.max_tokens
-    )
-    used = sorted({window.document for window in windows})
-    if len(used) < 2:
-        raise UserError(
-            f"the held-out part has {len(used)} document(s) to score", "give more held-out text: intervals need two"
-        )
-    vocab = min(tokenizer.vocab, subject.teacher.shape.vocab_size, subject.student.shape.vocab_size)
-    runtime_options: dict[str, Any] = {}
+    text = text_of(subject.teacher, subject.student, held_out, settings)
     with ExitStack() as stack:
         check = _check_tokenizer(subject, threads, store, stack)
+        departures = against_model(subject.artifact, subject.folder, subject.masters or Path(subject.student.path))
         process = stack.enter_context(
             RuntimeProcess(
                 _scoring_runtime(subject.artifact),
@@ -111,61 +104,46 @@ def climb(
                 store=store,
             )
         )
-        runtime_options = process.info["options"]
+        quantized = with_weights(Path(subject.student.path), stored_weights(subject))
         scorers: dict[RungName, Scorer] = {
             "teacher": TorchScorer(load_torch(Path(subject.teacher.path))),
             "student": TorchScorer(load_torch(Path(subject.student.path))),
-            "quantized": TorchScorer(with_weights(Path(subject.student.path), stored_weights(subject))),
+            "quantized": TorchScorer(quantized),
             "shipped": ArtifactScorer(process),
         }
-        scores = {name: TokenScores() for name in RUNGS}
-        owner: list[NDArray[np.int64]] = []
-        total = sum(w.scored for w in windows)
-        done = 0
-        for group in groups(windows):
-            ids = np.stack([w.ids for w in group]).astype(np.int64)
-            keep = torch.from_numpy(np.concatenate([np.arange(ids.shape[1] - 1) >= window.first for window in group]))
-            targets = torch.from_numpy(ids[:, 1:].reshape(-1))[keep]
-            own_ids = ids if numbering is None else numbering.kept[ids]
-            reference = scorers["teacher"].logits(own_ids)[:, :-1].flatten(0, 1)[keep]
-            if numbering is not None:
-                reference = reference[:, torch.from_numpy(numbering.order)]
-            teacher_log_p = torch.log_softmax(reference[:, :vocab].float(), dim=-1)
-            choice = None if numbering is None else reference[:, : numbering.tokens].argmax(-1)
-            scores["teacher"].add(reference, teacher_log_p, targets, choice)
-            for name in RUNGS[1:]:
-                logits = scorers[name].logits(ids)[:, :-1].flatten(0, 1)[keep]
-                scores[name].add(logits, teacher_log_p, targets, choice)
-            owner.extend(np.full(w.scored, used.index(w.document), dtype=np.int64) for w in group)
-            done += sum(w.scored for w in group)
-            progress.step("verify", done, total)
-    draws = document_draws(len(used), settings.bootstrap_samples, seed)
-    document = np.concatenate(owner)
-    hashes = {
-        "teacher": subject.teacher.weights_sha256,
-        "student": subject.student.weights_sha256,
-        "quantized": subject.artifact.sha256,
-        "shipped": subject.artifact.sha256,
-    }
-    reference_ppl = perplexity_of(mean_over_tokens(np.concatenate(scores["teacher"].nll), document, draws))
-    rungs = [
-        _rung(name, scores[name], document, draws, reference_ppl, hashes[name], scorers[name].runtime) for name in RUNGS
-    ]
+        scored = score(text, scorers, progress)
+        _require_numbers(scored, subject, departures)
+        neighbours = [_neighbours(*pair, scored) for pair in NEIGHBOURS]
+        if neighbours[-1].kl_mean_nats.value > runtime_limit(artifact_name(subject.artifact)):
+            departures += in_runtime(
+                subject.artifact, subject.folder, model=quantized, checkpoint=Path(subject.student.path),
+                process=process, ids_T=some_ids(text, settings.context_tokens),
+            )  # fmt: skip
+        runtimes = {name: scorer.runtime for name, scorer in scorers.items()}
+        options = process.info["options"]
+    rungs = _rungs(subject, scored, runtimes)
     shipped = rungs[-1]
-    return Retention(
+    return Measured(
         task=task,
         metric="perplexity",
         higher_is_better=False,
-        examples=len(document),
-        documents=len(used),
-        eval_sha256=_windows_sha256(windows),
+        examples=len(scored.document),
+        documents=len(text.used),
+        effective_documents=statistics.effective_units(np.bincount(scored.document)),
+        duplicate_documents=text.duplicates,
+        eval_sha256=windows_sha256(text.windows),
         context_tokens=settings.context_tokens,
         stride_tokens=stride_of(settings.context_tokens, settings.stride_tokens),
-        bos=tokenizer.bos is not None,
-        bootstrap={"samples": settings.bootstrap_samples, "seed": seed},
+        bos=text.bos,
+        intervals=statistics.METHOD,
         machine=machine.describe(),
-        runtime_options=runtime_options,
+        runtime_options=options,
+        artifact=artifact_name(subject.artifact),
+        made_of="student" if subject.masters is None else "masters",
         rungs=rungs,
+        baselines=_baselines(text, scored),
+        neighbours=neighbours,
+        departures=departures,
         retention=Scored(value=shipped.retention, ci95=shipped.retention_ci95),
         agreement=Agreement(
             top1=shipped.top1_agreement,
@@ -176,41 +154,69 @@ def climb(
             kl_p99_nats_ci95=shipped.kl_p99_nats_ci95,
         ),
         tokenizer=check,
-        kept_tokens=None if numbering is None else len(numbering.kept),
-        gate=Gate(min_retention=settings.min_retention, passed=shipped.retention_ci95[0] >= settings.min_retention),
+        kept_tokens=None if text.numbering is None else len(text.numbering.kept),
     )
 
 
-@dataclass(frozen=True)
-class _Numbering:
-    """A trimmed student's tokens among its teacher's.
-
-    `kept`: the teacher's id of each of the student's; `order`: all of the teacher's rows, those first, then its other
-    tokens, then padding: its logits in that order begin with the student's numbering. `tokens`: how many it has.
-    """
-
-    kept: NDArray[np.int64]
-    order: NDArray[np.int64]
-    tokens: int
+def artifact_name(artifact: Artifact) -> str:
+    return f"{artifact.format}:{artifact.quantization}"
 
 
-def _numbering(
-    subject: Subject, kept: NDArray[np.int64], held_out: list[list[str]], documents: list[NDArray[np.int32]]
-) -> _Numbering:
-    """`documents` are the held-out blocks in the student's ids.
-
-    Raises UserError where the teacher's tokenizer cuts them otherwise: scores of tokens would not pair up.
-    """
-    tokenizer = TextTokenizer.load(Path(subject.teacher.path))
-    for number, (own, ids) in enumerate(zip(encode_blocks(tokenizer, held_out), documents, strict=True)):
-        if len(own) != len(ids) or (kept[ids] != own).any():
-            raise UserError(
-                f"block {number} of the held-out text ({held_out[number][0][:60]!r}) has other tokens in the student's"
-                f" trimmed vocabulary of {len(kept):,} than in the teacher's: their scores cannot be paired",
-                "verify on the text that the vocabulary was trimmed to, or distil with this text as --eval-data",
+def _require_numbers(scored: Scores, subject: Subject, departures: list[Departure]) -> None:
+    """GateFailed where a rung's scores are no numbers, or beyond what a perplexity can be."""
+    for name in RUNGS:
+        nll = np.concatenate(scored.rungs[name].nll)
+        wrong = int(np.count_nonzero(~np.isfinite(nll)))
+        if wrong or nll.mean() > MOST_NATS:
+            named = "".join(f"; {departure.tensor} {departure.said}" for departure in departures[:1])
+            what = (
+                f"gives no numbers for {wrong:,} of {len(nll):,} tokens"
+                if wrong
+                else f"gives the text {nll.mean():,.0f} nats a token"
             )
-    others = np.setdiff1d(np.arange(subject.teacher.shape.vocab_size), kept)
-    return _Numbering(kept=kept, order=np.concatenate([kept, others]), tokens=tokenizer.vocab)
+            raise GateFailed(
+                f"{artifact_name(subject.artifact)}: {name} {what}{named}",
+                "the weights, or what computes with them, are damaged: check the teacher and the student, and export"
+                " the artifact again",
+            )
+
+
+def _neighbours(above: RungName, below: RungName, scored: Scores) -> Neighbours:
+    pair = scored.pairs[above, below]
+    return Neighbours(
+        above=above,
+        below=below,
+        kl_mean_nats=_recorded(positive_mean(scored.by_document(pair.kl))),
+        perplexity_ratio=_recorded(perplexity_ratio(scored.loss(below), scored.loss(above))),
+        top1_agreement=float(np.concatenate(pair.agree).mean()),
+    )
+
+
+def _baselines(text: Text, scored: Scores) -> Baselines:
+    counted = unigram(scored.targets, scored.document, text.vocab)
+    uniform = np.full(len(scored.document), np.log(text.teacher_tokens))
+    words, guess = (by_unit(nll, scored.document) for nll in (counted.nll, uniform))
+    return Baselines(
+        tokens=text.teacher_tokens,
+        uniform_over_teacher=_recorded(perplexity_ratio(guess, scored.loss("teacher"))),
+        unigram_perplexity=float(np.exp(counted.nll.mean())),
+        unigram_over_teacher=_recorded(perplexity_ratio(words, scored.loss("teacher"))),
+        smoothing=counted.smoothing,
+    )
+
+
+def _recorded(estimate: Estimate) -> Scored:
+    return Scored(value=estimate.value, ci95=estimate.ci95)
+
+
+def _rungs(subject: Subject, scored: Scores, runtimes: Mapping[RungName, str]) -> list[Rung]:
+    hashes = {
+        "teacher": subject.teacher.weights_sha256,
+        "student": subject.student.weights_sha256,
+        "quantized": subject.artifact.sha256,
+        "shipped": subject.artifact.sha256,
+    }
+    return [_rung(name, scored, hashes[name], runtimes[name]) for name in RUNGS]
 
 
 def stored_weights(subject: Subject) -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -252,54 +258,27 @@ def _check_tokenizer(subject: Subject, threads: int, store: Store, stack: ExitSt
         return check_tokenizer(Path(subject.student.path), tokenize, control_tokens_always_parsed=always_parsed)
 
 
-def groups(windows: list[Window]) -> Iterator[list[Window]]:
-    """Windows of one length together, so that nothing is padded."""
-    by_length: dict[int, list[Window]] = {}
-    for window in windows:
-        by_length.setdefault(len(window.ids), []).append(window)
-    for length, group in sorted(by_length.items()):
-        size = max(1, GROUP_TOKENS // length)
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
-
-
-def _windows_sha256(windows: list[Window]) -> str:
-    digest = hashlib.sha256()
-    for window in windows:
-        digest.update(np.array([window.document, window.first, len(window.ids)], dtype="<i8").tobytes())
-        digest.update(window.ids.astype("<i4").tobytes())
-    return digest.hexdigest()
-
-
-def _rung(
-    name: RungName,
-    scores: TokenScores,
-    document: NDArray[np.int64],
-    draws: NDArray[np.int32],
-    reference: Summary,
-    sha256: str,
-    runtime: str,
-) -> Rung:
-    perplexity = perplexity_of(mean_over_tokens(np.concatenate(scores.nll), document, draws))
-    accuracy = mean_over_tokens(np.concatenate(scores.correct), document, draws)
-    kl_values = np.concatenate(scores.kl)
-    kl = mean_over_tokens(kl_values, document, draws)
-    p99 = p99_over_tokens(kl_values, document, draws)
-    agree = mean_over_tokens(np.concatenate(scores.agree), document, draws)
+def _rung(name: RungName, scored: Scores, sha256: str, runtime: str) -> Rung:
+    scores = scored.rungs[name]
+    ppl = perplexity(scored.loss(name))
+    accuracy, agree = (proportion(scored.by_document(hits)) for hits in (scores.correct, scores.agree))
+    kept = perplexity_ratio(scored.loss("teacher"), scored.loss(name))
+    kl = positive_mean(scored.by_document(scores.kl))
+    tail = p99(np.concatenate(scores.kl), scored.document)
     return Rung(
         rung=name,
-        value=perplexity.value,
-        ci95=perplexity.ci95,
-        perplexity=perplexity.value,
-        perplexity_ci95=perplexity.ci95,
+        value=ppl.value,
+        ci95=ppl.ci95,
+        perplexity=ppl.value,
+        perplexity_ci95=ppl.ci95,
         next_token_accuracy=accuracy.value,
         next_token_accuracy_ci95=accuracy.ci95,
-        retention=reference.value / perplexity.value,
-        retention_ci95=interval(reference.draws / perplexity.draws),
+        retention=kept.value,
+        retention_ci95=kept.ci95,
         kl_mean_nats=kl.value,
         kl_mean_nats_ci95=kl.ci95,
-        kl_p99_nats=None if p99 is None else p99.value,
-        kl_p99_nats_ci95=None if p99 is None else p99.ci95,
+        kl_p99_nats=None if tail is None else tail.value,
+        kl_p99_nats_ci95=None if tail is None else tail.ci95,
         top1_agreement=agree.value,
         top1_agreement_ci95=agree.ci95,
         artifact_sha256=sha256,

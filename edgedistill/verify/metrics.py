@@ -46,6 +46,28 @@ class TokenScores:
         self.agree.append((choice == teacher_choice).numpy())
 
 
+ROWS = 512  # of logits compared at a time: a large vocabulary's float32 rows are not held three times over
+
+
+@dataclass
+class PairScores:
+    """Two rungs against each other, of every scored token."""
+
+    kl: list[NDArray[np.float32]] = field(default_factory=list)
+    agree: list[NDArray[np.bool_]] = field(default_factory=list)
+
+    def add(self, above: Tensor, below: Tensor) -> None:
+        """Logits [N, V] and [N, V'] of the same tokens: KL(above ‖ below) over the tokens that both have, in nats."""
+        vocab = min(above.shape[-1], below.shape[-1])
+        for start in range(0, len(above), ROWS):
+            p, q = above[start : start + ROWS], below[start : start + ROWS]
+            log_p = torch.log_softmax(p[:, :vocab].double(), dim=-1)
+            log_q = torch.log_softmax(q[:, :vocab].double(), dim=-1)
+            kl = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+            self.kl.append(kl.clamp_min(0.0).float().numpy())
+            self.agree.append((log_p.argmax(-1) == log_q.argmax(-1)).numpy())
+
+
 def document_draws(documents: int, samples: int, seed: int) -> NDArray[np.int32]:
     """[B, D] how often each document stands in each bootstrap draw; one table for all rungs: paired."""
     rng = np.random.default_rng(seed)
