@@ -452,8 +452,12 @@ class Baselines(Record):
 
 
 class Departure(Record):
-    """Where an artifact is not the model that it was made of: the first tensor, or the key, and how it differs."""
+    """Where an artifact is not the model that it was made of: the tensor, or the key, and how it differs.
 
+    `found` in the `file`, by reading it, or in the `runtime`: the first tensor that it computes otherwise than torch.
+    """
+
+    found: Literal["file", "runtime"]
     rung: RungName
     tensor: str
     said: str

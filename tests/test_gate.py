@@ -306,7 +306,11 @@ def test_each_neighbour_fails_alone_and_names_its_tensor(record: Retention) -> N
     gate = _with(
         record,
         neighbours=[record.neighbours[0], neighbours("quantized", "shipped", 0.5)],
-        departures=[Departure(rung="shipped", tensor="kqv_out-0", said="the first tensor that departs is kqv_out-0")],
+        departures=[
+            Departure(
+                found="runtime", rung="shipped", tensor="kqv_out-0", said="the first tensor that departs is kqv_out-0"
+            )
+        ],
     )
     assert failed(gate) == ["shipped against quantized"]
     check = next(check for check in gate.checks if check.passed is False)

@@ -34,7 +34,7 @@ def against_model(artifact: Artifact, folder: Path, checkpoint: Path) -> list[De
 
             check_onnx_weights(checkpoint, folder / artifact.entry)
     except UserError as error:
-        return [Departure(rung="quantized", tensor=_tensor_of(error.cause), said=error.cause)]
+        return [Departure(found="file", rung="quantized", tensor=_tensor_of(error.cause), said=error.cause)]
     return []
 
 
@@ -57,8 +57,8 @@ def in_runtime(
         said = _first_departure(artifact, folder, model, checkpoint, process, ids_T, fraction)
         found = FIRST.search(said)
         if found:
-            return [Departure(rung="shipped", tensor=found.group(1), said=said)]
-    return [Departure(rung="shipped", tensor=NOT_FOUND, said=said)] if said else []
+            return [Departure(found="runtime", rung="shipped", tensor=found.group(1), said=said)]
+    return [Departure(found="runtime", rung="shipped", tensor=NOT_FOUND, said=said)] if said else []
 
 
 def _first_departure(

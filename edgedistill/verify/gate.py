@@ -123,7 +123,7 @@ def _teacher(measured: Measured) -> Iterator[Check]:
 
 def _files(measured: Measured) -> Check:
     """The artifact's bytes against the model that they were made of, read and not run."""
-    found = [departure for departure in measured.departures if departure.rung == "quantized"]
+    found = [departure for departure in measured.departures if departure.found == "file"]
     made_of = "the student" if measured.made_of == "student" else "the masters that it was exported from"
     why = f"the artifact's files hold {made_of}, up to the rounding of {measured.artifact}"
     if found:
@@ -131,7 +131,8 @@ def _files(measured: Measured) -> Check:
         why = f"the artifact's files do not hold {made_of}: {found[0].tensor} {found[0].said}{rest}"
     return Check(
         name="files against the model", compares=f"artifact with {made_of}", value=float(len(found)),
-        unit="tensors or keys that differ", limit=0.0, bound="at most", passed=not found, rung="quantized",
+        unit="tensors or keys that differ", limit=0.0, bound="at most", passed=not found,
+        rung=found[0].rung if found else "quantized",
         tensor=found[0].tensor if found else None, why=why,
     )  # fmt: skip
 
@@ -162,7 +163,9 @@ def _neighbours(measured: Measured) -> Iterator[Check]:
 def _pair_check(measured: Measured, pair: Neighbours, limit: float) -> Check:
     value = pair.kl_mean_nats.value
     passed = value <= limit
-    found = next((d for d in measured.departures if d.rung == pair.below), None)
+    # what the runtime computes otherwise says more than a key of the file
+    named = [d for d in measured.departures if d.rung == pair.below]
+    found = next((d for d in named if d.found == "runtime"), named[0] if named else None)
     names: dict[RungName, CheckName] = {
         "quantized": "quantized against student",
         "shipped": "shipped against quantized",
