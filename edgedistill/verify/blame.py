@@ -16,6 +16,7 @@ from edgedistill.errors import UserError
 from edgedistill.records import Artifact, Departure
 from edgedistill.runtimes.child import RuntimeProcess
 
+TENSOR = re.compile(r"[\w.]+\.(?:weight|bias)")
 FIRST = re.compile(r"the first tensor that departs is (\S+)")
 NOT_FOUND = "no single tensor"
 # Of the logits' spread. A fault that is small in each layer shows at the finer one alone.
@@ -23,24 +24,27 @@ FRACTIONS = (1.0, 0.1)
 
 
 def against_model(artifact: Artifact, folder: Path, checkpoint: Path) -> list[Departure]:
-    """Where the artifact's stored weights are not `checkpoint`'s by more than their type's rounding."""
+    """Where the artifact's files are not `checkpoint`'s, by more than the rounding of its types explains."""
+    from edgedistill.verify.faithful import check_faithful
+
+    found = [
+        Departure(
+            found="file", rung="quantized" if finding.kind == "tensor" else "shipped", tensor=finding.name,
+            said=finding.why,
+        )
+        for finding in check_faithful(artifact, folder, checkpoint)
+    ]  # fmt: skip
+    if found or artifact.format != "onnx":
+        return found
+    from edgedistill.onnx.decoder_parity import check_weights
+
     try:
-        if artifact.format == "gguf":
-            from edgedistill.verify.gguf_layers import check_weights as check_gguf_weights
-
-            check_gguf_weights(checkpoint, folder / artifact.entry)
-        elif artifact.format == "onnx":
-            from edgedistill.onnx.decoder_parity import check_weights as check_onnx_weights
-
-            check_onnx_weights(checkpoint, folder / artifact.entry)
+        check_weights(checkpoint, folder / artifact.entry)
     except UserError as error:
-        return [Departure(found="file", rung="quantized", tensor=_tensor_of(error.cause), said=error.cause)]
+        tensor = TENSOR.search(error.cause)
+        name = tensor.group() if tensor else NOT_FOUND
+        return [Departure(found="file", rung="quantized", tensor=name, said=error.cause)]
     return []
-
-
-def _tensor_of(said: str) -> str:
-    found = re.search(r"[\w.]+\.(?:weight|bias)", said)
-    return found.group() if found else NOT_FOUND
 
 
 def in_runtime(
