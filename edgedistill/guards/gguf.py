@@ -168,7 +168,7 @@ class _Reader:
             if count > MAX_ARRAY or count * step > max(MAX_BLOB, MAX_ARRAY * 4):
                 raise self.refused(f"{name} has {count:,} values")
             if self.at + count * step > len(self.data):
-                raise self.refused(f"{name} with {count:,} values is longer than the file")
+                raise self.refused(f"it is cut short within {name}, which has {count:,} values")
             if kind in FLOATS:
                 self.check_floats(name, kind, count)
             self.at += count * step
@@ -185,8 +185,10 @@ class _Reader:
         for _ in range(count):
             (length,) = length_at(data, at)
             at += 8 + length
-            if length > MAX_STRING_BYTES or at > end:
+            if length > MAX_STRING_BYTES:
                 raise self.refused(f"{name} holds a text of {length:,} bytes")
+            if at > end:
+                raise self.refused(f"it is cut short within {name}")
         self.string_bytes += at - started
         if self.string_bytes > MAX_STRINGS_BYTES:
             raise self.refused(f"its texts have more than {MAX_STRINGS_BYTES:,} bytes")

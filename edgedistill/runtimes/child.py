@@ -173,6 +173,10 @@ class Child:
         cause = self._room.named(str(params.get("cause", "")))
         if params.get("error") == "user":
             raise UserError(cause, self._room.named(str(params["remedy"])))
+        if "error" in params and self._room.isolated:
+            raise UserError(
+                f"{where}: {cause}", "the artifact is damaged, or asks for more than its bounds allow: do not use it"
+            )
         if "error" in params:
             raise RuntimeCrashed(f"{where}: {cause}", "export the artifact again; if it fails again, report a bug")
 

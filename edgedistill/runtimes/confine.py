@@ -61,6 +61,10 @@ def seal(*, memory_bytes: int | None, address_bytes: int | None, cpu_s: float | 
         seconds = int(used.ru_utime + used.ru_stime + cpu_s) + 1
         # SIGXCPU at the first, which says why; SIGKILL at the second.
         _lower(resource.RLIMIT_CPU, seconds, seconds + 2)
+    if not isolated and not has_gpu():
+        # The user's own artifacts too need no network and no other process.
+        report["no_new_privs"] = _tried(lambda: _prctl(PR_SET_NO_NEW_PRIVS, 1))
+        report["system_calls"] = _tried(lambda: seccomp.install(writes=True))
     if isolated:
         report["system_calls"] = _tried(lambda: seccomp.install(writes=gpu))
         if gpu:
