@@ -6,6 +6,7 @@ Prints "stopped: why" or "done: what". LAYERS, with commas: those of landlock, s
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import mmap
 import os
@@ -163,6 +164,7 @@ def main() -> None:
     if "network" not in LAYERS:
         confine._leave_network = lambda: None
     if "nobody" in LAYERS:
+        codecs.lookup("ascii")  # the environment may not be another user's to read
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
@@ -171,7 +173,7 @@ def main() -> None:
         attempt = in_a_thread(attempt)
     if "system_calls" not in LAYERS:
         seccomp.install = lambda **_: None
-    report |= confine.seal(memory_bytes=256 * MIB, address_bytes=1024 * MIB, cpu_s=1.0, isolated=True)
+    report |= confine.seal(memory_bytes=256 * MIB, address_bytes=1024 * MIB, cpu_s=1.0, isolated=True, gpu=False)
     print(report, flush=True)
     try:
         print("done:", attempt(), flush=True)

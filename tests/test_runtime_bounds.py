@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,14 @@ MIB = 1 << 20
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    (tmp_path / "private").mkdir()
+    return filled(tmp_path)
+
+
+def filled(place: Path) -> Path:
+    (place / "private").mkdir()
     for name in ("there", "artifact", "private/mine"):
-        (tmp_path / name).write_text(name)
-    return tmp_path
+        (place / name).write_text(name)
+    return place
 
 
 def tried(attempt: str, place: Path, layers: str | None = None, **options: object) -> str:
@@ -100,9 +105,15 @@ def test_every_layer_is_there_or_said(place: Path) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
-def test_another_user_is_bound_as_well(place: Path) -> None:
-    shutil.chown(place, NOBODY, NOBODY)
-    place.chmod(0o777)
+def test_another_user_is_bound_as_well() -> None:
+    with tempfile.TemporaryDirectory() as name:  # which others reach, as they do not pytest's
+        place = filled(Path(name))
+        for path in (place, *place.rglob("*")):
+            shutil.chown(path, NOBODY, NOBODY)
+        _bound_as_another(place)
+
+
+def _bound_as_another(place: Path) -> None:
     for attempt in ("inet", "unix", "fork", "exec", "write", "overwrite", "unlink", "allocate"):
         found = tried(attempt, place, "landlock,system_calls,network,nobody")
         assert found.startswith("stopped:"), (attempt, found)

@@ -1,10 +1,10 @@
 """What the process of a runtime may use, computed from what it opens and what it is to compute.
 
-`OWN` is for artifacts of this machine's user: no network and no other process (where no GPU is), the machine's memory
-is the limit, and time is none. `replay_of` is for a
-bundle that somebody else may have made. There the process has no network, starts no other, writes nothing, sees a
-folder of its own and the installed software, and its memory and its time are what such an artifact needs, several times
-over. What is counted: memory and processor seconds beyond those of the process with its libraries loaded.
+`OWN` is for artifacts of the user of this machine: no network and no other process (where no GPU is), memory up to
+what the machine has, any time. `replay_of` is for a bundle that somebody else may have made. There the process has no
+network, starts no other, writes nothing, sees a folder of its own and the installed software, and its memory and its
+time are what such an artifact needs, several times over. What is counted: memory and processor seconds beyond those
+of the process with its libraries loaded.
 """
 
 from __future__ import annotations

@@ -47,30 +47,29 @@ def begin(folder: Path, files: Sequence[Path]) -> dict[str, str]:
     return report
 
 
-def seal(*, memory_bytes: int | None, address_bytes: int | None, cpu_s: float | None, isolated: bool) -> dict[str, str]:
-    """Limits beyond what is used now, and (isolated) the filter of system calls; what was done."""
-    gpu = isolated and has_gpu()
+def seal(
+    *, memory_bytes: int | None, address_bytes: int | None, cpu_s: float | None, isolated: bool, gpu: bool
+) -> dict[str, str]:
+    """Limits beyond what is used now, and the filter of system calls; what was done. `gpu`: one may be used."""
     report: dict[str, str] = {}
-    if gpu:
-        # A GPU's driver reserves addresses by the hundred gigabyte.
-        report["memory"] = "off: a GPU's driver reserves more addresses than any limit"
-    else:
+    if not gpu:
         _limit_memory(memory_bytes, address_bytes)
     if cpu_s is not None:
         used = resource.getrusage(resource.RUSAGE_SELF)
         seconds = int(used.ru_utime + used.ru_stime + cpu_s) + 1
         # SIGXCPU at the first, which says why; SIGKILL at the second.
         _lower(resource.RLIMIT_CPU, seconds, seconds + 2)
-    if not isolated and not has_gpu():
-        # The user's own artifacts too need no network and no other process.
-        report["no_new_privs"] = _tried(lambda: _prctl(PR_SET_NO_NEW_PRIVS, 1))
-        report["system_calls"] = _tried(lambda: seccomp.install(writes=True))
     if isolated:
         report["system_calls"] = _tried(lambda: seccomp.install(writes=gpu))
         if gpu:
+            report["memory"] = "off: a GPU's driver reserves more addresses than any limit"
             report["writing"] = "off in the filter of system calls: a GPU's driver opens its devices for writing"
         if report["system_calls"] != DONE:
             report["processes"] = _tried(_limit_processes)
+    elif not gpu:
+        # The user's own artifacts too need no network and no other process.
+        report["no_new_privs"] = _tried(lambda: _prctl(PR_SET_NO_NEW_PRIVS, 1))
+        report["system_calls"] = _tried(lambda: seccomp.install(writes=True))
     return report
 
 

@@ -29,12 +29,13 @@ from edgedistill.guards.tokenizer import (
     rebuilt_tokenizer_config,
 )
 from edgedistill.guards.transformers_folder import rebuilt_folder
-from edgedistill.strict import read_bytes
+from edgedistill.strict import open_regular, read_bytes
 
 PREFIX = "edgedistill-run-"
 LOCK = "lock"
 CONTENT = "artifact"
 ONNX_FILE = "model.onnx"
+ORT_IDENTIFIER = b"ORTM"
 MAX_SWEPT = 1000
 
 
@@ -135,6 +136,10 @@ def stage_graph(path: Path, folder: Path) -> Staged:
     """One .onnx or .ort file, with its data."""
     staged = Staged(folder)
     if path.suffix == ".ort":
+        # onnxruntime checks the offsets of its own format itself; only what this program has just made is opened so.
+        with open_regular(path, what="graph") as file:
+            if file.read(8)[4:] != ORT_IDENTIFIER:
+                raise UserError(f"{path} is not a graph in onnxruntime's format", REMEDY)
         staged.link("model.ort", path)
         staged.path = folder / "model.ort"
         return staged

@@ -194,7 +194,7 @@ class Worker:
         backend_class = getattr(importlib.import_module(module), name)
         for library in LIBRARIES[runtime]:
             importlib.import_module(library)
-        self.report |= confine.seal(**limits, isolated=self.isolated)
+        self.report |= confine.seal(**limits, isolated=self.isolated, gpu=_may_use_gpu(runtime))
         self.backend = backend_class(Path(artifact), **options)
         return {**self._opened().info(), "pid": os.getpid(), "bounds": self.report}
 
@@ -248,6 +248,17 @@ class Worker:
                 "open the artifact with a larger context_tokens, or give fewer tokens",
             )
         return tokens_T.astype(np.int32)
+
+
+def _may_use_gpu(runtime: str) -> bool:
+    """Whether the runtime is built for GPUs, and one may be here: its driver needs more than the bounds leave."""
+    if not confine.has_gpu():
+        return False
+    if runtime == "llama.cpp":
+        import llama_cpp
+
+        return bool(llama_cpp.llama_supports_gpu_offload())
+    return runtime == "transformers"
 
 
 def _not_installed(error: ModuleNotFoundError) -> UserError:
