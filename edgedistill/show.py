@@ -261,7 +261,8 @@ def check_text(check: BundleCheck) -> str:
     lines = [f"{check.name} for {check.target}: {check.files} files, {human_bytes(check.bytes)}, every hash is right"]
     lines += [
         f"{r.artifact}: {r.cases} golden cases replayed in {r.runtime_version}, largest deviation"
-        f" {r.largest_deviation:.3g} (tolerance {r.tolerance:.3g}), {r.greedy_compared} greedy tokens equal"
+        f" {r.largest_deviation:.3g} (tolerance {r.tolerance:.3g}), {r.tokens_compared} best tokens and"
+        f" {r.greedy_compared} decoded ones equal, rms {r.found['rms']:.2g} (tolerance {r.allowed['rms']:.2g})"
         for r in check.replays
     ]
     return "\n".join([*lines, *check.notes])

@@ -17,7 +17,7 @@ from bundle_fixtures import Ingredients, data_result, latency, retention, studen
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgedistill.bundle import golden as golden_module
+from edgedistill.bundle import golden_rules
 from edgedistill.bundle.build import _exchange, without_folders
 from edgedistill.bundle.check import verify_bundle
 from edgedistill.bundle.golden import load_array
@@ -105,7 +105,7 @@ class TestWhole:
     def test_verifies_and_says_what_that_proves(self, made: Path, ingredients: Ingredients) -> None:
         check = verify_bundle(made, store=ingredients.store)
         assert check.files == len(list(files_under(made)))
-        assert check.golden_replayed == 5
+        assert check.golden_replayed == len(read_manifest(made).artifacts[0].golden.cases) >= 3
         assert check.replays[0].largest_deviation <= check.replays[0].tolerance
         assert not check.signed
         assert any("integrity" in note and "does not prove who made it" in note for note in check.notes)
@@ -180,7 +180,7 @@ class TestWhole:
     def test_golden_vectors_are_what_the_runtime_says(self, made: Path, ingredients: Ingredients) -> None:
         manifest = read_manifest(made)
         golden = manifest.artifacts[0].golden
-        assert [len((made / case.prompt).read_bytes()) > 0 for case in golden.cases] == [True] * 5
+        assert all((made / case.prompt).read_bytes() for case in golden.cases)
         with RuntimeProcess(
             "llama.cpp", made / "model/model.gguf", threads=1, context_tokens=256, store=ingredients.store
         ) as runtime:
@@ -217,7 +217,8 @@ class TestWhole:
             capture_output=True,
             text=True,
         )
-        assert (done.returncode, done.stdout) == (0, "5\n"), done.stderr
+        replayed = len(read_manifest(made).artifacts[0].golden.cases)
+        assert (done.returncode, done.stdout) == (0, f"{replayed}\n"), done.stderr
 
     def test_missing_runtime_says_what_to_install(
         self, made: Path, ingredients: Ingredients, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -658,7 +659,7 @@ class TestBuild:
     def test_a_runtime_that_disagrees_with_itself(
         self, ingredients: Ingredients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(golden_module, "MAX_SEEN", 1e-6)
+        monkeypatch.setattr(golden_rules, "MAX_SEEN", 1e-6)
         with pytest.raises(RuntimeCrashed, match="disagrees with itself"):
             ingredients.make(tmp_path / "b")
         assert list(tmp_path.iterdir()) == []
@@ -684,7 +685,7 @@ class TestBuild:
         assert "not measured" in card
         assert not (second / "reports/latency.json").exists()
         check = verify_bundle(second, store=ingredients.store)
-        assert check.golden_replayed == 2  # the fixed prompts alone
+        assert check.golden_replayed >= 3  # fixed prompts alone
 
     def test_the_students_own_licence_and_every_teachers(self, ingredients: Ingredients, tmp_path: Path) -> None:
         folders = {name: tmp_path / name for name in ("student", "teacher", "silent", "second")}

@@ -17,7 +17,7 @@ from typing import Any
 from edgedistill import __version__, machine
 from edgedistill.bundle.card import HUB_ID, model_card
 from edgedistill.bundle.check import verify_bundle
-from edgedistill.bundle.golden import make_golden
+from edgedistill.bundle.golden_make import make_golden
 from edgedistill.bundle.licenses import Source, license_text, notice_text, source_of
 from edgedistill.bundle.manifest import (
     MANIFEST,

@@ -36,14 +36,22 @@ INTEGRITY_ONLY = (
 
 
 class ArtifactReplay(Record):
-    """The golden replay of one artifact. Deviation and tolerance are of the logits, absolute."""
+    """The golden replay of one artifact. Deviation and tolerance are of the logits, absolute.
+
+    `tokens_compared`: tokens that were held to the recorded ones in whole batches, `greedy_compared`: decoded alone.
+    `found` and `allowed`: every statistic; `alike`: whether runtime, CPU and kernels are those of the maker.
+    """
 
     artifact: str
     runtime_version: str
     cases: int
+    tokens_compared: int
     greedy_compared: int
     largest_deviation: float
     tolerance: float
+    found: dict[str, float]
+    allowed: dict[str, float]
+    alike: bool
 
 
 class BundleCheck(Record):
@@ -212,7 +220,7 @@ def _check_agreement(manifest: Manifest, hashes: dict[str, str]) -> None:
         if combined_sha256(artifact.files) != artifact.sha256:
             raise UserError(f"{MANIFEST}: the sha256 of {artifact.name} is not that of its files", REMEDY)
         cases = artifact.golden.cases
-        named = [path for case in cases for path in (case.prompt, case.tokens, case.logits, case.greedy)]
+        named = [path for case in cases for path in (case.prompt, *artifact.golden.files(case))]
         if artifact.entry != ".":
             named.append(f"{artifact.folder}/{artifact.entry}")
         named += [path for path in (artifact.retention, artifact.latency) if path]

@@ -1,23 +1,15 @@
-"""Golden vectors: prompts, their tokens, the logits and greedy text of the shipped bytes, and a tolerance.
+"""Golden vectors replayed: the shipped bytes in their runtime on this machine, held to what was recorded.
 
-T: tokens of a prompt, V: vocabulary. The tolerance is measured: the same logits are computed in every
-way that this machine offers (whole prompts, prompts cut at several places, with more tokens behind,
-other thread counts, with and without llama.cpp's extra buffers), and four times the largest difference
-is let pass, or a floor where that is more, because other machines round in ways that this one cannot show.
+Whatever a manifest says of its vectors is derived again or refused: tolerances from what was seen and our floors, how
+many tokens are compared from the recorded rows.
 
-The floor, in units of the logits' standard deviation over the vocabulary. Tried with llama.cpp on a Llama
-of 21M parameters (6 layers, 512 wide), 200 tokens, x86-64 with AVX-512: leaving the 8-bit rounding of the
-activations out altogether, more than any change of kernel does, moved a logit by at most 0.04 (Q8_0), 0.09
-(Q4_K_M) and 0.12 (Q4_0); batches of another shape by 0.045; F16 sums by 0.0035. Another quantization of the
-same weights is 0.5 and more away, a broken kernel several units. So 0.25 for quantized weights (ARM's
-repacked dotprod and i8mm kernels, a GPU's, onnxruntime's), 0.02 for floating-point ones.
+Legend: T tokens of a prompt, N greedy tokens, R = T + N rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,160 +18,80 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill import machine
-from edgedistill.bundle.manifest import BundleArtifact, Golden, GoldenCase, GoldenOutput
-from edgedistill.errors import RuntimeCrashed, UserError
-from edgedistill.records import Artifact
+from edgedistill.bundle.fingerprint import Fingerprint, fingerprint, first_difference
+from edgedistill.bundle.golden_chat import chat_differs, check_rendering
+from edgedistill.bundle.golden_make import compared, kernels, rows_compared, vocabulary_of
+from edgedistill.bundle.golden_record import Golden, GoldenCase
+from edgedistill.bundle.golden_rules import (
+    COMPARED,
+    MIN_ROWS_COMPARED,
+    Compact,
+    Statistics,
+    compact,
+    least_damage,
+    outputs,
+    statistics,
+    too_much_seen,
+)
+from edgedistill.bundle.manifest import BundleArtifact
+from edgedistill.errors import UserError
 from edgedistill.runtimes.bounds import replay_of
 from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.runtimes.confine import layers_off
 from edgedistill.store import Store
 
-MULTIPLE_OF_SEEN = 4.0
-FLOOR_QUANTIZED = 0.25
-FLOOR_FLOAT = 0.02
-FLOATS = ("F32", "F16", "BF16", "FP32")
-# Where a runtime disagrees with itself by more than this (in the floor's units), no tolerance tells right from wrong.
-MAX_SEEN = 0.5
-NEW_TOKENS = 16
-MAX_PROMPT_TOKENS = 128
 REPLAY_THREADS = 4
 SMALL_BYTES = 256 << 20
-# Short, long, and what tokenizers get wrong; held-out text is what the model is for.
-FIXED_TEXTS = ("The", "def add(a, b):\n    return a + b  # naïve café, 你好 🙂\t\tend\n")
-EXCERPT_CHARS = (24, 120, 480)
+# Tolerances are written and read as decimals.
+RELATIVE = 1e-6
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """A replay that passed. `largest_deviation` and `tolerance` are of the logits."""
+    """A replay that passed: `largest_deviation`, `tolerance` of the logits, `found`, `allowed` of every statistic.
+
+    `tokens_compared`: rows whose best token was held to the recorded one; `greedy_compared`: decoded tokens that were.
+    `alike`: whether runtime, kernels and CPU are those that made the vectors.
+    """
 
     artifact: str
     runtime_version: str
     cases: int
+    tokens_compared: int
     greedy_compared: int
     largest_deviation: float
     tolerance: float
+    found: Statistics
+    allowed: Statistics
+    alike: bool
     notes: list[str]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Case:
+    """A recorded case, read."""
+
+    record: GoldenCase
     text: str
-    tokens: list[int]
-    logits_TV: NDArray[np.float32]
-    longer_TV: NDArray[np.float32]  # the same rows, with the continuation in the batch
-    greedy: list[int]
-    margins: NDArray[np.float64]  # of each greedy token over the runner-up
-
-
-def make_golden(
-    artifact: Artifact,
-    model: Path,
-    root: Path,
-    folder: str,
-    held_out_texts: Sequence[str],
-    *,
-    tokenizer_json: Path,
-    threads: int,
-    store: Store,
-) -> Golden:
-    """Run the shipped bytes `model` (file or folder), write the vectors to `root`/`folder`, describe them.
-
-    Raises RuntimeCrashed where the runtime dies or disagrees with itself.
-    """
-    new_tokens = max(1, min(NEW_TOKENS, artifact.context_tokens // 2))
-    room = min(MAX_PROMPT_TOKENS, artifact.context_tokens - new_tokens)
-    context_tokens = room + new_tokens
-    parse_special = artifact.runtime == "onnxruntime-genai"  # it knows no other way
-    usable = len(machine.usable_cpus())
-    threads = min(threads, usable)
-    ways = [f"{threads} threads"]
-
-    def opened(count: int, use_extra_bufts: bool | None) -> RuntimeProcess:
-        return RuntimeProcess(
-            artifact.runtime,
-            model,
-            threads=count,
-            context_tokens=context_tokens,
-            use_extra_bufts=use_extra_bufts,
-            store=store,
-        )
-
-    with opened(threads, None) as runtime:
-        info = runtime.info
-        encode = _encoder(artifact, runtime, tokenizer_json, parse_special)
-        fitted = [_fit(text, encode, room) for text in _prompts(held_out_texts)]
-        firsts = [(text, tokens, runtime.logits(tokens)) for text, tokens in fitted if tokens]
-    if not firsts:
-        raise UserError(f"the tokenizer of {model.name} gives no tokens for any text", "export it with its tokenizer")
-    # Small batches in a single thread: more would only wait for each other where the machine is busy.
-    other = 1 if threads > 1 else 2
-    with opened(other, None) as runtime:
-        cases = [_continued(runtime, *first, new_tokens) for first in firsts]
-        seen = max(
-            max(
-                _largest_cut(runtime, case.tokens, case.logits_TV),
-                _largest(case.longer_TV, case.logits_TV),
-                # A token that is best one by one and not in a batch: one of the two logits is off by half of that.
-                float(-case.margins.min()) / 2,
-            )
-            for case in cases
-        )
-    ways.append(
-        f"{other} thread{'s' * (other > 1)}: prompts cut after 1, 2, 3, half and all but one of their tokens, "
-        "and with their continuation behind them in one batch"
-    )
-    if info["options"].get("use_extra_bufts"):
-        with opened(threads, False) as runtime:
-            seen = max(seen, *(_largest(runtime.logits(case.tokens), case.logits_TV) for case in cases))
-        ways.append("without llama.cpp's extra buffers")
-    logits = _logits_output(artifact, seen, float(np.mean([case.logits_TV[-1].std() for case in cases])))
-    if not seen <= MAX_SEEN * (logits.scale or 0.0):
-        raise RuntimeCrashed(
-            f"{artifact.runtime} disagrees with itself on {model.name}: logits differ by {seen:.3g} between batch "
-            f"shapes or thread counts, and their standard deviation is {logits.scale:.3g}",
-            f"install another build of {artifact.runtime}; this one computes wrong results on this CPU",
-        )
-    return Golden(
-        runtime=str(info["runtime"]),
-        runtime_version=str(info["runtime_version"]),
-        runtime_options=dict(info["options"]),
-        tokenized_by="tokenizer.json" if artifact.runtime == "onnxruntime" else "artifact",
-        add_special=True,
-        parse_special=parse_special,
-        context_tokens=context_tokens,
-        new_tokens=new_tokens,
-        vocab_size=int(info["vocab_size"]),
-        outputs=[
-            GoldenOutput(name="tokens", tolerance=0.0, largest_seen=0.0, derivation="token ids are equal or wrong"),
-            logits,
-            GoldenOutput(
-                name="greedy",
-                tolerance=0.0,
-                largest_seen=0.0,
-                derivation="ids are equal for as long as each leads the runner-up by more than the logits' tolerance; "
-                "each id is within twice the tolerance of the best one of a whole batch",
-            ),
-        ],
-        cases=[_write(root, f"{folder}/{number:02d}", case, logits.tolerance) for number, case in enumerate(cases)],
-        seen_with=ways,
-    )
+    tokens: NDArray[np.int32]
+    greedy: NDArray[np.int32]
+    last_V: NDArray[np.float32]
+    kept: Compact
 
 
 def replay(root: Path, artifact: BundleArtifact, *, store: Store | None = None) -> Replayed:
     """Compute a bundle's golden vectors again on this machine and compare.
 
-    Raises UserError naming the file, the deviation and the tolerance; and where the runtime is not
-    installed. RuntimeCrashed where it dies.
+    Raises UserError naming the file, the key or the tensor, the deviation and the tolerance; and where the runtime is
+    not installed. RuntimeCrashed where it dies.
     """
     golden = artifact.golden
-    tolerance = next((output.tolerance for output in golden.outputs if output.name == "logits"), None)
-    if tolerance is None:
-        raise UserError(f"the golden vectors of {artifact.name} have no tolerance for logits", "make the bundle again")
+    cases = [_read(root, golden, case) for case in golden.cases]
+    check_record(artifact, cases)
+    model = root / artifact.folder / artifact.entry
+    check_fingerprint(root, artifact, fingerprint(artifact.format, model))
     # A small model gains nothing from more threads, which on a busy machine wait for each other.
     threads = 1 if artifact.bytes < SMALL_BYTES else min(REPLAY_THREADS, len(machine.usable_cpus()))
-    model = root / artifact.folder / artifact.entry
-    largest = 0.0
     # Prompt and continuation twice: token by token, and in one batch.
     tokens_in_all = 2 * sum(case.token_count + golden.new_tokens for case in golden.cases)
     with RuntimeProcess(
@@ -190,45 +102,252 @@ def replay(root: Path, artifact: BundleArtifact, *, store: Store | None = None) 
         store=store,
         bounds=replay_of(tokens_in_all),
     ) as runtime:
-        version = str(runtime.info["runtime_version"])
-        if int(runtime.info["vocab_size"]) != golden.vocab_size:
-            how = f"has {runtime.info['vocab_size']} tokens, not {golden.vocab_size}"
-            raise _broken(artifact, version, "the vocabulary", how)
-        for case in golden.cases:
-            tokens = load_array(root / case.tokens, "<i4", (case.token_count,), what=case.tokens)
-            if golden.tokenized_by == "artifact":
-                text = _text(root / case.prompt, case.prompt)
-                found = runtime.tokenize(text, add_special=golden.add_special, parse_special=golden.parse_special)
-                if found != tokens.tolist():
-                    how = f"the prompt's tokens are {found[:8]}…, not {tokens[:8].tolist()}…"
-                    raise _broken(artifact, version, case.tokens, how)
-            expected = load_array(root / case.logits, "<f4", (golden.vocab_size,), what=case.logits)
-            greedy = load_array(root / case.greedy, "<i4", (golden.new_tokens,), what=case.greedy)
-            found = runtime.greedy(tokens, golden.new_tokens)
-            steps_NV = runtime.logits([*tokens.tolist(), *found])[len(tokens) - 1 : -1]
-            apart = _largest(steps_NV[0], expected)
-            if not apart <= tolerance:
-                how = f"logits are off by {apart:.4g}, and {tolerance:.4g} is allowed"
-                raise _broken(artifact, version, case.logits, how)
-            largest = max(largest, apart)
-            behind = float((steps_NV.max(axis=1) - steps_NV[np.arange(len(found)), found]).max())
-            if not behind <= 2 * tolerance:
-                how = f"a token decoded one by one is {behind:.4g} behind the best one of a whole batch"
-                raise _broken(artifact, version, case.greedy, how)
-            compared = greedy[: case.greedy_compared].tolist()
-            if found[: len(compared)] != compared:
-                how = f"the greedy continuation is {found[: len(compared)]}, not {compared}"
-                raise _broken(artifact, version, case.greedy, how)
-        notes = _replay_notes(artifact, runtime.info)
+        done = replay_vectors(runtime, artifact, cases)
+        notes = _replay_notes(artifact, runtime.info) + _check_chat(runtime, root, artifact)
+    return Replayed(**{**vars(done), "notes": notes})
+
+
+def read_cases(root: Path, artifact: BundleArtifact) -> list[_Case]:
+    """The recorded cases of an artifact. Raises UserError for a file that is not what it should be."""
+    return [_read(root, artifact.golden, case) for case in artifact.golden.cases]
+
+
+def _read(root: Path, golden: Golden, case: GoldenCase) -> _Case:
+    arrays = {
+        path: load_array(root / path, dtype, shape, what=path) for path, (dtype, shape) in golden.files(case).items()
+    }
+    for path in (case.tokens, case.greedy, case.ids):
+        if arrays[path].min() < 0 or arrays[path].max() >= golden.vocab_size:
+            raise _refused(f"{path} holds token ids that are not below {golden.vocab_size}")
+    for path in (case.logits, case.rows):
+        if not np.isfinite(arrays[path]).all():
+            raise _refused(f"{path} holds logits that are not finite: off by inf")
+    kept = Compact(arrays[case.ids], arrays[case.rows])
+    text = _text(root / case.prompt, case.prompt)
+    return _Case(case, text, arrays[case.tokens], arrays[case.greedy], arrays[case.logits], kept)
+
+
+def check_record(artifact: BundleArtifact, cases: Sequence[_Case]) -> None:
+    """Raises UserError for vectors that do not belong together, and for tolerances or counts that are not theirs."""
+    golden = artifact.golden
+    for case in cases:
+        _check_rows(golden, case)
+    scale = float(np.mean([case.last_V.std() for case in cases]))
+    named = {output.name: output for output in golden.outputs}
+    if len(named) != len(golden.outputs) or set(named) != {"tokens", "greedy", *COMPARED}:
+        raise _refused(f"the golden vectors of {artifact.name} are of {', '.join(sorted(named))}")
+    seen: Statistics = {name: named[name].largest_seen for name in COMPARED}
+    alike: Statistics = {name: named[name].seen_alike for name in COMPARED}
+    if why := too_much_seen(artifact.quantization, scale, seen) + too_much_seen(artifact.quantization, scale, alike):
+        raise _refused(f"the golden vectors of {artifact.name} let everything pass: {why[0]}")
+    for wanted in outputs(artifact.quantization, scale, seen, alike):
+        found = named[wanted.name]
+        for field in ("tolerance", "tolerance_alike", "largest_seen", "seen_alike"):
+            given, derived = getattr(found, field), getattr(wanted, field)
+            if not math.isclose(given, derived, rel_tol=RELATIVE, abs_tol=1e-12):
+                raise _refused(f"{field} of {found.name} of {artifact.name} is {given:.4g}, and {derived:.4g} follows")
+    tolerance = named["logits"].tolerance
+    least = least_damage(named["logits"], golden.damage_is_seen)
+    for case in cases:
+        record = case.record
+        counts = compared(case.kept, record.token_count, golden.new_tokens, tolerance)
+        for field, count in counts.items():
+            if getattr(record, field) != count:
+                where = record.greedy if field == "greedy_compared" else record.rows
+                raise _refused(f"{field} of {where} is {getattr(record, field)}, and {count} follow from its rows")
+        _check_case(golden, case, least)
+    total = sum(rows_compared(case.kept, tolerance) for case in cases)
+    if total < MIN_ROWS_COMPARED:
+        raise _refused(
+            f"the golden vectors of {artifact.name} compare {total} rows, at least {MIN_ROWS_COMPARED} must be"
+        )
+
+
+def _check_rows(golden: Golden, case: _Case) -> None:
+    """The parts of a case belong together."""
+    record, kept = case.record, case.kept
+    last = record.token_count - 1
+    if record.token_count + golden.new_tokens > golden.context_tokens:
+        raise _refused(f"{record.tokens} has more tokens than the context of {golden.context_tokens}")
+    again = compact(case.last_V[None])
+    apart = float(np.abs(again.rows - kept.rows[last : last + 1]).max())
+    if apart > 1e-5 * (1 + float(np.abs(again.rows).max())):
+        raise _refused(f"{record.logits} is off by {apart:.4g} from the row of {record.rows} that is its own")
+    if not np.array_equal(again.ids_RK, kept.ids_RK[last : last + 1]):
+        raise _refused(f"{record.logits} has other best tokens than {record.ids}")
+    best = kept.rows[:, 1 : 1 + kept.ids_RK.shape[1]]
+    if (np.diff(best, axis=1) > 0).any() or (best[:, 0] > kept.rows[:, 0]).any():
+        raise _refused(f"{record.rows} is not ordered by its best ids")
+
+
+def _check_case(golden: Golden, case: _Case, least_damage: float) -> None:
+    """What the manifest says of a case follows from its files, and its prompt is worth keeping."""
+    record = case.record
+    stops = [number for number, token in enumerate(case.greedy) if token in set(golden.vocabulary.stop)]
+    if record.stops_after != (stops[0] if stops else None):
+        raise _refused(f"stops_after of {record.greedy} is {record.stops_after}, and its tokens say {stops[:1]}")
+    if not record.damaged or min(record.damaged.values()) <= least_damage:
+        raise _refused(f"the prompt {record.prompt} does not tell damaged tokens from whole ones: {record.damaged}")
+
+
+def check_fingerprint(root: Path, artifact: BundleArtifact, found: Fingerprint) -> None:
+    """Raises UserError naming the first setting or tensor of the artifact that is not the recorded one."""
+    golden = artifact.golden
+    where = f"{artifact.folder}/{artifact.entry}" if artifact.entry != "." else artifact.folder
+    for what, recorded, now in (
+        ("settings", golden.settings, found.settings),
+        ("weights", golden.weights, found.weights),
+    ):
+        if why := first_difference(recorded, now):
+            raise _refused(f"{where} is not what the golden vectors were made with: {what}: {why}")
+    stated = [
+        value for name, value in found.settings.items() if name.endswith((".context_length", "model.context_length"))
+    ]
+    for value in stated:
+        if not isinstance(value, int) or value < artifact.context_tokens:
+            raise _refused(f"{where} says a context of {value}, and the manifest {artifact.context_tokens}")
+    if why := chat_differs(golden.chat, root / "preprocess", found.settings, root / artifact.folder / artifact.entry):
+        raise _refused(f"{artifact.name}: {why}")
+
+
+def replay_vectors(runtime: RuntimeProcess, artifact: BundleArtifact, cases: Sequence[_Case]) -> Replayed:
+    """Run every prompt and compare; all that stands in the manifest beside it was checked before."""
+    golden, version = artifact.golden, str(runtime.info["runtime_version"])
+    alike = kernels(runtime.info) == golden.kernels
+    allowed: Statistics = {
+        output.name: output.tolerance_alike if alike else output.tolerance
+        for output in golden.outputs
+        if output.name in COMPARED
+    }
+    if int(runtime.info["vocab_size"]) != golden.vocab_size:
+        how = f"has {runtime.info['vocab_size']} tokens, not {golden.vocab_size}"
+        raise _broken(artifact, version, "the vocabulary", how)
+    if why := first_difference(golden.vocabulary.model_dump(), vocabulary_of(runtime).model_dump()):
+        raise _broken(artifact, version, "the special tokens", why)
+    greedy_compared = tokens_compared = 0
+    found_RV: list[NDArray[np.float32]] = []
+    for case in cases:
+        _check_tokens(runtime, artifact, case)
+        logits_RV = runtime.logits([*case.tokens.tolist(), *case.greedy.tolist()])
+        tokens_compared += _check_best(artifact, version, case, logits_RV, allowed["logits"])
+        greedy_compared += _check_greedy(runtime, artifact, case, logits_RV, allowed["logits"])
+        found_RV.append(logits_RV)
+    found = _check_statistics(artifact, version, cases, found_RV, allowed)
     return Replayed(
         artifact=artifact.name,
         runtime_version=version,
-        cases=len(golden.cases),
-        greedy_compared=sum(case.greedy_compared for case in golden.cases),
-        largest_deviation=largest,
-        tolerance=tolerance,
-        notes=notes,
+        cases=len(cases),
+        tokens_compared=tokens_compared,
+        greedy_compared=greedy_compared,
+        largest_deviation=found["logits"],
+        tolerance=allowed["logits"],
+        found=found,
+        allowed=allowed,
+        alike=alike,
+        notes=[],
     )
+
+
+def _check_tokens(runtime: RuntimeProcess, artifact: BundleArtifact, case: _Case) -> None:
+    golden = artifact.golden
+    if golden.tokenized_by != "artifact":
+        return
+    found = runtime.tokenize(case.text, add_special=golden.add_special, parse_special=golden.parse_special)
+    if found != case.tokens.tolist():
+        how = f"the prompt's tokens are {found[:8]}…, not {case.tokens[:8].tolist()}…"
+        raise _broken(artifact, str(runtime.info["runtime_version"]), case.record.tokens, how)
+
+
+def _check_best(
+    artifact: BundleArtifact, version: str, case: _Case, logits_RV: NDArray[np.float32], tolerance: float
+) -> int:
+    """The best token of every row is the recorded one, or one that a tolerated difference could make best.
+
+    How many rows leave no choice.
+    """
+    possible_RK = case.kept.may_be_best(tolerance)
+    best_R = logits_RV.argmax(axis=1)
+    is_best_RK = case.kept.ids_RK == best_R[:, None]
+    # A row all of whose ids may be best says nothing: the best one may be another still.
+    wrong = np.flatnonzero(~(possible_RK & is_best_RK).any(axis=1) & ~possible_RK.all(axis=1))
+    if len(wrong):
+        row = int(wrong[0])
+        how = (
+            f"the best token of {len(wrong)} of {len(best_R)} rows is another: after {row + 1} tokens {best_R[row]}, "
+            f"not {case.kept.ids_RK[row, 0]}"
+        )
+        raise _broken(artifact, version, case.record.ids, how)
+    return int((possible_RK.sum(axis=1) == 1).sum())
+
+
+def _check_greedy(
+    runtime: RuntimeProcess, artifact: BundleArtifact, case: _Case, logits_RV: NDArray[np.float32], tolerance: float
+) -> int:
+    """Decoding token by token: the recorded ids until one may turn; how many were held to."""
+    version, count = str(runtime.info["runtime_version"]), case.record.token_count
+    found = runtime.greedy(case.tokens, artifact.golden.new_tokens)
+    # Other batch shapes are other kernels, here too: what they may differ by is the tolerance of any machine.
+    wide = next(output.tolerance for output in artifact.golden.outputs if output.name == "logits")
+    sure = compared(case.kept, count, len(found), wide)["greedy_compared"]
+    expected = case.greedy.tolist()
+    if found[:sure] != expected[:sure]:
+        how = f"the greedy continuation is {found[:sure]}, not {expected[:sure]}"
+        raise _broken(artifact, version, case.record.greedy, how)
+    same = next((n for n, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b), len(found))
+    steps_NV = logits_RV[count - 1 : count - 1 + len(found)]
+    # The first token that is another was taken from the same beginning: it must be nearly as good.
+    for step in range(min(same + 1, len(found))):
+        behind = float(steps_NV[step].max() - steps_NV[step, found[step]])
+        if not behind <= 2 * wide:
+            how = f"a token decoded one by one is {behind:.4g} behind the best one of a whole batch"
+            raise _broken(artifact, version, case.record.greedy, how)
+    return sure
+
+
+def _check_statistics(
+    artifact: BundleArtifact,
+    version: str,
+    cases: Sequence[_Case],
+    found_RV: Sequence[NDArray[np.float32]],
+    allowed: Statistics,
+) -> Statistics:
+    """Every statistic over all prompts; where one is too large, the prompt that is furthest off is named."""
+    found = statistics([case.kept for case in cases], found_RV)
+    last = [
+        float(np.abs(logits[case.record.token_count - 1].astype(np.float64) - case.last_V).max())
+        for case, logits in zip(cases, found_RV, strict=True)
+    ]
+    if not all(math.isfinite(value) for value in last):
+        last = [value if math.isfinite(value) else math.inf for value in last]
+    found["logits"] = max(found["logits"], *last)
+    for name in COMPARED:
+        if found[name] <= allowed[name]:
+            continue
+        each = [statistics([case.kept], [logits])[name] for case, logits in zip(cases, found_RV, strict=True)]
+        if name == "logits":
+            each = [max(pair) for pair in zip(each, last, strict=True)]
+        worst = cases[int(np.argmax(each))].record
+        where = worst.logits if name == "logits" else worst.rows
+        raise _broken(
+            artifact, version, where, f"{name} is off by {found[name]:.4g}, and {allowed[name]:.4g} is allowed"
+        )
+    return found
+
+
+def _check_chat(runtime: RuntimeProcess, root: Path, artifact: BundleArtifact) -> list[str]:
+    """Render the recorded conversation; a note where this machine has nothing to render with."""
+    chat = artifact.golden.chat
+    if chat is None:
+        return []
+    try:
+        why = check_rendering(runtime, chat, root / "preprocess")
+    except UserError as error:
+        if "jinja2" not in error.cause:
+            raise
+        return [f"{artifact.name}: jinja2 is not installed: the chat template was compared, and not rendered"]
+    if why:
+        raise _refused(f"preprocess/{chat.template}: {why}")
+    return []
 
 
 def load_array(path: Path, dtype: str, shape: tuple[int, ...], *, what: str) -> NDArray[Any]:
@@ -254,6 +373,10 @@ def load_array(path: Path, dtype: str, shape: tuple[int, ...], *, what: str) -> 
     return np.frombuffer(data, dtype=dtype).reshape(shape)
 
 
+def _refused(what: str) -> UserError:
+    return UserError(what, "take the bundle again from where it was made, or make it again")
+
+
 def _broken(artifact: BundleArtifact, version: str, where: str, how: str) -> UserError:
     return UserError(
         f"golden replay of {artifact.name} failed in {version}: {where}: {how}",
@@ -270,6 +393,11 @@ def _replay_notes(artifact: BundleArtifact, info: dict[str, Any]) -> list[str]:
     if info["options"].get("use_extra_bufts") is False:
         notes.append(f"{artifact.name}: use_extra_bufts is off: {info['options'].get('use_extra_bufts_reason', '')}")
     notes += [f"{artifact.name}: replayed without a layer of its bounds: {off}" for off in layers_off(info["bounds"])]
+    if artifact.golden.damage_is_seen == "alike":
+        notes.append(
+            f"{artifact.name}: the model hardly looks at its tokens: on other machines than the maker's, damaged "
+            "prompts are not told from whole ones"
+        )
     if artifact.golden.tokenized_by != "artifact":
         notes.append(f"{artifact.name}: {artifact.runtime} holds no tokenizer: the tokens were taken as they are")
     return notes
@@ -280,96 +408,3 @@ def _text(path: Path, what: str) -> str:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{what} is not UTF-8: byte {error.start}", "make the bundle again") from error
-
-
-def _prompts(held_out_texts: Sequence[str]) -> Iterator[str]:
-    yield from FIXED_TEXTS
-    texts = [text.strip() for text in held_out_texts if text.strip()]
-    for text, chars in zip(texts[: len(EXCERPT_CHARS)], EXCERPT_CHARS, strict=False):
-        yield text[:chars]
-
-
-def _encoder(artifact: Artifact, runtime: RuntimeProcess, tokenizer_json: Path, parse_special: bool) -> Any:
-    """text → token ids, special tokens of a sequence's start included."""
-    if artifact.runtime != "onnxruntime":
-        return lambda text: runtime.tokenize(text, add_special=True, parse_special=parse_special)
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(tokenizer_json))
-    return lambda text: list(tokenizer.encode(text).ids)
-
-
-def _fit(text: str, encode: Any, room: int) -> tuple[str, list[int]]:
-    """The text, shortened until its tokens have room."""
-    tokens = encode(text)
-    while len(tokens) > room:
-        text = text[: len(text) // 2]
-        tokens = encode(text) if text else []
-    return text, tokens
-
-
-def _largest_cut(runtime: RuntimeProcess, tokens: list[int], whole_TV: NDArray[np.float32]) -> float:
-    """The largest difference between a prompt's logits and the last rows of shorter batches."""
-    count = len(tokens)
-    cuts = sorted({1, 2, 3, count // 2, count - 1} & set(range(1, count)))
-    return max((_largest(runtime.logits(tokens[:cut])[-1], whole_TV[cut - 1]) for cut in cuts), default=0.0)
-
-
-def _continued(
-    runtime: RuntimeProcess, text: str, tokens: list[int], whole_TV: NDArray[np.float32], new_tokens: int
-) -> _Case:
-    """The greedy continuation, token by token, and its margins from one batch of prompt and continuation."""
-    count = len(tokens)
-    greedy = runtime.greedy(tokens, new_tokens)
-    longer_TV = runtime.logits([*tokens, *greedy])
-    steps_NV = longer_TV[count - 1 : count - 1 + new_tokens].astype(np.float64)
-    chosen_N = steps_NV[np.arange(new_tokens), greedy]
-    steps_NV[np.arange(new_tokens), greedy] = -np.inf
-    return _Case(text, tokens, whole_TV, longer_TV[:count], greedy, chosen_N - steps_NV.max(axis=1))
-
-
-def _largest(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """The largest absolute difference; infinite where either side is not finite, which no tolerance lets pass."""
-    with np.errstate(invalid="ignore"):
-        apart = float(np.abs(found.astype(np.float64) - expected).max())
-    return apart if math.isfinite(apart) else math.inf
-
-
-def _logits_output(artifact: Artifact, seen: float, scale: float) -> GoldenOutput:
-    floor = FLOOR_FLOAT if artifact.quantization in FLOATS else FLOOR_QUANTIZED
-    return GoldenOutput(
-        name="logits",
-        tolerance=max(MULTIPLE_OF_SEEN * seen, floor * scale) if math.isfinite(seen) else 0.0,
-        largest_seen=seen if math.isfinite(seen) else 0.0,
-        scale=scale,
-        derivation=f"the larger of {MULTIPLE_OF_SEEN:g} × largest_seen and {floor:g} × scale; the floor is for "
-        "instruction sets and GPUs that were not at hand: they sum in another order, which flips single roundings of "
-        "activations, and these grow from layer to layer (ARM's repacked dotprod and i8mm kernels, for example)",
-    )
-
-
-def _write(root: Path, stem: str, case: _Case, tolerance: float) -> GoldenCase:
-    """Write one case; its greedy ids count up to the first that a deviation let pass could turn."""
-    sure = case.margins > tolerance
-    compared = len(sure) if sure.all() else int(np.argmin(sure))
-    paths = {part: f"{stem}.{part}" for part in ("prompt.txt", "tokens.npy", "logits.npy", "greedy.npy")}
-    (root / stem).parent.mkdir(parents=True, exist_ok=True)
-    (root / paths["prompt.txt"]).write_bytes(case.text.encode("utf-8"))
-    _save_array(root / paths["tokens.npy"], np.asarray(case.tokens, dtype="<i4"))
-    _save_array(root / paths["logits.npy"], case.logits_TV[-1].astype("<f4"))
-    _save_array(root / paths["greedy.npy"], np.asarray(case.greedy, dtype="<i4"))
-    return GoldenCase(
-        prompt=paths["prompt.txt"],
-        tokens=paths["tokens.npy"],
-        logits=paths["logits.npy"],
-        greedy=paths["greedy.npy"],
-        token_count=len(case.tokens),
-        greedy_compared=compared,
-    )
-
-
-def _save_array(path: Path, array: NDArray[Any]) -> None:
-    # Through memory: np.save straight to a full disk gives an error that does not say so.
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    path.write_bytes(buffer.getvalue())

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
+from edgedistill.bundle.golden_record import Golden
 from edgedistill.errors import UserError
 from edgedistill.records import (
     Calibration,
@@ -107,48 +108,6 @@ class Tensor(Record):
     name: str
     dtype: str
     shape: list[int | str]
-
-
-class GoldenOutput(Record):
-    """What is compared. `tolerance`: the largest absolute difference let pass; 0 is exact equality.
-
-    `largest_seen`: the largest difference between ways to compute it on the machine that made the
-    bundle. `scale`: the mean standard deviation of a prompt's logits over the vocabulary.
-    """
-
-    name: Literal["tokens", "logits", "greedy"]
-    tolerance: float = Field(ge=0, allow_inf_nan=False)
-    largest_seen: float = Field(ge=0, allow_inf_nan=False)
-    scale: float | None = None
-    derivation: str
-
-
-class GoldenCase(Record):
-    """One prompt: its files (paths in the bundle) and how many greedy tokens must agree."""
-
-    prompt: str
-    tokens: str
-    logits: str
-    greedy: str
-    token_count: int = Field(ge=1)
-    greedy_compared: int = Field(ge=0)
-
-
-class Golden(Record):
-    """Golden vectors of one artifact, computed on its shipped bytes in its own runtime."""
-
-    runtime: str
-    runtime_version: str
-    runtime_options: dict[str, Any]
-    tokenized_by: Literal["artifact", "tokenizer.json"]
-    add_special: bool
-    parse_special: bool
-    context_tokens: int = Field(ge=1, le=1 << 20)
-    new_tokens: int = Field(ge=1, le=4096)
-    vocab_size: int = Field(ge=1)
-    outputs: list[GoldenOutput]
-    cases: list[GoldenCase] = Field(min_length=1, max_length=64)
-    seen_with: list[str]
 
 
 class BundleArtifact(Record):

@@ -338,6 +338,11 @@ class RuntimeProcess:
         """Where the runtime stops, as it says itself (`stops`: ids), and what else it takes from the artifact."""
         return self._child.call("generation", "asking where it stops", {})
 
+    def render(self, template: str, messages: Sequence[Mapping[str, str]], variables: Mapping[str, str]) -> str:
+        """What a chat template makes of a conversation, a prompt for an answer at its end; see runtimes/template.py."""
+        params = {"template": template, "messages": [dict(m) for m in messages], "variables": dict(variables)}
+        return str(self._child.call("render", "rendering the chat template", params)["text"])
+
     def greedy(self, tokens: Sequence[int] | IntArray, new_tokens: int) -> list[int]:
         """The `new_tokens` most likely tokens one after another; an end-of-sequence token does not stop it."""
         if new_tokens < 1:

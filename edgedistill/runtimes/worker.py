@@ -167,6 +167,10 @@ class Worker:
         elif op == "generation":
             backend: Any = self._opened()
             yield backend.generation(), {}
+        elif op == "render":
+            from edgedistill.runtimes.template import render
+
+            yield {"text": render(**params)}, {}
         elif op == "timed":
             new_tokens = int(params["new_tokens"])
             yield self._opened().timed(self._checked(arrays["tokens"], new_tokens), new_tokens), {}

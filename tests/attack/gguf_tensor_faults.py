@@ -281,7 +281,7 @@ TENSOR_PLANS: list[Plan[Gguf]] = [
     _of_tensor("rows in torch's order", "permuted rows", Q, lambda t: on_rows(t, _torch_order)),
     *(_of_tensor("half the rows permuted", "permuted rows", t, lambda t: on_rows(t, _permuted(0.5)))
       for t in (UP, DOWN, O, EMBEDDING, HEAD, V, QKV)),
-    plan("the first and the last layer swapped", "swapped layers", "blk.{first}.attn_norm.weight", _swap_layers,
+    plan("the first and the last layer swapped", "swapped layers", "blk.{first}.ffn_down.weight", _swap_layers,
          two_layers),
     *(plan(f"{one} and {other} swapped", "swapped tensors", one, swap(one, other), can_swap(one, other))
       for one, other in (

@@ -241,10 +241,11 @@ def _bypass(decoder: Decoder, rng: Random) -> None:
 
 
 GQA, SKIP, NORMALIZE = "GroupQueryAttention", "SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization"
+NODE_NAMES = {GQA: GQA, SKIP: "SkipLayerNorm", NORMALIZE: "input_layernorm"}
 
 
 def attribute(name: str, op_type: str, key: str, value: Any, part: str = "") -> Plan[Decoder]:
-    return plan(name, f"attribute {key}", key, _attribute(op_type, key, value, part),
+    return plan(name, f"attribute {key}", NODE_NAMES[op_type], _attribute(op_type, key, value, part),
                 _with_attribute(op_type, key, value, part))  # fmt: skip
 
 
