@@ -5,7 +5,6 @@ Nothing heavy is imported before a command runs.
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from edgedistill import errors, waiting
+from edgedistill import cli_edge, errors, waiting
 from edgedistill.cli_options import (
     DataOption,
     EvalData,
@@ -184,7 +183,9 @@ def export(
     student: Annotated[str, typer.Option("--student", help="folder or hub id of the model to export")],
     format_: Annotated[str, typer.Option("--format", help="gguf, onnx, bitsandbytes or executorch")] = "gguf",
     quantization: Annotated[str, typer.Option("--quantization", help="e.g. Q4_K_M, Q8_0, F16; INT4, INT8")] = "F16",
-    context_tokens: Annotated[int | None, typer.Option(help="context of the artifact; default: the model's")] = None,
+    context_tokens: Annotated[
+        int | None, typer.Option(min=8, max=1 << 30, help="context of the artifact; default: the model's")
+    ] = None,
     calibration: Annotated[
         str | None, typer.Option("--calibration", help="what importance matrices and static INT8 see: text or inputs")
     ] = None,
@@ -358,10 +359,10 @@ def recipes_list(as_json: Json = False) -> None:
 @recipes_app.command("show")
 def recipes_show(recipe: RecipeArgument = "quickstart", sets: Sets = None, as_json: Json = False) -> None:
     """A recipe with every field."""
-    import yaml
+    from edgedistill.strict_yaml import dump_yaml
 
     document = asked_recipe(recipe, sets).model_dump(mode="json")
-    emit(as_json, document, yaml.safe_dump(document, sort_keys=False).rstrip())
+    emit(as_json, document, dump_yaml(document).rstrip())
 
 
 @store_app.command("list")
@@ -431,7 +432,12 @@ def version(as_json: Json = False) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command. Of several ranks each one ends at once: a process group that is not taken down aborts Python."""
-    if asked_world() == 1:
+    try:
+        alone = asked_world() == 1
+    except errors.UserError as error:
+        _complain(error.cause, error.remedy)
+        sys.exit(error.exit_code)
+    if alone:
         run(arguments)
     try:
         run(arguments)
@@ -453,45 +459,74 @@ def run(arguments: list[str] | None = None) -> NoReturn:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it keeps a diary at home and sends it to its maker
+    cli_edge.prepare_streams()
+    code = _outcome(sys.argv[1:] if arguments is None else arguments)
     try:
+        sys.stdout.flush()
+    except OSError as error:
+        cli_edge.drop_output()
+        if not isinstance(error, BrokenPipeError):
+            _complain(f"the result cannot be written to standard output: {error.strerror}", "name another place for it")
+            code = code or errors.EXIT_USER
+    sys.exit(code)
+
+
+def _outcome(arguments: list[str]) -> int:
+    """Runs the command; its exit code, after what went wrong was said."""
+    try:
+        cli_edge.require_text(arguments)
         code = app(args=arguments, prog_name="edgedistill", standalone_mode=False)
         if code == errors.EXIT_INTERRUPTED:  # typer gives it back for a KeyboardInterrupt
             raise KeyboardInterrupt
-        sys.exit(code if isinstance(code, int) else errors.EXIT_DONE)
+        return code if isinstance(code, int) else errors.EXIT_DONE
     except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        return int(stop.exit_code)
+    except SystemExit:  # typer's own answer to a reader that went away (`--help | head`)
+        cli_edge.drop_output()
+        return errors.EXIT_DONE
     except ClickException as error:
         error.show()
-        sys.exit(errors.EXIT_USER)
+        return errors.EXIT_USER
     except (KeyboardInterrupt, typer.Abort):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("\ninterrupted: what was finished is kept; the same command goes on from there", file=sys.stderr)
-        sys.exit(errors.EXIT_INTERRUPTED)
+        return errors.EXIT_INTERRUPTED
     except errors.EdgedistillError as error:
         _complain(error.cause, error.remedy)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package == "edgedistill":
-            traceback.print_exc()
-            sys.exit(errors.EXIT_BUG)
+            return _bug()
         _complain(
             f"the package {package} is not installed", "pip install 'edgedistill[build]' (see `edgedistill doctor`)"
         )
-        sys.exit(errors.EXIT_USER)
+        return errors.EXIT_USER
+    except BrokenPipeError:
+        cli_edge.drop_output()
+        return errors.EXIT_DONE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            traceback.print_exc()
-            sys.exit(errors.EXIT_BUG)
-        _complain(
-            f"the disk is full{f': {error.filename}' if error.filename else ''}",
-            "free some space (`edgedistill store list`, `edgedistill store prune`) and run the command again",
-        )
-        sys.exit(errors.EXIT_USER)
+        known = cli_edge.of_the_system(error)
+        if known is None:
+            return _bug()
+        _complain(*known)
+        return errors.EXIT_USER
+    except MemoryError:
+        _complain(*cli_edge.of_memory())
+        return errors.EXIT_USER
+    except Exception:
+        return _bug()
+
+
+def _bug() -> int:
+    traceback.print_exc()
+    print("this is a bug in edgedistill: please report it, with the lines above", file=sys.stderr)
+    return errors.EXIT_BUG
 
 
 def _complain(cause: str, remedy: str) -> None:
-    who = f" (rank {os.environ.get('RANK', '?')})" if asked_world() > 1 else ""
-    print(f"error{who}: {cause}", file=sys.stderr)
-    if remedy:
-        print(f"  try: {remedy}", file=sys.stderr)
+    try:
+        several = asked_world() > 1
+    except errors.UserError:
+        several = False
+    cli_edge.complain(cause, remedy, f" (rank {os.environ.get('RANK', '?')})" if several else "")

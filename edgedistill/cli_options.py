@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from edgedistill import errors
+from edgedistill.cli_edge import write_out
 from edgedistill.launch import is_follower
 from edgedistill.progress import Progress
 
@@ -38,7 +40,7 @@ def emit(as_json: bool, document: Any, text: str) -> None:
     """The result on standard output; of several ranks the first one prints."""
     if is_follower():
         return
-    print(json.dumps(document, indent=2, default=str) if as_json else text)
+    write_out(json.dumps(document, indent=2, default=str) if as_json else text)
 
 
 def progress_of(quiet: bool, verbose: bool) -> Progress:
@@ -79,8 +81,14 @@ def chosen_targets(names: list[str]) -> Any:
 
 def the_store() -> Any:
     from edgedistill.store import Store
+    from edgedistill.strict import local_path
 
-    return Store()
+    root = Store().root
+    local_path(root / "records" / ("x" * 64), what="the store")  # what lies in it has names too
+    there = next(place for place in (root, *root.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise errors.UserError(f"the store {root}: {there} is no folder", "name a folder in EDGEDISTILL_STORE")
+    return Store(root)
 
 
 def require_local(host: str) -> None:

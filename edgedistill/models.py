@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from edgedistill.errors import UserError
 from edgedistill.records import Shape
 from edgedistill.shapes import shape_from_config
 from edgedistill.store import Store, canonical_json
-from edgedistill.strict import read_json
+from edgedistill.strict import local_path, open_regular, read_json, shown
 from edgedistill.weights import StoredTensor, check_tensors, read_tensor, stored_tensors
 
 TOKENIZER_FILES = (
@@ -27,6 +28,10 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 EMBEDDING = "model.embed_tokens.weight"
+READ_SUFFIXES = frozenset({".json", ".jinja", ".safetensors", ".txt", ".model"})
+SMALL_JSON = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
+MAX_SMALL_JSON_BYTES = 1 << 25
+ADAPTER_FILE = "adapter_config.json"  # transformers would change the weights by it as it loads them
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "LICENSE*", "NOTICE*"]
 
 
@@ -55,16 +60,38 @@ def open_model(name_or_path: str, *, revision: str | None = None, role: str = "m
 
 def locate(name_or_path: str, *, revision: str | None = None, role: str = "model") -> tuple[Path, str]:
     """The local folder of a model of any architecture, and "folder" or "hub". UserError where there is none."""
-    path = Path(name_or_path).expanduser()
+    path = local_path(name_or_path, what=role)
     if path.is_dir():
+        require_plain_files(path, role)
         return path.resolve(), "folder"
-    if path.exists():
+    if os.path.lexists(path):
         raise UserError(f"{role} {name_or_path} is a file", "name the folder that holds config.json and the weights")
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
         raise UserError(
             f"no {role} {name_or_path}: no such folder", "give a folder, or a hub id like `organisation/name`"
         )
-    return _fetch(name_or_path, revision, role), "hub"
+    fetched = _fetch(name_or_path, revision, role)
+    require_plain_files(fetched, role)
+    return fetched, "hub"
+
+
+def require_plain_files(folder: Path, role: str) -> None:
+    """Refuse a folder in which a library would block on a FIFO, or read JSON that says two things. UserError.
+
+    The large files are read by who needs them: tokenizer.json, the index, the weights.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in READ_SUFFIXES:
+            continue
+        with open_regular(path, what=f"{role}'s file"):
+            pass
+        if path.name in SMALL_JSON:
+            read_json(path, what=path.name, max_bytes=MAX_SMALL_JSON_BYTES)
+        if path.name == ADAPTER_FILE:
+            raise UserError(
+                f"{role} folder {folder} holds an adapter ({ADAPTER_FILE})",
+                "merge it into the weights first (peft: merge_and_unload), and save them with save_pretrained",
+            )
 
 
 def _fetch(name: str, revision: str | None, role: str) -> Path:
@@ -210,9 +237,47 @@ def vocabulary(folder: Path, role: str = "model") -> dict[str, int]:
         table = tree["model"]["vocab"]
         known = {token: index for index, (token, _) in enumerate(table)} if isinstance(table, list) else dict(table)
         known.update({entry["content"]: entry["id"] for entry in tree.get("added_tokens") or []})
-    except (KeyError, TypeError, ValueError) as error:
+        odd = next(
+            (token for token, index in known.items() if type(index) is not int or not 0 <= index < 1 << 31), None
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} has no vocabulary that can be read", "save it again with save_pretrained") from error
+    if odd is not None or not known or not all(type(token) is str for token in known):
+        what = f"the id of {shown(odd)} is {shown(known[odd])}" if odd is not None else "it has no tokens"
+        raise UserError(f"{path} has no vocabulary that can be read: {what}", "save it again with save_pretrained")
     return known
+
+
+def open_tokenizer(path: Path) -> Any:
+    """tokenizer.json as the tokenizers library opens it. UserError where it cannot: it may panic, not only raise."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of Rust is no Exception, and what it raises has no class of its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise UserError(f"{path} cannot be opened: {reason}", "save it again with save_pretrained") from error
+
+
+def require_loadable(folder: Path, role: str) -> None:
+    """Let transformers read the folder's settings before any work with it. UserError for what it refuses."""
+    from transformers import AutoConfig, GenerationConfig
+
+    for kind, name in ((AutoConfig, "config.json"), (GenerationConfig, "generation_config.json")):
+        if not (folder / name).is_file():
+            continue
+        try:
+            kind.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # its checks raise classes of their own, and whatever a wrong value leads to
+            reason = " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:300]
+            raise UserError(
+                f"{role} {folder}: transformers cannot read {name}: {reason or type(error).__name__}",
+                f"replace it with the model's own {name}",
+            ) from error
+    if (folder / "tokenizer.json").is_file():
+        open_tokenizer(folder / "tokenizer.json")
 
 
 def kept_tokens(teacher: Path, student: Path) -> list[int] | None:

@@ -22,7 +22,7 @@ from edgedistill.fit import artifacts_of
 from edgedistill.launch import is_follower
 from edgedistill.plan import Plan, refuse_signals
 from edgedistill.preflight import preflight as preflight
-from edgedistill.preflight import require_usable_cache, with_start
+from edgedistill.preflight import require_loadable_models, require_usable_cache, with_start
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
 from edgedistill.records import (
@@ -37,6 +37,7 @@ from edgedistill.records import (
 )
 from edgedistill.refusals import refuse_mixture, refuse_trimming
 from edgedistill.store import Store, Stored
+from edgedistill.strict import local_path, require_writable
 from edgedistill.targets import Target
 
 
@@ -80,6 +81,7 @@ def build(
     finished artifact breaks a limit of its target. Of several processes (torchrun, `accelerate launch`) all train;
     what follows is the first one's work, the others return with nothing built.
     """
+    require_writable(local_path(out, what="--out").absolute(), what="--out")
     trained = distill(recipe, targets, store=store, progress=progress)
     built: list[Built] = []
     if is_follower():
@@ -114,6 +116,7 @@ def distill(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress
     from edgedistill.distill.teacher import obtain_teacher
 
     planned = preflight(recipe, targets, store=store, progress=progress)
+    require_loadable_models(recipe)
     progress.say(f"plan: the student's start is {planned.start} ({planned.start_because})")
     progress.say(
         f"plan: student of {planned.student_parameters:,} parameters for {', '.join(planned.targets)}"
@@ -149,6 +152,7 @@ def cache_teacher(recipe: Recipe, *, store: Store, progress: Progress = QUIET) -
     recipe = recipe.model_copy(update={"distill": used})
     refuse_signals(recipe)
     require_usable_cache(recipe, store)
+    require_loadable_models(recipe)
     refuse_mixture(recipe, caching=True)
     refuse_trimming(recipe)
     data = prepare_data(recipe.data, store=store, progress=progress)

@@ -10,13 +10,14 @@ from edgedistill import machine
 from edgedistill.data.prepare import prepare_data
 from edgedistill.errors import UserError
 from edgedistill.fit import artifacts_of
-from edgedistill.models import open_model, require_same_tokenizer
+from edgedistill.models import locate, open_model, require_loadable, require_same_tokenizer
 from edgedistill.plan import NF4_MULTIPLE, Plan, plan
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
 from edgedistill.records import Shape, StudentResult
 from edgedistill.refusals import refuse_trimming
 from edgedistill.store import Store
+from edgedistill.strict import local_path
 from edgedistill.targets import Target, parse_artifact
 
 # English with a vocabulary of 2,048 (the quickstart's); larger vocabularies give fewer.
@@ -113,6 +114,18 @@ def _require_widths(planned: Plan) -> None:
         )
 
 
+def require_loadable_models(recipe: Recipe) -> None:
+    """What transformers would refuse of the models that the recipe names is refused before any work. UserError."""
+    teacher, student = recipe.teacher, recipe.student
+    named = [("teacher", teacher.model, teacher.revision)]
+    named += [("teacher", also.model, also.revision) for also in teacher.also]
+    if student.start == "pretrained":
+        named.append(("student", student.model, student.revision))
+    for role, model, revision in named:
+        if model is not None:
+            require_loadable(locate(model, revision=revision, role=role)[0], role)
+
+
 def require_usable_cache(recipe: Recipe, store: Store) -> None:
     """A finished cache at the recipe's URL is looked into now, not after the teacher was trained. UserError."""
     from edgedistill.data.prepare import find_data
@@ -191,12 +204,10 @@ def _training_tokens(recipe: Recipe, store: Store) -> int | None:
 
 
 def _text_files(source: str) -> list[Path]:
-    from edgedistill.data.documents import LOADERS, TEXT_SUFFIXES
+    from edgedistill.data.documents import data_files
 
-    path = Path(source).expanduser()
-    if path.is_file():
-        return [path]
-    return sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES | set(LOADERS) and p.is_file())
+    path = local_path(source.removeprefix("file://"), what="data")
+    return [path] if path.is_file() else [p for p in data_files(path) if p.is_file()] if path.is_dir() else []
 
 
 def _tokens_a_byte(recipe: Recipe, sample: str) -> float:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from edgedistill import machine
 from edgedistill.errors import UserError, did_you_mean
-from edgedistill.strict import local_path, read_text, shown
+from edgedistill.strict import compiled_pattern, local_path, read_text, shown, unescape
 from edgedistill.strict_yaml import MAX_YAML_BYTES, parse_yaml
 
 QUICKSTART = "quickstart"
@@ -173,6 +173,13 @@ class Data(Section):
     eval_share: float = Field(0.05, gt=0, lt=0.9, description="held out: of the documents (hash), of the lines (tail)")
     calibration_share: float = Field(0.05, gt=0, lt=0.9, description="for evaluation while training; counted likewise")
 
+    @field_validator("document_separator")
+    @classmethod
+    def _stands_for_something(cls, value: str | None) -> str | None:
+        if value is not None:
+            unescape(value)
+        return value
+
     @model_validator(mode="after")
     def _streams_end(self) -> Data:
         if self.streaming and self.max_documents is None:
@@ -284,6 +291,13 @@ class Export(Section):
         True, description="hold a GGUF or ONNX decoder to the float32 model's logits; false: to its weights alone"
     )
     compare_speed: bool = Field(True, description="measure float against quantized where the runtime is at hand")
+
+    @field_validator("tensor_types")
+    @classmethod
+    def _patterns_end(cls, value: dict[str, str]) -> dict[str, str]:
+        for pattern in value:
+            compiled_pattern(pattern)
+        return value
 
     @field_validator("artifacts", mode="before")
     @classmethod

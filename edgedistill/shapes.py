@@ -10,6 +10,7 @@ from typing import Any
 
 from edgedistill.errors import UserError
 from edgedistill.records import Shape
+from edgedistill.strict import shown
 
 # model_type -> family of the Shape
 FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -18,6 +19,9 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen
 DEFAULT_KV_HEADS = {"llama": None, "mistral": 8, "qwen2": 32, "qwen3": 32}
 DEFAULT_MAX_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 DEFAULT_QWEN3_HEAD_DIM = 128
+# Far above any model: what is counted by these sizes stays finite, and is over in a second.
+LARGEST = {"num_hidden_layers": 2048, "num_attention_heads": 8192, "num_key_value_heads": 8192, "vocab_size": 1 << 24}
+LARGEST_SIZE = 1 << 27  # positions are the largest of the others
 
 
 def shape_from_config(config: Mapping[str, Any], *, where: str) -> Shape:
@@ -140,6 +144,14 @@ def _size(config: Mapping[str, Any], key: str, where: str, default: int | None =
         value = default
     if value is None:
         raise UserError(f"{where}: {key} is missing", "a config.json as transformers writes it has it")
+    return whole_size(value, key, where)
+
+
+def whole_size(value: Any, key: str, where: str) -> int:
+    """A size of a config.json: a positive whole number that some model could have. UserError otherwise."""
+    most = LARGEST.get(key, LARGEST_SIZE)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{where}: {key} is {value!r}", "it is a positive whole number")
+        raise UserError(f"{where}: {key} is {shown(value)}", "it is a positive whole number")
+    if value > most:
+        raise UserError(f"{where}: {key} is {shown(value)}", f"no model that can be read here has more than {most:,}")
     return value

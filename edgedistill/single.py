@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from dataclasses import replace
@@ -13,14 +14,16 @@ from edgedistill.data.documents import in_pieces, read_documents
 from edgedistill.data.split import blocks_of
 from edgedistill.errors import UserError
 from edgedistill.export_options import ExportOptions
-from edgedistill.models import kept_tokens, locate, open_model
+from edgedistill.models import kept_tokens, locate, open_model, require_loadable
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
 from edgedistill.records import Artifact, Latency, Retention
 from edgedistill.store import Store, Stored, fsync_tree, sha256_of
+from edgedistill.strict import NotJson, local_path, parse_json, read_bytes, require_writable
 from edgedistill.targets import Target, parse_artifact
 
 RECORD = "artifact.json"
+MAX_RECORD_BYTES = 1 << 26
 # What holds inputs of a graph instead of text.
 ARRAYS = (".npz", ".npy")
 
@@ -62,6 +65,7 @@ def export(
     else:
         folder = open_model(student, role="student")
         path, positions = folder.path, folder.shape.max_position_embeddings
+    require_loadable(path, "student")
     context = context_tokens or positions
     if context and not 8 <= context <= positions:
         raise UserError(
@@ -69,9 +73,10 @@ def export(
             f"give --context-tokens of 8 to {positions:,}",
         )
     options = _options(recipe or Recipe(), calibration, converter, task)
-    out = out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    out = local_path(out, what="--out").absolute()
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder", "name a new folder with --out")
+    require_writable(out.parent, what="--out")
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -102,7 +107,7 @@ def _options(recipe: Recipe, calibration: str | None, converter: Path | None, ta
     blocks = None
     arrays = None
     if calibration is not None and Path(calibration).suffix.lower() in ARRAYS:
-        arrays = Path(calibration).expanduser()
+        arrays = local_path(calibration, what="calibration")
         if not arrays.is_file():
             raise UserError(f"no calibration file {arrays}", "check the path given with --calibration")
     elif calibration is not None:
@@ -117,8 +122,10 @@ def open_artifact(folder: Path) -> Stored[Artifact]:
     if not path.is_file():
         raise UserError(f"{folder} has no {RECORD}", "name a folder that `edgedistill export` wrote")
     try:
-        artifact = Artifact.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
+        raw = read_bytes(path, what=RECORD, max_bytes=MAX_RECORD_BYTES)
+        parse_json(raw)  # which refuses what pydantic's reader takes: keys that stand twice
+        artifact = Artifact.model_validate_json(raw)
+    except (ValidationError, NotJson) as error:
         raise UserError(f"{path} is not an artifact's record", "export it again") from error
     for entry in artifact.files:
         file = folder / entry.path
@@ -140,6 +147,8 @@ def verify(
     exported = open_artifact(artifact)
     student_folder = open_model(student, role="student")
     teacher_folder = open_model(teacher or student, role="teacher")
+    for folder in (student_folder, teacher_folder):
+        require_loadable(folder.path, "model")
     kept_tokens(teacher_folder.path, student_folder.path)  # refused now rather than after the text was read
     documents = read_documents(recipe.data.source, recipe.data)
     running = in_pieces(recipe.data.source, recipe.data)

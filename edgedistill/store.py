@@ -33,9 +33,11 @@ from pydantic import BaseModel, ValidationError
 from edgedistill import __version__
 from edgedistill.errors import UserError
 from edgedistill.records import FileEntry
+from edgedistill.strict import local_path, read_json
 
 R = TypeVar("R", bound=BaseModel)
 RECORD_SCHEMA = "edgedistill.record/2"
+MAX_RECORD_BYTES = 1 << 26
 CHUNK_BYTES = 1 << 20
 # SHA-256 reads 0.8 to 2 GB a second: what is hashed in full at each reading stays under a second.
 FULL_HASH_BYTES = 512 << 20
@@ -160,9 +162,9 @@ def default_root() -> Path:
     """EDGEDISTILL_STORE, else edgedistill/ in the user's cache folder."""
     named = os.environ.get("EDGEDISTILL_STORE")
     if named:
-        return Path(named).expanduser().absolute()
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(cache) / "edgedistill"
+        return local_path(named, what="EDGEDISTILL_STORE").absolute()
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return local_path(cache, what="the cache folder") / "edgedistill"
 
 
 class Store:
@@ -357,15 +359,34 @@ def own_sha256(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def _has_its_fields(record: Mapping[str, Any]) -> bool:
+    kinds = {"stage": str, "key": str, "inputs": dict, "result": dict, "files": list, "written_unix_s": int}
+    if not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
+        return False
+    blocks = record.get("blocks")
+    return isinstance(blocks, dict) and all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("path"), str)
+        and not Path(entry["path"]).is_absolute()
+        and ".." not in Path(entry["path"]).parts
+        and type(entry.get("bytes")) is int
+        and isinstance(entry.get("sha256"), str)
+        and isinstance(blocks.get(entry["path"], []), list)
+        for entry in record["files"]
+    )
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """record.json, its hash of itself checked and its key that of its inputs. Raises Damaged."""
     path = folder / "record.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        record = read_json(path, what="record", max_bytes=MAX_RECORD_BYTES)
+    except UserError as error:
         raise Damaged(f"{path}: missing or not readable") from error
-    if not isinstance(record, dict) or record.get("schema") != RECORD_SCHEMA:
+    if record.get("schema") != RECORD_SCHEMA:
         raise Damaged(f"{path}: not of this version ({RECORD_SCHEMA})")
+    if not _has_its_fields(record):
+        raise Damaged(f"{path}: a field is missing or of another kind")
     if record.get("sha256") != own_sha256(record):
         raise Damaged(f"{path}: content changed: it does not have the hash that it holds of itself")
     if (record["stage"], record["key"]) != (folder.parent.name, folder.name) or (

@@ -27,7 +27,7 @@ def store_list(store: Store) -> list[dict[str, Any]]:
                 "stage": folder.parent.name,
                 "key": folder.name,
                 "bytes": _bytes_under(folder),
-                "written_unix_s": int(folder.stat().st_mtime) if record is None else record["written_unix_s"],
+                "written_unix_s": int(folder.lstat().st_mtime) if record is None else record["written_unix_s"],
                 "path": str(folder),
                 "state": "damaged" if record is None else "finished",
             }
@@ -39,7 +39,7 @@ def store_list(store: Store) -> list[dict[str, Any]]:
                 "stage": stage,
                 "key": key,
                 "bytes": _bytes_under(folder),
-                "written_unix_s": int(folder.stat().st_mtime),
+                "written_unix_s": int(folder.lstat().st_mtime),
                 "path": str(folder),
                 "state": "unfinished",
             }

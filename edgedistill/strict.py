@@ -12,9 +12,10 @@ import json
 import os
 import re
 import stat
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +26,7 @@ MAX_JSON_DEPTH = 64  # what transformers writes has fewer than ten levels
 MAX_NUMBER_CHARS = 100  # a double needs 25
 MAX_COMPONENT_BYTES, MAX_PATH_BYTES = 255, 4095  # of Linux
 SHOWN_CHARS = 120
+MAX_PATTERN_CHARS, MAX_REPEATS = 500, 6
 _KINDS = {
     stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket",
     stat.S_IFDIR: "a folder",
@@ -32,6 +34,11 @@ _KINDS = {
 _ONLY_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}'))
 _AS_BRACKETS = bytes.maketrans(b"{}", b"[]")
 _ESCAPES = re.compile(r"\\(?:(u[dD][89abAB]..\\u[dD][c-fC-F]..)|(u[dD][89a-fA-F]..)|.)", re.DOTALL)
+
+
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+_UNESCAPED = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.?)", re.DOTALL)
+_LETTERS = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0", "\\": "\\", "'": "'", '"': '"'}
 
 
 class NotJson(ValueError):
@@ -51,6 +58,8 @@ def shown(value: Any, chars: int = SHOWN_CHARS) -> str:
 def local_path(text: str | Path, *, what: str) -> Path:
     """The path that a user named. UserError for one that no system call takes: NUL, no text, too long."""
     name = str(text)
+    if not name.strip():
+        raise UserError(f"{what} {shown(name)} is no path", "name a file or folder")
     try:
         raw = name.encode()
     except UnicodeEncodeError as error:
@@ -69,6 +78,26 @@ def local_path(text: str | Path, *, what: str) -> Path:
         return Path(name).expanduser()
     except RuntimeError as error:  # ~nobody/…
         raise UserError(f"{what} {shown(name)}: no such user's folder", "write the path out") from error
+
+
+def require_writable(folder: Path, *, what: str) -> None:
+    """Refuse a place to write now rather than after hours of work: tried, with nothing left there. UserError."""
+    made: list[Path] = []
+    try:
+        for place in (*reversed(folder.parents), folder):
+            if not place.exists():
+                place.mkdir()
+                made.append(place)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{what} {folder} cannot be written: {error.strerror or error}", "name another place"
+        ) from error
+    finally:
+        for place in reversed(made):
+            with suppress(OSError):
+                place.rmdir()
 
 
 @contextmanager
@@ -138,6 +167,61 @@ def _decoded(raw: bytes) -> str:
         raise NotJson(f"it is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}") from error
 
 
+def unescape(text: str) -> str:
+    r"""What \n, \t, \x1e, \u2028 and the like in a text stand for. ValueError for an escape that stands for nothing."""
+
+    def meant(found: re.Match[str]) -> str:
+        escape = found[1]
+        if len(escape) > 1:
+            code = int(escape[1:], 16)
+            if code < 0x110000 and not 0xD800 <= code < 0xE000:
+                return chr(code)
+        elif escape in _LETTERS:
+            return _LETTERS[escape]
+        raise ValueError(f"{shown(found[0])} is no escape; \\n, \\t, \\\\, \\xHH and \\uHHHH are")
+
+    return _UNESCAPED.sub(meant, text)
+
+
+def compiled_pattern(text: str) -> re.Pattern[str]:
+    """A regular expression from outside. ValueError for one that is none, or whose search may never end: a part that
+    repeats, or has a choice, within a group that repeats."""
+    try:
+        pattern = re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a regular expression: {error or 'nested too deep'}") from error
+    inner = [False]
+    at = repeats = 0
+    while at < len(text):
+        sign = text[at]
+        if sign == "\\":
+            at += 1
+        elif sign == "[":
+            at = _class_end(text, at)
+        elif sign == "(":
+            inner.append(False)
+        elif sign == ")" or sign in "*+{":
+            repeated = sign in "*+{" or text[at + 1 : at + 2] in ("*", "+", "{")
+            within = inner.pop() if sign == ")" else False
+            if within and repeated:
+                raise ValueError(f"{shown(text)} repeats a group in which a part repeats or is chosen")
+            repeats += sign != ")"
+            inner[-1] = inner[-1] or within or repeated
+        elif sign == "|":
+            inner[-1] = True
+        at += 1
+    if repeats > MAX_REPEATS or len(text) > MAX_PATTERN_CHARS:
+        raise ValueError(f"{shown(text)} is too long, or repeats more than {MAX_REPEATS} parts")
+    return pattern
+
+
+def _class_end(text: str, start: int) -> int:
+    at = start + (3 if text[start + 1 : start + 3] == "^]" else 2 if text[start + 1 : start + 2] in ("]", "^") else 1)
+    while text[at] != "]":
+        at += 2 if text[at] == "\\" else 1
+    return at
+
+
 def read_json(
     path: Path, *, what: str, max_bytes: int = MAX_JSON_BYTES, max_depth: int = MAX_JSON_DEPTH
 ) -> dict[str, Any]:
@@ -163,12 +247,10 @@ def parse_json(raw: bytes | str, *, max_depth: int = MAX_JSON_DEPTH) -> Any:
     text = _decoded(raw) if isinstance(raw, bytes) else raw
     if _deeper_than(raw if isinstance(raw, bytes) else raw.encode("utf-8", "surrogatepass"), max_depth):
         raise NotJson(f"nested more than {max_depth} deep")
-    if "\\u" in text:
+    if _HALF_PAIR.search(text):
         _refuse_half_pairs(text)
     try:
-        return json.loads(
-            text, object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant
-        )
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise NotJson(f"it is not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from error
     except RecursionError as error:
@@ -220,3 +302,6 @@ def _float(text: str) -> float:
 
 def _constant(text: str) -> float:
     raise NotJson(f"{text} is no number in JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant)

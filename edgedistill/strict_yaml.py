@@ -42,6 +42,12 @@ class _Dumper(yaml.SafeDumper):
     """PyYAML's, which quotes what YAML 1.1 would read as a number, and here also what 1.2 would."""
 
 
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    # What does not print is escaped: PyYAML writes some line breaks of Unicode as they are, and reads them as blanks.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _text)
 for _pattern in (_PREFIXED, _FLOAT, _OCTAL_OR_NOT, _INTEGER):
     _Dumper.add_implicit_resolver(
         "tag:edgedistill:number", re.compile(f"(?:{_pattern.pattern})$"), list("-+.0123456789")

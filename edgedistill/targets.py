@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from edgedistill.errors import UserError, did_you_mean
 from edgedistill.records import Figure
-from edgedistill.strict import local_path, read_text, shown
+from edgedistill.strict import compiled_pattern, local_path, read_text, shown
 from edgedistill.strict_yaml import dump_yaml, parse_yaml
 
 MAX_PROFILE_BYTES = 1 << 18
@@ -135,10 +135,7 @@ class Identify(Profile):
     @classmethod
     def _compiles(cls, value: str | None) -> str | None:
         if value is not None:
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"not a regular expression: {error}") from error
+            compiled_pattern(value)
         return value
 
 

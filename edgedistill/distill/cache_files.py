@@ -6,7 +6,6 @@ Nothing heavy is imported here: `plan` looks into a cache that lies there alread
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from edgedistill.errors import UserError
 from edgedistill.recipe import Recipe
 from edgedistill.store import sha256_of
+from edgedistill.strict import local_path, parse_json, read_json
 
 SCHEMA = "edgedistill.signal-cache/1"
 KINDS = ("sampled", "topk", "dense", "hidden")
@@ -84,13 +84,13 @@ def cache_exists(url: str) -> bool:
 
         files, path = fsspec.core.url_to_fs(url)
         return bool(files.exists(f"{path}/cache.json"))
-    return (Path(url) / "cache.json").is_file()
+    return (local_path(url, what="distill.cache.url") / "cache.json").is_file()
 
 
 def read_record(folder: Path, url: str) -> dict[str, Any]:
     """cache.json, its shape checked. UserError where it is missing, of another version, or names paths."""
     try:
-        return _checked(json.loads((folder / "cache.json").read_text(encoding="utf-8")))
+        return _checked(read_json(folder / "cache.json", what="cache.json"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _no_cache(url, error) from error
 
@@ -99,7 +99,7 @@ def _checked(record: Any) -> dict[str, Any]:
     if record["schema"] != SCHEMA:
         raise ValueError(f"its schema is {record['schema']!r}, not {SCHEMA!r}")
     sizes = [record[name] for name in ("vocab", "sequences", "context", "shard_sequences")]
-    if record["kind"] not in KINDS or not all(isinstance(v, int) and v > 0 for v in sizes):
+    if record["kind"] not in KINDS or not all(type(v) is int and 0 < v < 1 << 48 for v in sizes):
         raise ValueError("its sizes are wrong")
     names = [shard["name"] for shard in record["shards"]]
     if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
@@ -122,7 +122,7 @@ def _record_at(url: str) -> dict[str, Any]:
 
     try:
         files, path = fsspec.core.url_to_fs(url)
-        return _checked(json.loads(files.cat_file(f"{path}/cache.json")))
+        return _checked(parse_json(files.cat_file(f"{path}/cache.json")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _no_cache(url, error) from error
 

@@ -5,7 +5,6 @@ Legend: S sequences of T tokens, N = S · T, H_t the teacher's width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from edgedistill.distill import multiset
 from edgedistill.distill.cache_files import download, is_remote, read_record, require_key
 from edgedistill.distill.losses import Head, SparseTargets, Teacher, TeacherHead, TeacherLogits
 from edgedistill.errors import UserError
+from edgedistill.safetensors_header import read_safetensors_header
 from edgedistill.store import sha256_of
 
-MAX_HEADER_BYTES = 1 << 20
 DTYPES = {"U64": np.uint64, "I64": np.int64, "I32": np.int32, "F64": np.float64, "F32": np.float32, "F16": np.float16,
           "BF16": np.int16}  # fmt: skip
 Rows = NDArray[np.int64]
@@ -155,28 +154,17 @@ class CacheReader:
 
     def _map(self, path: Path, held: int) -> dict[str, NDArray[Any]]:
         """The tensors of a safetensors file, mapped; every claim of its header is checked."""
-        total = path.stat().st_size
         try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                if not 2 <= length <= min(MAX_HEADER_BYTES, total - 8):
-                    raise ValueError(f"a header of {length} bytes")
-                header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
             made: dict[str, NDArray[Any]] = {}
-            for name, entry in header.items():
-                dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(int(v) for v in entry["shape"])
-                begin, end = (int(v) for v in entry["data_offsets"])
-                count = int(np.prod(shape, dtype=object)) if shape else 1
-                if min(shape, default=0) < 0 or begin < 0 or end - begin != count * dtype.itemsize:
-                    raise ValueError(f"{name} of {shape} in bytes {begin} to {end}")
-                if 8 + length + end > total:
-                    raise ValueError(f"{name} ends beyond the file")
-                if name not in ("words", "first_bit") and shape[0] != held:
-                    raise ValueError(f"{name} holds {shape[0]} sequences, not {held}")
-                made[name] = np.memmap(path, dtype=dtype, mode="r", offset=8 + length + begin, shape=shape)
+            for name, entry in read_safetensors_header(path).tensors.items():
+                dtype, shape = np.dtype(DTYPES[entry.dtype]), entry.shape
+                if name not in ("words", "first_bit") and shape[:1] != (held,):
+                    raise ValueError(f"{name} is {shape}, not of {held} sequences")
+                made[name] = np.memmap(path, dtype=dtype, mode="r", offset=entry.begin, shape=shape)
             if self.kind == "sampled" and (len(made["first_bit"]) != held + 1 or made["words"].ndim != 1):
                 raise ValueError("places of another number of sequences")
+        except UserError as error:
+            raise self._damaged(error.cause) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(f"{path.name}: {error}") from error
         return made

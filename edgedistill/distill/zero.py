@@ -8,7 +8,6 @@ those of every other mode: whole tensors by parameter name.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from torch import Tensor, nn  # noqa: TID253
 
 from edgedistill.errors import UserError
 from edgedistill.recipe import Training
+from edgedistill.strict import read_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NOT_OURS_TO_GIVE = ("optimizer", "scheduler", "fp16", "bf16", "amp")
@@ -32,7 +32,7 @@ def configuration(settings: Training, *, micro_batch: int) -> dict[str, Any]:
     """
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file != "none":
-        given = json.loads(Path(file).read_text(encoding="utf-8"))
+        given = read_json(Path(file), what="DeepSpeed configuration")
         for name in NOT_OURS_TO_GIVE:
             section = given.get(name)
             if section and not (isinstance(section, dict) and section.get("enabled", name) in (False, "auto")):

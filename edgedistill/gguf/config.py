@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgedistill.errors import UserError
+from edgedistill.shapes import whole_size
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,7 @@ class Config:
         value = default if value is None else value
         if value is None:
             raise UserError(f"{self.where}: {key} is missing", "a config.json as transformers writes it has it")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{self.where}: {key} is {value!r}", "it is a positive whole number")
-        return value
+        return whole_size(value, key, self.where)
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key)

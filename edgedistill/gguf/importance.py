@@ -230,9 +230,9 @@ def _windows(checkpoint: Path, blocks: Sequence[Sequence[str]], *, length: int, 
 
 
 def _documents(checkpoint: Path, blocks: Sequence[Sequence[str]], options: ExportOptions) -> list[Ids]:
-    from tokenizers import Tokenizer
+    from edgedistill.models import open_tokenizer
 
-    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    tokenizer = open_tokenizer(checkpoint / "tokenizer.json")
     tokenizer.enable_truncation(options.calibration_tokens)
     tokenizer.no_padding()
     texts = [text for block in blocks for text in block][: options.calibration_samples]

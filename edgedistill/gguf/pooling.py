@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import UserError
-from edgedistill.strict import read_json
+from edgedistill.strict import read_json, read_json_value
 
 MEAN, CLS, LAST = 1, 2, 3  # llama.cpp's numbers
 NAMES = {MEAN: "mean", CLS: "cls", LAST: "last token"}
@@ -45,9 +44,9 @@ def _modules(checkpoint: Path) -> list[str]:
     if not path.is_file():
         return []
     try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
+        modules = read_json_value(path, what="modules.json")
         kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (TypeError, KeyError) as error:
         raise UserError(f"{path} cannot be read: {error}", "replace it with the model's own modules.json") from error
     further = [kind for kind in kinds if kind not in WITHOUT_WEIGHTS]
     if further:

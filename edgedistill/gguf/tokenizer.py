@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgedistill.errors import UserError
 from edgedistill.gguf.generation_keys import SAMPLING
 from edgedistill.gguf.tokenizer_bpe import bpe
 from edgedistill.gguf.tokenizer_files import (
@@ -51,10 +52,24 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> GgufTokenizer:
     would run differently, and for a vocabulary larger than the embedding.
     """
     files = read_files(folder)
+    try:
+        return _read(files, vocab_size)
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+        # A part of the files is of another kind than it must be. Their own library says which, where it is of these.
+        from edgedistill.models import open_tokenizer
+
+        open_tokenizer(folder / "tokenizer.json")
+        raise UserError(
+            f"{folder}: a part of the tokenizer's settings cannot be read ({type(error).__name__}: {error})",
+            "save the tokenizer again with save_pretrained",
+        ) from error
+
+
+def _read(files: TokenizerFiles, vocab_size: int) -> GgufTokenizer:
     model = files.tokenizer.get("model")
     if not isinstance(model, dict):
         raise unknown(files.where, "no model")
-    kind = model.get("type", "BPE")
+    kind = str(model.get("type", "BPE"))
     if kind not in KINDS:
         raise unknown(files.where, f"a {kind} model")
     return KINDS[kind](files, model, vocab_size)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
-from edgedistill.models import vocabulary
+from edgedistill.models import open_tokenizer, vocabulary
 from edgedistill.strict import read_json
 
 Ids = NDArray[np.int32]
@@ -36,10 +36,8 @@ class TextTokenizer:
     @classmethod
     def load(cls, folder: Path) -> TextTokenizer:
         """From tokenizer.json and tokenizer_config.json, else config.json. UserError where there is none."""
-        from tokenizers import Tokenizer
-
         known = vocabulary(folder)
-        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        backend = open_tokenizer(folder / "tokenizer.json")
         settings = (
             read_json(folder / "tokenizer_config.json", what="tokenizer_config.json")
             if (folder / "tokenizer_config.json").is_file()

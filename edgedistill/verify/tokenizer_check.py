@@ -82,12 +82,12 @@ def check_tokenizer(
     tokenizer's own added tokens are included. `control_tokens_always_parsed`: the runtime cannot be asked for plain
     text, so that way of asking is left out. Raises UserError where the folder has no tokenizer.json.
     """
-    from tokenizers import Tokenizer
+    from edgedistill.models import open_tokenizer
 
     path = hf_tokenizer_dir / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{hf_tokenizer_dir} has no tokenizer.json", "check against the folder of the student")
-    plain, parsing = Tokenizer.from_file(str(path)), Tokenizer.from_file(str(path))
+    plain, parsing = open_tokenizer(path), open_tokenizer(path)
     plain.encode_special_tokens = True
     for original in (plain, parsing):
         original.no_truncation()
