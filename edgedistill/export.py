@@ -142,7 +142,7 @@ def write_artifact(
 
     # The tokenizer first: what it says of a wrong one is a text, which tells more than a key.
     made = with_checked_tokenizer(made, out, checkpoint)
-    require_faithful(made, out, checkpoint)
+    require_faithful(made, out, checkpoint, run=options.compare_logits)
     threads = max(1, len(machine.usable_cpus()))
     if format_ == "gguf":
         made = _compared_gguf(made, checkpoint, out, options=options, threads=threads, progress=progress)

@@ -14,8 +14,10 @@ from typing import Any
 
 from edgedistill.errors import RuntimeCrashed, UserError, did_you_mean
 from edgedistill.export_options import NOT_COMPARED
+from edgedistill.generation import generation_of
 from edgedistill.gguf.architectures import TIED_HEAD, architecture_of, rope_of, tensor_map
 from edgedistill.models import require_sound
+from edgedistill.onnx.generation_settings import write_generation
 from edgedistill.onnx.graph import count_types, stored_weights
 from edgedistill.records import Artifact, Fallback, Parity, Shape
 from edgedistill.runtimes.child import RuntimeProcess, signal_name
@@ -87,6 +89,8 @@ def export_onnx(
         built = scratch / "out"
         # transformers rebuilds some tokenizers when it loads them; what ships is the original.
         shutil.copyfile(checkpoint / TOKENIZER_FILE, built / TOKENIZER_FILE)
+        generation = generation_of(checkpoint, vocab_size=shape.vocab_size)
+        notes = write_generation(built, generation, context)
         if compare_logits:
             parity = check_decoder(
                 checkpoint, built, quantization=quantization, context_tokens=context, calibration=calibration,
@@ -97,6 +101,7 @@ def export_onnx(
             check_weights(checkpoint, built)
             _decodes(built, context=context, threads=threads)
         artifact = _describe(built, shape, quantization=quantization, context=context, parity=parity)
+        artifact = artifact.model_copy(update={"notes": [*artifact.notes, *notes]})
         out.mkdir(parents=True, exist_ok=True)
         for file in sorted(built.iterdir()):
             file.replace(out / file.name)

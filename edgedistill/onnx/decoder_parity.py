@@ -7,6 +7,8 @@ Legend: T tokens.
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 # weights that the graph stores, where it also rounds the activations to 8 bits a block (INT8, INT4). Seen on random
 # models of llama, qwen2 and qwen3: 6e-7 to 1e-6, and 0.026 to 0.040. A wrong rotary embedding or layout costs about 1.
 LIMITS = {"FP32": 1e-4, "INT8": 0.2, "INT4": 0.2}
+EXACT_LIMIT = 1e-3  # of a graph whose products are in float32: seen are 1e-7 to 1e-5
 ATTENTION = "GroupQueryAttention"
 LOOKUPS = ("Gather", "GatherBlockQuantized")  # of the tokens, in a table that may be the head's
 
@@ -126,19 +129,62 @@ def traced(
 
     "NAME <" stands for the input of a module: attention's output is that of its output projection.
     """
+    named, found = _exposed(checkpoint, folder, ids_T, exact=False)
+    return [(tensor, modules, found[tensor]) for tensor, modules in named]
+
+
+def exact_departure(model: Any, checkpoint: Path, folder: Path, ids_T: NDArray[np.int64]) -> tuple[str, str] | None:
+    """The first tensor of the graph that is not torch's, and by how much; None where the logits are.
+
+    Products are computed in float32 (without the rounding of activations that INT8 and INT4 graphs ask for), so that
+    with the stored weights in `model` nothing but the order of sums is left: what is planted in a graph, a scale, a
+    missing sum, another operator, shows beyond EXACT_LIMIT.
+    """
+    from edgedistill.verify.parity import Differences, torch_logits
+
+    named, found = _exposed(checkpoint, folder, ids_T, exact=True)
+    expected = torch_outputs(model, ids_T)
+    compared = [(tensor, " + ".join(m), [expected[module] for module in m]) for tensor, m in named]
+    compared.append(("logits", "the model's logits", [torch_logits(model, ids_T)]))
+    for tensor, what, parts in compared:
+        rows, wanted = found[tensor].reshape(len(ids_T), -1), np.concatenate(parts, axis=1)
+        if rows.shape != wanted.shape:
+            return tensor, f"is {list(rows.shape)}, {what} of torch {list(wanted.shape)}"
+        differences = Differences()
+        differences.add(rows, wanted)
+        if not differences.relative_rms <= EXACT_LIMIT:
+            return tensor, f"is the first that departs from torch ({what}), by {differences.relative_rms:.3g}"
+    return None
+
+
+def _exposed(
+    checkpoint: Path, folder: Path, ids_T: NDArray[np.int64], *, exact: bool
+) -> tuple[list[tuple[str, tuple[str, ...]]], dict[str, NDArray[np.float32]]]:
+    """The named tensors of a graph, and every output of it with these exposed, run without optimizations."""
     import onnx
 
     graph = load_graph(folder)
     named = _named_tensors(graph)
     known = {value.name for value in graph.graph.output}
     graph.graph.output.extend(onnx.ValueInfoProto(name=tensor) for tensor, _ in named if tensor not in known)
+    for node in graph.graph.node if exact else ():
+        if node.op_type == "MatMulNBits":
+            kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
     shape = shape_from_config(read_json(checkpoint / "config.json", what="config.json"), where=str(checkpoint))
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".exposed.", suffix=".onnx") as exposed:
-        exposed.write(graph.SerializeToString())
-        exposed.flush()
-        with GraphProcess(Path(exposed.name), threads=1, optimize=False) as process:
-            found = process.run(_feeds(graph, ids_T, heads=shape.num_key_value_heads, head_dim=shape.head_dim))
-    return [(tensor, modules, found[tensor]) for tensor, modules in named]
+    with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=".exposed.") as scratch:
+        # ONNX Runtime wants the data beside the graph, and an artifact's own folder is not written to.
+        for data in folder.glob(f"{MODEL_FILE}.*"):
+            try:
+                os.link(data, Path(scratch) / data.name)
+            except OSError:
+                shutil.copyfile(data, Path(scratch) / data.name)
+        exposed = Path(scratch) / MODEL_FILE
+        exposed.write_bytes(graph.SerializeToString())
+        with GraphProcess(exposed, threads=1, optimize=False) as process:
+            feeds = _feeds(graph, ids_T, heads=shape.num_key_value_heads, head_dim=shape.head_dim)
+            return named, dict(process.run(feeds))
 
 
 def torch_outputs(model: Any, ids_T: NDArray[np.int64]) -> Mapping[str, NDArray[np.float32]]:

@@ -19,20 +19,23 @@ REMEDY = "the artifact is not that model: export it again, or report this with t
 __all__ = ["Finding", "check_faithful", "require_faithful"]
 
 
-def check_faithful(artifact: Artifact, folder: Path, checkpoint: Path) -> list[Finding]:
+def check_faithful(artifact: Artifact, folder: Path, checkpoint: Path, *, run: bool = True) -> list[Finding]:
     """Everything in `folder` that differs from `checkpoint` by more than the artifact's quantization explains.
 
     Weights, the numbers that change what is computed, tokenizer, stop tokens, chat templates, context, settings of
-    generation. Raises UserError where either cannot be read, RuntimeCrashed where the runtime dies.
+    generation. `run`: an ONNX graph, which is a program, runs once beside the float32 model, which then stands in
+    memory. Raises UserError where either cannot be read, RuntimeCrashed where the runtime dies.
     """
     if artifact.format == "gguf":
         return _gguf(artifact, folder, checkpoint)
-    return []
+    if artifact.runtime == "onnxruntime-genai":
+        return _genai(artifact, folder, checkpoint, run=run)
+    return _folder(artifact, folder, checkpoint)
 
 
-def require_faithful(artifact: Artifact, folder: Path, checkpoint: Path) -> None:
+def require_faithful(artifact: Artifact, folder: Path, checkpoint: Path, *, run: bool = True) -> None:
     """UserError that names what differs."""
-    found = check_faithful(artifact, folder, checkpoint)
+    found = check_faithful(artifact, folder, checkpoint, run=run)
     require_none(found, f"{artifact.format}:{artifact.quantization} is not {checkpoint}", REMEDY)
 
 
@@ -73,4 +76,50 @@ def _gguf(artifact: Artifact, folder: Path, checkpoint: Path) -> list[Finding]:
     with RuntimeProcess("llama.cpp", entry, threads=1, context_tokens=0, use_extra_bufts=False) as process:
         runtime = process.generation()
     found += vocabulary_findings(readers[0], Vocabulary(tokenizer, generation), runtime, converted=converted)
+    return found
+
+
+def _genai(artifact: Artifact, folder: Path, checkpoint: Path, *, run: bool) -> list[Finding]:
+    from edgedistill.generation import generation_of
+    from edgedistill.runtimes.child import RuntimeProcess
+    from edgedistill.shapes import shape_from_config
+    from edgedistill.verify.faithful_onnx import (
+        config_findings,
+        departures,
+        file_findings,
+        graph_findings,
+        weight_findings,
+    )
+
+    entry = folder / artifact.entry
+    config = read_json(checkpoint / "config.json", what="config.json")
+    shape = shape_from_config(config, where=str(checkpoint))
+    generation = generation_of(checkpoint, vocab_size=shape.vocab_size)
+    with RuntimeProcess("onnxruntime-genai", entry, threads=1, context_tokens=32) as process:
+        runtime = process.generation()
+    found = [
+        *config_findings(artifact, entry, checkpoint, generation, runtime),
+        *file_findings(entry, checkpoint),
+        *graph_findings(entry, config, shape, checkpoint),
+        *weight_findings(checkpoint, entry, config, shape),
+    ]
+    # A graph is a program: that its weights and attributes are the model's does not say what it does with them.
+    return found if found or not run else [*found, *departures(checkpoint, entry, config)]
+
+
+def _folder(artifact: Artifact, folder: Path, checkpoint: Path) -> list[Finding]:
+    """What other formats carry beside their graph or weights: the model's own tokenizer files, copied."""
+    from edgedistill.verify.faithful_onnx import file_findings
+
+    found = list(file_findings(folder / artifact.entry if artifact.entry == "." else folder, checkpoint))
+    if artifact.runtime == "transformers":
+        from edgedistill.generation import generation_of
+
+        kept, own = (generation_of(path, vocab_size=artifact.vocab_size) for path in (folder, checkpoint))
+        if set(kept.stops) != set(own.stops):
+            said = f"are {list(kept.stops)}, the model's are {list(own.stops)}"
+            found.append(Finding("stops", "the stop tokens", said))
+        if dict(kept.settings) != dict(own.settings):
+            said = f"are {dict(kept.settings)}, the model's are {dict(own.settings)}"
+            found.append(Finding("settings", "generation_config.json", said))
     return found
