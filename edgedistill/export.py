@@ -140,9 +140,9 @@ def write_artifact(
     from edgedistill.verify.faithful import require_faithful
     from edgedistill.verify.tokenizer_check import with_checked_tokenizer
 
-    # The tokenizer first: what it says of a wrong one is a text, which tells more than a key.
-    made = with_checked_tokenizer(made, out, checkpoint)
+    # Keys and tensors first: they name what is wrong, where tokens and logits show that something is.
     require_faithful(made, out, checkpoint, run=options.compare_logits)
+    made = with_checked_tokenizer(made, out, checkpoint)
     threads = max(1, len(machine.usable_cpus()))
     if format_ == "gguf":
         made = _compared_gguf(made, checkpoint, out, options=options, threads=threads, progress=progress)

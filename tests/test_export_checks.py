@@ -27,9 +27,9 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\r\n{{ m['content'
 COSMETIC = {"another file type", "another name"}
 # The converter is asked for the file that was prepared: name → the words that the refusal must hold.
 PLANTED = {
-    "token ids shifted by one": "tokens",
-    "two merges swapped": "",
-    "the BOS flag flipped": "add",
+    "token ids shifted by one": "tokenizer.ggml.tokens",
+    "two merges swapped": "tokenizer.ggml.merges",
+    "the BOS flag flipped": "tokenizer.ggml.add_bos_token",
     "another pre-tokenizer": "tokens differ",
     "another EOS": "eos_token_id",
     "an EOT that is a letter": "eot_token_id",

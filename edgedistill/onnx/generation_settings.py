@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgedistill.generation import TEMPLATE_FILE, Generation
+from edgedistill.generation import DEFAULT_TEMPLATE, TEMPLATE_FILE, Generation, chat_templates
 from edgedistill.runtimes.ort import CONFIG, genai_config
 
 # transformers' name and onnxruntime-genai's are one; what is not here is noted. `max_length` is the context there.
@@ -50,4 +50,6 @@ def write_generation(folder: Path, generation: Generation, context_tokens: int) 
     left = {key: value for key, value in generation.settings.items() if key not in CARRIED}
     said = ", ".join(f"{key} {str(value)[:40]}" for key, value in left.items())
     unsaid = [f"generation_config.json's {said}: not in genai_config.json, and the app must set it"] if left else []
-    return [*generation.notes, *unsaid]
+    named = [name for name in generation.templates if name != DEFAULT_TEMPLATE and name not in chat_templates(folder)]
+    behind = [f"the chat templates {', '.join(named)} stay behind: the folder holds the default one"] if named else []
+    return [*generation.notes, *unsaid, *behind]

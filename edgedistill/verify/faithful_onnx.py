@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedistill.generation import Generation, chat_templates
+from edgedistill.generation import DEFAULT_TEMPLATE, Generation, chat_templates
 from edgedistill.onnx.dequantize import HEAD, dequantized, stored
 from edgedistill.onnx.generation_settings import search_settings
 from edgedistill.onnx.graph import COMPUTED, EMBEDDING, load_graph, read_initializer
@@ -227,7 +227,8 @@ def file_findings(folder: Path, checkpoint: Path) -> Iterator[Finding]:
         elif ours.read_bytes() != theirs.read_bytes():
             yield Finding("tokenizer", "tokenizer.json", "is not the model's")
     found, wanted = chat_templates(folder), chat_templates(checkpoint)
-    for name in sorted(found.keys() | wanted.keys()):
+    # A named one may stay behind (a folder beside the files), and is the model's where it does not.
+    for name in sorted(found.keys() | {DEFAULT_TEMPLATE}):
         if found.get(name, "") != wanted.get(name, ""):
             said = difference_of(found.get(name, ""), wanted.get(name, ""))
             yield Finding("template", f"chat template {name!r}", said)
