@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Basis = Literal["measured", "proxy", "emulated", "derived"]
+from edgedistill.figures import Basis as Basis
+from edgedistill.figures import Figure as Figure
+
 RungName = Literal["teacher", "student", "quantized", "shipped"]
 Verdict = Literal["passed", "failed", "too few documents to tell"]
 CheckName = Literal[
@@ -27,7 +29,7 @@ Interval = tuple[float, float]
 
 
 class Record(BaseModel):
-    """Base: immutable, unknown keys refused."""
+    """Base: immutable, unknown keys refused. Its validator is built when it is first used: most commands use few."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), defer_build=True)
 
@@ -38,15 +40,6 @@ class FileEntry(Record):
     path: str
     bytes: int
     sha256: str
-
-
-class Figure(Record):
-    """A number that a person sees: never without its unit, basis and source."""
-
-    value: float
-    unit: str
-    basis: Basis
-    source: str
 
 
 class Shape(Record):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import io
 import time
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from edgedistill.records import Artifact, Gate, Latency, Retention, Sensitivity, SignalsResult
 
 if TYPE_CHECKING:
     from edgedistill.bundle.check import BundleCheck
     from edgedistill.pipeline import Built, Trained
     from edgedistill.plan import Plan
+    from edgedistill.records import Artifact, Gate, Latency, Retention, Sensitivity, SignalsResult
     from edgedistill.targets import Target
 
 WIDTH = 140
@@ -21,6 +21,8 @@ WIDTH = 140
 
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, fold: Sequence[str] = ()) -> str:
     """A table of text; no column wraps but those in `fold`, which share what is left of the width."""
+    if not fold:
+        return _unfolded(title, header, [list(row) for row in rows])
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
@@ -35,6 +37,29 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, f
     console.width = WIDTH if fold else console.measure(drawn).maximum
     console.print(drawn)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).strip("\n")
+
+
+def _unfolded(title: str, header: Sequence[str], rows: list[list[str]]) -> str:
+    """rich's table of this kind, line for line: loading rich takes as long as all the rest of `targets list`."""
+    lines = [[cell.split("\n") for cell in row] for row in [list(header), *rows]]
+    widths = [max(_cells(part) for row in lines for part in row[column]) for column in range(len(header))]
+    drawn = [f"{title}\n"] if title else []
+    for number, row in enumerate(lines):
+        for at in range(max(len(cell) for cell in row)):
+            parts = [cell[at] if at < len(cell) else "" for cell in row]
+            padded = (part + " " * (width - _cells(part)) for part, width in zip(parts, widths, strict=True))
+            drawn.append((" " + "   ".join(padded)).rstrip())
+        if number == 0:
+            drawn.append(" " + "─" * (sum(widths) + 3 * (len(widths) - 1)))
+    return "\n".join(drawn).strip("\n")
+
+
+def _cells(text: str) -> int:
+    """Columns of a terminal: wide characters take two, those that combine with the one before none."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.combining(c) != 0 for c in text)
 
 
 def with_interval(value: float, ci95: tuple[float, float] | None, digits: int = 3) -> str:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from edgedistill.errors import UserError, did_you_mean
-from edgedistill.records import Figure
+from edgedistill.figures import Figure
 from edgedistill.strict import compiled_pattern, local_path, read_text, shown
 from edgedistill.strict_yaml import dump_yaml, parse_yaml
 

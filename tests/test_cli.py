@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -11,7 +12,12 @@ from pathlib import Path
 
 import pytest
 from command import Command, refused
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
 
+from edgedistill.cli import QUICK_GROUPS
+from edgedistill.show import table
 from edgedistill.targets import targets_folder
 
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "llama_cpp", "datasets", "matplotlib", "numpy")
@@ -299,3 +305,37 @@ class TestFullDisk:
         )
         refused(done, "bytes, and", "free some space")
         assert not (small_disk / "x").exists()
+
+
+def test_a_group_alone_says_what_it_says_among_all_commands() -> None:
+    for words in (["targets"], ["targets", "show", "--help"], ["store", "prune", "--help"], ["recipes", "lisst"]):
+        texts = []
+        for quick in (QUICK_GROUPS, {}):
+            runner = (
+                f"import edgedistill.cli as cli; cli.QUICK_GROUPS = {{n: cli.QUICK_GROUPS[n] for n in {list(quick)}}};"
+                f" cli.main({words!r})"
+            )
+            done = subprocess.run([sys.executable, "-c", runner], capture_output=True, text=True, timeout=60)
+            texts.append((done.returncode, done.stdout, done.stderr))
+        assert texts[0] == texts[1] and any(texts[0][1:]), words
+
+
+def test_tables_are_richs_without_loading_it() -> None:
+    rows = [["a", "日本 x", ""], ["b\nbb", "é — [bold]x[/bold]", "1"], ["", "", "12345"]]
+    header = ["name", "what", "value"]
+    drawn = Table(box=SIMPLE, pad_edge=False)
+    for name in header:
+        drawn.add_column(name, no_wrap=True)
+    for row in rows:
+        drawn.add_row(*row)
+    buffer = io.StringIO()
+    Console(file=buffer, width=200, markup=False, highlight=False, emoji=False).print(drawn)
+    expected = [line.rstrip() for line in buffer.getvalue().splitlines()]
+    assert table("", header, rows) == "\n".join(expected).strip("\n")
+    assert table("a title", header, rows).split("\n", 2)[0] == "a title"
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from edgedistill.show import table; table('', ['a'], []); "
+         "print('rich' in sys.modules)"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout == "False\n", done.stderr
