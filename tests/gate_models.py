@@ -13,7 +13,7 @@ from command import tiny_text
 CONTEXT = 64
 
 
-def trained(folder: Path, *, seed: int = 0, steps: int = 150, family: str = "llama", **changes: Any) -> Path:
+def trained(folder: Path, *, seed: int = 0, steps: int = 110, family: str = "llama", **changes: Any) -> Path:
     """A checkpoint of two layers that learnt `tiny_text` far beyond counts of its words."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

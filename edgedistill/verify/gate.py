@@ -199,25 +199,28 @@ def _retention(measured: Measured, min_retention: float) -> Check:
 def _agreement(measured: Measured, min_retention: float) -> Iterator[Check]:
     """Above 1 perplexity says no longer how much was kept, for the artifact is the better model of this text.
 
-    What it would keep on text of the teacher's own is exp(-KL(teacher ‖ artifact)): the same ratio of perplexities, and
-    held to the same limit, though to no more than the default's.
+    What it would keep on text of the teacher's own is exp(-KL(teacher ‖ artifact)), the same ratio of perplexities; and
+    what the teacher keeps of the artifact on this text is 1 ÷ retention. Both are held to the retention's own limit,
+    though to no more than the default's.
     """
     low = _low(measured.retention)
     if low is None:
         return
     kl = measured.agreement.kl_mean_nats
-    kept, limit, above = math.exp(-kl), min(min_retention, DEFAULT_MIN_RETENTION), low > 1
+    limit, above = min(min_retention, DEFAULT_MIN_RETENTION), low > 1
+    kept = math.exp(-kl) if not above else min(math.exp(-kl), 1 / low)
     passed = not above or kept >= limit
     why = (
-        f"on text of its own the teacher would be kept to {kept:.3f} (KL {kl:.3g} nats a token), likeliest tokens agree"
-        f" for {measured.agreement.top1:.1%}"
+        f"on text of its own the teacher would be kept to {math.exp(-kl):.3f} (exp(-KL), {kl:.3g} nats a token),"
+        f" likeliest tokens agree for {measured.agreement.top1:.1%}"
     )
     if not passed:
         why = (
-            f"retention {spanned(measured.retention)} says that the artifact is better than its teacher, yet they do"
-            f" not agree: {why}; at least {limit:g} is asked for where retention is above 1"
+            f"retention {spanned(measured.retention)} says that the artifact is better than its teacher, without the"
+            f" agreement for it: {why}, and the teacher keeps {1 / low:.3f} of the artifact at most; at least"
+            f" {limit:g} is asked of both where retention is above 1"
         )
     yield Check(
-        name="agreement", compares="shipped with teacher", value=kept, unit="exp(-KL)",
+        name="agreement", compares="shipped with teacher", value=kept, unit="kept, either way",
         limit=limit if above else 0.0, bound="at least", passed=passed, rung="teacher", why=why,
     )  # fmt: skip
