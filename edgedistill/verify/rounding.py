@@ -69,6 +69,8 @@ SMALL_BLOCKS = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "INT8", "INT4"
 # Scales are float16: of blocks of values this small nothing is left, which changes nothing either.
 UNDERFLOW = 2e-4
 NEGLIGIBLE = 0.02
+FEW_BLOCKS = 4.0
+STANDARD_ERRORS = 6.0
 EMPTY_ABOVE = 0.05  # of the tensor's size: a block of zeros that stood for more was lost
 
 
@@ -125,13 +127,17 @@ def _beyond(stored: NDArray[np.float32], original: NDArray[np.float32], type_nam
     error = stored - original
     relative = float(np.sqrt(np.mean(np.square(error, dtype=np.float64)))) / max(size, 1e-30)
     spare = min(UNDERFLOW, NEGLIGIBLE * size)
+    width = SMALL_BLOCK if type_name in SMALL_BLOCKS else LARGE_BLOCK
+    # A small tensor is as good as its few blocks; its scale is known to so many standard errors.
+    few = min(1.0, FEW_BLOCKS / max(1.0, original.size / width) ** 0.5)
+    most = limits.tensor + few * (limits.block - limits.tensor)
+    chance = STANDARD_ERRORS * limits.tensor / original.size**0.5
     slope, rest = fit(stored, original)
     said = f"({type_name}) is not the model's: {slope:.3f} times as large, and {rest:.3g} of its size beside that"
-    if relative > limits.tensor + spare / max(size, 1e-30):
+    if relative > most + spare / max(size, 1e-30):
         return said
-    if size > UNDERFLOW and not 1 - limits.smaller <= slope <= 1 + limits.larger:
+    if size > UNDERFLOW and not 1 - limits.smaller - chance <= slope <= 1 + limits.larger + chance:
         return said
-    width = SMALL_BLOCK if type_name in SMALL_BLOCKS else LARGE_BLOCK
     columns = original.shape[-1]
     if columns % width:
         return ""  # rows that end within a block: ONNX alone, whose tensors were compared as a whole
