@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 import onnx
 import pytest
+import torch
 from attack.reseal import reseal
 from bundle_fixtures import Ingredients
 from command import Command, refused
@@ -163,7 +164,7 @@ def test_what_is_opened_is_rebuilt(folder: Path) -> None:
         inside = {path.name for path in (here / "artifact").iterdir()}
         environment = Path(f"/proc/{runtime.info['pid']}/environ").read_bytes().decode()
     assert inside == {"genai_config.json", "model.onnx", "model.onnx.data", "tokenizer.json", "tokenizer_config.json"}
-    assert f"HOME={here}" in environment and "PYTHONPATH" not in environment
+    assert f"HOME={here / 'home'}" in environment and "PYTHONPATH" not in environment
     assert not here.exists()
 
 
@@ -507,6 +508,23 @@ def test_folders_that_are_not_allowed(changes: Tree, said: str, tmp_path: Path) 
     with pytest.raises(UserError) as caught:
         rebuilt_folder(quantized_folder(tmp_path / "changed", **changes))
     assert said in caught.value.cause
+
+
+def test_an_honest_folder_runs_within_the_bounds(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from checkpoints import tiny
+
+    from edgedistill.distill.teacher_model import load_quantized
+
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "vocab_size": 512, "num_hidden_layers": 1}
+    checkpoint = tiny(tmp_path / "checkpoint", **sizes)
+    made = tmp_path / "made"
+    load_quantized(checkpoint, "int8", torch.device("cpu")).save_pretrained(made)
+    shutil.copyfile(checkpoint / "tokenizer.json", made / "tokenizer.json")
+    with RuntimeProcess("transformers", made, threads=1, context_tokens=64, bounds=replay_of(10)) as runtime:
+        assert len(runtime.greedy([1, 2], 3)) == 3
+        assert runtime.tokenize("the cat")
+        assert runtime.info["bounds"]["limits"] == "on"
 
 
 def test_weights_that_may_be_code_are_not_opened(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.runtimes import landlock, seccomp
-from edgedistill.runtimes.bounds import LOG_BYTES, OPEN_FILES
+from edgedistill.runtimes.bounds import HOME, LOG_BYTES, OPEN_FILES
 
 PR_SET_NO_NEW_PRIVS, PR_CAPBSET_DROP, PR_SET_DUMPABLE = 38, 24, 4
 CLONE_NEWUSER, CLONE_NEWNET = 0x1000_0000, 0x4000_0000
@@ -27,6 +27,7 @@ CAPABILITY_VERSION_3 = 0x2008_0522
 CAP_DAC_READ_SEARCH = 2
 LAST_CAPABILITY = 40
 DONE = "on"
+
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
 SYSTEM_FOLDERS = (
     "/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc", "/opt", "/proc", "/sys", "/dev", "/nix", "/gnu", "/snap",
@@ -179,7 +180,7 @@ def _see_only(folder: Path, files: Sequence[Path]) -> str:
     readable = [Path(path).resolve() for path in [*software, *libraries] if Path(path).is_absolute()]
     devices = GPU_DEVICES if has_gpu() else ()
     writable = [Path("/dev")] if devices else [Path(path) for path in WRITABLE_DEVICES]
-    return landlock.restrict([*readable, package, folder, *files], writable=writable)
+    return landlock.restrict([*readable, package, folder, *files], writable=writable, owned=[folder / HOME])
 
 
 def layers_off(report: Mapping[str, str]) -> list[str]:

@@ -25,8 +25,11 @@ TCP_FROM, TCP = 4, 3  # bind, connect
 SCOPES_FROM, SCOPES = 6, 3  # abstract sockets, signals
 
 
-def restrict(readable: Iterable[Path], *, writable: Iterable[Path] = ()) -> str:
-    """From now on this thread and its children read only what is `readable`; what was done. Raises OSError."""
+def restrict(readable: Iterable[Path], *, writable: Iterable[Path] = (), owned: Iterable[Path] = ()) -> str:
+    """From now on this thread and its children read only what is `readable`; what was done. Raises OSError.
+
+    `writable`: existing files and devices; `owned`: folders where anything but starting programs is allowed.
+    """
     if sys.platform != "linux":
         raise OSError(errno.ENOSYS, f"no Landlock on {sys.platform}")
     libc = ctypes.CDLL(None, use_errno=True)
@@ -40,6 +43,8 @@ def restrict(readable: Iterable[Path], *, writable: Iterable[Path] = ()) -> str:
             _allow(libc, ruleset, path, EXECUTE | READ_FILE | READ_DIR, files)
         for path in writable:
             _allow(libc, ruleset, path, READ_FILE | READ_DIR | WRITE_FILE | IOCTL_DEVICE, files)
+        for path in owned:
+            _allow(libc, ruleset, path, files & ~EXECUTE, files)
         _call(libc, RESTRICT_SELF, ruleset, 0)
     finally:
         os.close(ruleset)

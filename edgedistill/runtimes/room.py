@@ -14,7 +14,7 @@ from typing import Any
 import edgedistill
 from edgedistill import waiting
 from edgedistill.errors import UserError
-from edgedistill.runtimes.bounds import OWN, Bounds, Limits, limits_of
+from edgedistill.runtimes.bounds import HOME, OWN, Bounds, Limits, limits_of
 from edgedistill.runtimes.staging import PrivateFolder, Staged, stage, stage_graph
 
 # This package from where it is; then the parent's paths, so that both find the same runtime. Where the environment is
@@ -128,6 +128,8 @@ def room_for(
 
 def _isolated_environment(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
     kept = {name: environment[name] for name in KEPT if name in environment}
-    home = {name: str(folder) for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME")}
+    home = {
+        name: str(folder / HOME) for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME")
+    }
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return {**kept, **home, **offline, **OURS, "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}

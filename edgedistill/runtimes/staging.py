@@ -29,6 +29,7 @@ from edgedistill.guards.tokenizer import (
     rebuilt_tokenizer_config,
 )
 from edgedistill.guards.transformers_folder import rebuilt_folder
+from edgedistill.runtimes.bounds import HOME
 from edgedistill.strict import open_regular, read_bytes
 
 PREFIX = "edgedistill-run-"
@@ -52,6 +53,7 @@ class PrivateFolder:
         unnamed.rename(self.root / LOCK)
         self.content = self.root / CONTENT
         self.content.mkdir(0o700)
+        (self.root / HOME).mkdir(0o700)
 
     def close(self) -> None:
         """Remove it; safe to call twice."""

@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from edgedistill.errors import UserError
 from edgedistill.runtimes import confine, frames
 from edgedistill.runtimes.backend import Backend, Embedder
+from edgedistill.runtimes.bounds import HOME
 
 if TYPE_CHECKING:
     from edgedistill.runtimes.ort import GraphSession
@@ -38,7 +40,7 @@ LIBRARIES = {
     "llama.cpp": ("llama_cpp",),
     "onnxruntime": ("onnxruntime",),
     "onnxruntime-genai": ("onnxruntime_genai",),
-    "transformers": ("torch", "transformers", "bitsandbytes", "accelerate", "tokenizers", "safetensors.torch"),
+    "transformers": ("torch", "transformers.generation.utils", "bitsandbytes", "accelerate", "safetensors.torch"),
 }
 EXTRAS = {
     "llama_cpp": "llama", "onnxruntime": "onnx", "onnxruntime_genai": "onnx", "bitsandbytes": "train",
@@ -74,6 +76,8 @@ def main() -> None:
         _die_with_parent()
     report = {}
     if bounds["isolated"]:
+        # Python tries where it can write when it first wants to, and then, sealed, it cannot.
+        tempfile.tempdir = str(Path(bounds["folder"]) / HOME)
         report = confine.begin(Path(bounds["folder"]), [Path(path) for path in bounds["files"]])
     Worker(read_fd, write_fd, isolated=bounds["isolated"], report=report).serve()
     sys.stdout.flush()
