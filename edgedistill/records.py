@@ -6,13 +6,14 @@ their JSON Schemas are kept in docs/schemas/ and held to these classes by tests/
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from edgedistill.figures import Basis as Basis
 from edgedistill.figures import Figure as Figure
 
+Count = Annotated[int, Field(ge=0)]
 RungName = Literal["teacher", "student", "quantized", "shipped"]
 Verdict = Literal["passed", "failed", "too few documents to tell"]
 CheckName = Literal[
@@ -38,7 +39,7 @@ class FileEntry(Record):
     """A file: path relative to its folder (posix), size, content hash."""
 
     path: str
-    bytes: int
+    bytes: Count
     sha256: str
 
 
@@ -46,15 +47,15 @@ class Shape(Record):
     """The sizes that define a decoder (Llama, Qwen2, Qwen3 families)."""
 
     family: str = "llama"
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Count
     tie_word_embeddings: bool = True
-    max_position_embeddings: int = 2048
+    max_position_embeddings: Count = 2048
     attention_bias: bool = False
     qk_norm: bool = False
 
@@ -82,8 +83,8 @@ class Shape(Record):
 class SplitPart(Record):
     """One part of the documents."""
 
-    documents: int
-    bytes: int
+    documents: Count
+    bytes: Count
     sha256: str
 
 
@@ -93,7 +94,7 @@ class DataResult(Record):
     source: str
     split: str
     parts: dict[str, SplitPart]
-    duplicates_dropped: int
+    duplicates_dropped: Count
     overlap: dict[str, float]
     sha256: str
 
@@ -235,7 +236,7 @@ class Parity(Record):
     runtime: str
     inputs: str
     reference: Literal["original", "stored"]
-    values: int
+    values: Count
     max_abs_difference: float
     mean_abs_difference: float
     relative_rms: float
@@ -250,7 +251,7 @@ class Calibration(Record):
 
     method: str
     source: str
-    samples: int
+    samples: Count
     tokens: int | None = None
     seed: int
     order_sha256: str
@@ -280,8 +281,8 @@ class Sensitivity(Record):
 
     metric: str
     source: str
-    examples: int
-    documents: int
+    examples: Count
+    documents: Count
     rows: list[SensitivityRow]
     target: float
     reached: float
@@ -315,14 +316,14 @@ class Artifact(Record):
     task: str = "causal-lm"
     entry: str
     files: list[FileEntry]
-    bytes: int
+    bytes: Count
     sha256: str
-    parameters: int
+    parameters: Count
     bits_per_weight: float
-    tensor_types: dict[str, int]
+    tensor_types: dict[str, Count]
     fallbacks: list[Fallback] = []
-    context_tokens: int
-    vocab_size: int
+    context_tokens: Count
+    vocab_size: Count
     tool_versions: dict[str, str] = {}
     overrides: dict[str, str] = {}
     calibration: Calibration | None = None
@@ -459,8 +460,8 @@ class Departure(Record):
 class TokenizerCheck(Record):
     """Token ids of the artifact's own tokenizer against the original's, over varied texts."""
 
-    texts: int
-    mismatches: int
+    texts: Count
+    mismatches: Count
     first_mismatch: str | None = None
 
 
@@ -471,14 +472,14 @@ class Measured(Record):
     task: str
     metric: str
     higher_is_better: bool
-    examples: int
-    documents: int
+    examples: Count
+    documents: Count
     effective_documents: float = Field(
         description="as many documents of equal length would weigh as much: what intervals count"
     )
     eval_sha256: str
-    context_tokens: int
-    stride_tokens: int
+    context_tokens: Count
+    stride_tokens: Count
     bos: bool
     intervals: str = Field(description="how intervals are made: statistics.METHOD")
     machine: dict[str, Any]
@@ -524,11 +525,11 @@ class Percentiles(Record):
 class Workload(Record):
     """What was run."""
 
-    batch: int
-    prompt_tokens: int
-    new_tokens: int
-    warmup: int
-    repeats: int
+    batch: Count
+    prompt_tokens: Count
+    new_tokens: Count
+    warmup: Count
+    repeats: Count
 
 
 class Latency(Record):
@@ -547,7 +548,7 @@ class Latency(Record):
     decode_tokens_per_s: float
     decode_tokens_per_s_ci95: Interval
     load_ms: float
-    peak_rss_bytes: int
+    peak_rss_bytes: Count
     drift: float
     energy_j: float | None = None
     samples: dict[str, list[float]]

@@ -8,19 +8,20 @@ from typing import Any
 import numpy as np
 from tiny_models import tiny_checkpoint
 
+from edgedistill.bench.ceiling import BytesRead, ceiling
+from edgedistill.bench.measure import drift, percentiles
 from edgedistill.bundle.build import BundledArtifact, bundle
 from edgedistill.gguf.quantize import export_gguf
+from edgedistill.models import tokenizer_sha256
 from edgedistill.recipe import Recipe
 from edgedistill.records import (
     Agreement,
     Artifact,
     Baselines,
     DataResult,
-    Figure,
     Latency,
     Measured,
     Neighbours,
-    Percentiles,
     Retention,
     Rung,
     Scored,
@@ -75,12 +76,12 @@ def rung(name: str, perplexity: float, teacher: float, sha256: str, **changes: A
     )
 
 
-def neighbours(above: str, below: str, kl: float) -> Neighbours:
+def neighbours(above: str, below: str, kl: float, ratio: float) -> Neighbours:
     return Neighbours(
         above=above,
         below=below,
         kl_mean_nats=Scored(value=kl, ci95=(0.9 * kl, 1.1 * kl)),
-        perplexity_ratio=Scored(value=1 + kl, ci95=(1.0, 1 + 2 * kl)),
+        perplexity_ratio=Scored(value=ratio, ci95=(0.999 * ratio, 1.001 * ratio)),
         top1_agreement=0.98,
     )
 
@@ -109,12 +110,15 @@ def retention(artifact: Artifact, min_retention: float = 0.8, **changes: Any) ->
         "artifact": f"{artifact.format}:{artifact.quantization}",
         "baselines": Baselines(
             tokens=263,
-            uniform_over_teacher=Scored(value=12.9, ci95=(12.1, 13.6)),
+            uniform_over_teacher=Scored(value=263 / 20.4, ci95=(12.1, 13.6)),
             unigram_perplexity=118.0,
-            unigram_over_teacher=Scored(value=5.78, ci95=(5.5, 6.1)),
+            unigram_over_teacher=Scored(value=118.0 / 20.4, ci95=(5.5, 6.1)),
             smoothing=0.01,
         ),
-        "neighbours": [neighbours("student", "quantized", 0.004), neighbours("quantized", "shipped", 1e-5)],
+        "neighbours": [
+            neighbours("student", "quantized", 0.004, 23.1 / 22.9),
+            neighbours("quantized", "shipped", 1e-5, 23.12 / 23.1),
+        ],
         "machine": {"cpu": "a CPU"},
         "runtime_options": {"threads": 2},
         "rungs": rungs,
@@ -133,28 +137,41 @@ def retention(artifact: Artifact, min_retention: float = 0.8, **changes: Any) ->
 
 
 def latency(artifact: Artifact, **changes: Any) -> Latency:
+    """A record of made-up samples; what follows from them is computed, as of real ones, unless it is given."""
     random = np.random.default_rng(0)
-    token_ms = [float(ms) for ms in 6.0 + random.gamma(2.0, 0.4, 315)]
+    samples = {
+        "ttft_ms": [80.2, 81.0, 83.9, 80.9, 84.2],
+        "token_ms": [float(ms) for ms in 6.0 + random.gamma(2.0, 0.4, 315)],
+        "load_ms": [41.0],
+    }
+    ttft_ms, token_ms = samples["ttft_ms"], samples["token_ms"]
+    prefill, decode = 1e3 * 128 * len(ttft_ms) / sum(ttft_ms), 1e3 * len(token_ms) / sum(token_ms)
     values: dict[str, Any] = {
         "target": "jetson-orin-nano",
         "measured_on": {"machine": "a build server", "cpu": "a CPU", "memory_bytes": 8 << 30, "threads": 2},
         "basis": "proxy",
         "artifact_sha256": artifact.sha256,
         "workload": Workload(batch=1, prompt_tokens=128, new_tokens=64, warmup=2, repeats=5),
-        "ttft_ms": Percentiles(p50=81.0, p90=84.0, p99=None),
-        "token_ms": Percentiles(p50=6.7, p90=7.9, p99=9.3),
-        "prefill_tokens_per_s": 1580.0,
-        "prefill_tokens_per_s_ci95": (1500.0, 1620.0),
-        "decode_tokens_per_s": 149.0,
-        "decode_tokens_per_s_ci95": (146.0, 151.0),
+        "ttft_ms": percentiles(ttft_ms),
+        "token_ms": percentiles(token_ms),
+        "prefill_tokens_per_s": prefill,
+        "prefill_tokens_per_s_ci95": (prefill * 0.97, prefill * 1.02),
+        "decode_tokens_per_s": decode,
+        "decode_tokens_per_s_ci95": (decode * 0.98, decode * 1.02),
         "load_ms": 41.0,
         "peak_rss_bytes": 93_000_000,
-        "drift": 1.02,
-        "samples": {"token_ms": token_ms, "ttft_ms": [80.2, 81.0, 83.9, 80.9, 84.2]},
-        "ceiling": Figure(value=20_400.0, unit="tokens/s", basis="derived", source="bandwidth ÷ bytes a token"),
+        "drift": drift(token_ms),
+        "samples": samples,
+        "ceiling": ceiling(
+            load_target("jetson").bandwidth_bytes_per_s, BytesRead(4_900_000, 100_000, ""), context_tokens=128
+        ),
         "notes": ["this machine is not jetson-orin-nano: the figures tell nothing of its speed"],
     }
     return Latency(**{**values, **changes})
+
+
+def recipe(**changes: Any) -> Recipe:
+    return Recipe.model_validate({"verify": {"min_retention": 0.8}, **changes})
 
 
 def data_result() -> DataResult:
@@ -169,26 +186,27 @@ def data_result() -> DataResult:
 
 
 def teacher_result(folder: Path, **changes: Any) -> TeacherResult:
+    shape = SHAPE.model_copy(update={"num_hidden_layers": 8})
     values: dict[str, Any] = {
         "origin": "folder",
         "name": "/home/someone/secret/big-llama",
         "path": str(folder),
-        "shape": SHAPE.model_copy(update={"num_hidden_layers": 8}),
-        "parameters": 21_000_000,
+        "shape": shape,
+        "parameters": shape.parameters,
         "weights_sha256": "a" * 64,
         "tokenizer_sha256": "f" * 64,
     }
     return TeacherResult(**{**values, **changes})
 
 
-def student_result() -> StudentResult:
+def student_result(tokenizer: str = "f" * 64) -> StudentResult:
     return StudentResult(
         path="model",
         start="fresh",
         shape=SHAPE,
         parameters=SHAPE.parameters,
         weights_sha256="b" * 64,
-        tokenizer_sha256="f" * 64,
+        tokenizer_sha256=tokenizer,
     )
 
 
@@ -232,10 +250,10 @@ class Ingredients:
 
     def make(self, folder: Path, **changes: Any) -> Path:
         values: dict[str, Any] = {
-            "recipe": Recipe(),
+            "recipe": recipe(),
             "target": load_target("jetson"),
             "artifacts": [self.bundled()],
-            "student": student_result(),
+            "student": student_result(tokenizer_sha256(self.checkpoint)),
             "teacher": teacher_result(self.teacher_dir),
             "data": data_result(),
             "student_dir": self.checkpoint,

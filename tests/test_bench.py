@@ -161,7 +161,7 @@ def test_without_the_targets_gpu_the_basis_is_a_proxy(gguf_folder: Path) -> None
 
     def basis(here: dict[str, Any], n_gpu_layers: int) -> tuple[str, list[str]]:
         info = {"runtime_version": "llama.cpp 1", "options": {"n_gpu_layers": n_gpu_layers}}
-        return measure._basis(target, here, info, workload, threads)
+        return measure.basis_of(target, here, info, workload, threads)
 
     assert basis(here, -1) == ("measured", [])  # -1: all layers
     found, notes = basis(here, 0)

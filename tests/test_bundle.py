@@ -10,9 +10,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from attack.reseal import reseal as reseal_all
 from bundle_fixtures import Ingredients, data_result, latency, retention, student_result, teacher_result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,7 +22,6 @@ from hypothesis import strategies as st
 from edgedistill.bundle import golden_rules
 from edgedistill.bundle.build import _exchange, without_folders
 from edgedistill.bundle.check import verify_bundle
-from edgedistill.bundle.golden import load_array
 from edgedistill.bundle.manifest import (
     Manifest,
     manifest_bytes,
@@ -29,11 +30,13 @@ from edgedistill.bundle.manifest import (
     read_manifest,
     self_hash_holds,
     sums_text,
-    unsafe_path,
 )
+from edgedistill.bundle.names import collision, unsafe_path
+from edgedistill.bundle.npy import load_array
 from edgedistill.errors import RuntimeCrashed, UserError
+from edgedistill.models import tokenizer_sha256
 from edgedistill.recipe import Recipe
-from edgedistill.records import FurtherTeacher, Scored
+from edgedistill.records import Fallback, FurtherTeacher, Scored
 from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.store import files_under, sha256_of
 
@@ -66,7 +69,9 @@ def reseal(folder: Path, change: Callable[[Manifest], Manifest] = lambda m: m) -
         )
         for entry in manifest.files
     ]
-    (folder / "manifest.json").write_bytes(manifest_bytes(manifest.model_copy(update={"files": files})))
+    student = manifest.student.model_copy(update={"tokenizer_sha256": tokenizer_sha256(folder / "preprocess")})
+    changed = manifest.model_copy(update={"files": files, "student": student})
+    (folder / "manifest.json").write_bytes(manifest_bytes(changed))
     hashes = {entry.path: entry.sha256 for entry in files} | {"manifest.json": sha256_of(folder / "manifest.json")}
     (folder / "SHA256SUMS").write_text(sums_text(hashes), encoding="utf-8", newline="\n")
 
@@ -199,7 +204,7 @@ class TestWhole:
     def test_works_without_the_heavy_packages(self, made: Path, ingredients: Ingredients) -> None:
         code = (
             "import sys\n"
-            "banned = {'torch', 'transformers', 'tokenizers', 'yaml', 'jinja2', 'matplotlib', 'onnx', 'gguf',"
+            "banned = {'torch', 'transformers', 'tokenizers', 'jinja2', 'matplotlib', 'onnx', 'gguf',"
             " 'huggingface_hub', 'cyclonedx', 'datasets', 'safetensors'}\n"
             "class Absent:\n"
             "    def find_spec(self, name, path=None, target=None):\n"
@@ -257,6 +262,10 @@ class TestWhole:
         assert inner["hashes"] == [{"alg": "SHA-256", "content": sha256_of(made / "model/model.gguf")}]
         assert components["llama-cpp-python"]["scope"] == "required"
         assert "timestamp" not in sbom["metadata"]
+        from cyclonedx.schema import SchemaVersion
+        from cyclonedx.validation.json import JsonStrictValidator
+
+        assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(sbom)) is None
 
     def test_manifest_describes_the_artifact(self, made: Path) -> None:
         artifact = read_manifest(made).artifacts[0]
@@ -310,7 +319,7 @@ class TestChanged:
     def test_added(self, copy: Path, name: str) -> None:
         (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_bytes(b"")
-        refused(copy, name, "not part of the bundle")
+        refused(copy, "golden/zz" if "deep" in name else name, "not part of the bundle")
 
     def test_empty_folder_added(self, copy: Path) -> None:
         (copy / "cache").mkdir()
@@ -342,6 +351,19 @@ class TestChanged:
         (copy / "NOTICE").rename(outside)
         (copy / "NOTICE").symlink_to(outside)
         refused(copy, "NOTICE", "symbolic link")
+
+    def test_hard_link(self, copy: Path, tmp_path: Path) -> None:
+        os.link(copy / "NOTICE", tmp_path / "another-name")
+        refused(copy, "NOTICE", "hard link", "2 names")
+
+    def test_sparse(self, copy: Path) -> None:
+        with (copy / "NOTICE").open("r+b") as file:
+            file.truncate(30 << 30)
+        refused(copy, "NOTICE", str(30 << 30))
+        with (copy / "NOTICE").open("r+b") as file:
+            file.truncate(1 << 20)
+        reseal(copy)
+        refused(copy, "NOTICE", "sparse")
 
     def test_symlinked_folder(self, copy: Path, tmp_path: Path) -> None:
         (copy / "golden").rename(tmp_path / "elsewhere")
@@ -379,20 +401,121 @@ class TestChanged:
             (copy / "SHA256SUMS").write_text(sums_text(hashes), encoding="utf-8")
             refused(copy, "manifest.json")
         with manifest.open("wb") as file:
-            file.truncate((16 << 20) + 1)
-        refused(copy, "manifest.json", "16777217")
+            file.truncate((2 << 20) + 1)
+        refused(copy, "manifest.json", "2097153")
+        manifest.write_bytes(whole)
         with (copy / "SHA256SUMS").open("wb") as file:
-            file.truncate((4 << 20) + 1)
-        refused(copy, "SHA256SUMS", "4194305")
+            file.truncate((2 << 20) + 1)
+        refused(copy, "SHA256SUMS", "2097153")
 
 
 class TestLies:
     """Bundles whose hashes are all right, and whose content is not: what replay and the manifest's checks are for."""
 
-    def test_resealed_is_accepted_as_whole(self, copy: Path) -> None:
-        (copy / "NOTICE").write_text("another\n", encoding="utf-8")
+    @pytest.mark.parametrize(
+        "name", ["NOTICE", "MODEL_CARD.md", "LICENSE", "samples/python/run.py", "reports/report.html"]
+    )
+    def test_what_a_person_reads_or_runs_is_made_again(self, copy: Path, name: str) -> None:
+        (copy / name).write_text(f"{(copy / name).read_text(encoding='utf-8')}\nanother\n", encoding="utf-8")
         reseal(copy)
-        verify_bundle(copy, replay=False)
+        refused(copy, name, "is not what manifest.json and the records say")
+
+    def test_another_version_says_that_its_documents_were_not_compared(self, copy: Path) -> None:
+        (copy / "NOTICE").write_text("another\n", encoding="utf-8")
+        reseal(
+            copy,
+            lambda m: m.model_copy(
+                update={"edgedistill": "9.9", "tool_versions": {**m.tool_versions, "edgedistill": "9.9"}}
+            ),
+        )
+        assert any("9.9" in note and "did not compare" in note for note in verify_bundle(copy, replay=False).notes)
+
+    @pytest.mark.parametrize(
+        ("path", "change", "needle"),
+        [
+            ("retention", lambda t: t["gate"].update(passed=False), "the checks say"),
+            ("retention", lambda t: t["gate"]["checks"][0].update(value=99.0), "what was measured gives"),
+            ("retention", lambda t: t["gate"]["checks"].pop(), "checks"),
+            ("retention", lambda t: t["neighbours"][0]["perplexity_ratio"].update(value=1.0), "the rungs give"),
+            ("retention", lambda t: t["baselines"]["unigram_over_teacher"].update(value=9.0), "word counts"),
+            ("retention", lambda t: t.update(artifact="gguf:Q8_0"), "is of 'gguf:Q8_0'"),
+            ("retention", lambda t: t["gate"].update(min_retention=0.1), "the recipe asks for 0.8"),
+            ("retention", lambda t: t["rungs"][3].update(artifact_sha256="7" * 64), "of another shipped"),
+            ("retention", lambda t: t["rungs"][0].update(artifact_sha256="7" * 64), "of another teacher"),
+            ("retention", lambda t: t["retention"].update(value=0.99), "not that of the shipped rung"),
+            ("retention", lambda t: t["rungs"][1].update(retention=0.99), "student rung's retention"),
+            ("retention", lambda t: t["agreement"].update(top1=0.99), "agreement.top1"),
+            ("retention", lambda t: t.update(documents=-3), "documents"),
+            ("retention", lambda t: t["rungs"][3].update(perplexity=1e300), "nobody measures"),
+            ("latency", lambda t: t.update(artifact_sha256="7" * 64), "of another artifact"),
+            ("latency", lambda t: t.update(target="raspberry-pi-5"), "for 'raspberry-pi-5'"),
+            ("latency", lambda t: t.update(decode_tokens_per_s=900.0), "its samples give"),
+            ("latency", lambda t: t["token_ms"].update(p50=1.0), "token_ms.p50"),
+            ("latency", lambda t: t["samples"]["ttft_ms"].pop(), "are not those of 5 repeats"),
+            ("latency", lambda t: t["ceiling"].update(value=1e5), "the ceiling"),
+            ("latency", lambda t: t.update(basis="measured"), "says measured"),
+            ("latency", lambda t: t.update(drift=1.5), "drift"),
+        ],
+    )
+    def test_records_that_lie(self, copy: Path, path: str, change: Callable[[Any], None], needle: str) -> None:
+        file = copy / f"reports/{path}.json"
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        change(tree)
+        file.write_text(json.dumps(tree), encoding="utf-8")
+        reseal(copy)
+        refused(copy, f"reports/{path}.json", needle)
+
+    @pytest.mark.parametrize("text", ["perplexity: 1", "{}", "[]", '{"schema": NaN}', "[" * 100_000])
+    def test_records_that_are_none(self, copy: Path, text: str) -> None:
+        (copy / "reports/retention.json").write_text(text, encoding="utf-8")
+        reseal(copy)
+        refused(copy, "reports/retention.json")
+
+    @pytest.mark.parametrize(
+        ("change", "needle"),
+        [
+            ({"quantization": "Q8_0"}, "the artifact 'gguf:Q4_0' is gguf:'Q8_0'"),
+            ({"bytes": 5}, "not 5"),
+            ({"parameters": 7}, "parameters"),
+            ({"bits_per_weight": 40.0}, "bits a weight"),
+            ({"bits_per_weight": 3.0}, "bits_per_weight of gguf:Q4_0 is 3.0"),
+            ({"tensor_types": {"Q4_0": 14, "Q8_0": 1, "F32": 5}}, "tensor_types of gguf:Q4_0"),
+            ({"fallbacks": [Fallback(tensor="output.weight", wanted="Q4_0", got="Q8_0", why="x")]}, "the fallback of"),
+            ({"context_tokens": 8}, "context"),
+            ({"vocab_size": 300}, "inputs and outputs"),
+            ({"runtime": "onnxruntime"}, "runs no gguf"),
+            ({"inputs": []}, "inputs and outputs"),
+            ({"retention": "reports/latency.json"}, "retention"),
+        ],
+    )
+    def test_claims_that_lie(self, copy: Path, change: dict[str, object], needle: str) -> None:
+        reseal(copy, lambda m: m.model_copy(update={"artifacts": [m.artifacts[0].model_copy(update=change)]}))
+        refused(copy, needle)
+
+    def test_a_profile_that_would_keep_the_check_busy(self, copy: Path) -> None:
+        identify = {"arch": "aarch64", "machine": "(a+)+$"}
+        reseal(copy, lambda m: m.model_copy(update={"target": {**m.target, "identify": identify}}))
+        refused(copy, "manifest.json: target", "a pattern with groups")
+
+    @pytest.mark.parametrize(
+        ("change", "needle"),
+        [
+            (lambda t: t.clear(), "no model.vocab"),
+            (lambda t: t["model"].update(vocab={}), "is empty"),
+            (lambda t: t["model"]["vocab"].update(zzz=10**6), "1000000 is not below"),
+            (lambda t: t["model"]["vocab"].update(zzz=-1), "-1 is not below"),
+            (lambda t: t["model"]["vocab"].update(zzz=5), "different ids"),
+            (lambda t: t.update(added_tokens=[{"id": 5, "content": "x"}]), "is of two tokens"),
+            (lambda t: t.update(added_tokens=[{"id": "5"}]), "an added token"),
+        ],
+    )
+    def test_tokenizers_that_are_none(self, copy: Path, change: Callable[[Any], None], needle: str) -> None:
+        path = copy / "preprocess/tokenizer.json"
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        change(tree)
+        path.write_text(json.dumps(tree), encoding="utf-8")
+        reseal(copy)
+        refused(copy, "preprocess/tokenizer.json", needle)
 
     def test_logits_that_the_runtime_does_not_compute(self, copy: Path, ingredients: Ingredients) -> None:
         path = copy / "golden/01.logits.npy"
@@ -408,7 +531,7 @@ class TestLies:
         values[7] = np.nan
         np.save(path, values)
         reseal(copy)
-        refused(copy, "golden/01.logits.npy", "off by inf", replay=True, store=ingredients.store)
+        refused(copy, "golden/01.logits.npy", "off by inf")
 
     def test_tokens_that_the_tokenizer_does_not_give(self, copy: Path, ingredients: Ingredients) -> None:
         (copy / "golden/00.prompt.txt").write_text("Tha", encoding="utf-8")
@@ -445,15 +568,9 @@ class TestLies:
 
     def test_model_that_no_runtime_opens(self, copy: Path, ingredients: Ingredients) -> None:
         model = copy / "model/model.gguf"
-        model.write_bytes(b"GGUF" + bytes(1000))
-
-        def claim(manifest: Manifest) -> Manifest:
-            artifact = manifest.artifacts[0]
-            entry = artifact.files[0].model_copy(update={"bytes": 1004, "sha256": sha256_of(model)})
-            changed = artifact.model_copy(update={"files": [entry], "sha256": entry.sha256, "bytes": 1004})
-            return manifest.model_copy(update={"artifacts": [changed]})
-
-        reseal(copy, claim)
+        size = model.stat().st_size
+        model.write_bytes(b"GGUF" + bytes(size - 4))
+        reseal_all(copy)
         with pytest.raises((UserError, RuntimeCrashed), match=r"model\.gguf"):
             verify_bundle(copy, store=ingredients.store)
 
@@ -479,7 +596,7 @@ class TestLies:
             return manifest.model_copy(update={"artifacts": [artifact.model_copy(update={"golden": golden})]})
 
         reseal(copy, lie)
-        refused(copy, "../../../etc/passwd", "no file of the bundle")
+        refused(copy, "../../../etc/passwd")
 
     def test_artifact_that_is_another(self, copy: Path) -> None:
         def lie(manifest: Manifest) -> Manifest:
@@ -488,6 +605,44 @@ class TestLies:
 
         reseal(copy, lie)
         refused(copy, "manifest.json", "gguf:Q4_0")
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "", "/a", "a//b", "./a", "a/../b", "a\\b", "C:a", "a\x00b", "a\x1bb", "a\u202eb", "a\u200bb", "cafe\u0301",
+            "con", "a/NUL.txt", "com1.gguf", "lpt¹", "a.", "a ", " a", "a/b./c", "a?b", "a<b", "a|b", 'a"b', "a:b",
+            "a" * 256, "é" * 128, "a/" * 17 + "a", "x" * 513, "\ud800",
+        ],
+    )  # fmt: skip
+    def test_refused(self, path: str) -> None:
+        assert unsafe_path(path)
+
+    @pytest.mark.parametrize(
+        "path", ["a", "model/model.onnx.data", ".hidden", "日本/émigré.txt", "a b-c_d+e=f@g,h;i", "console"]
+    )
+    def test_allowed(self, path: str) -> None:
+        assert unsafe_path(path) == ""
+
+    @pytest.mark.parametrize(
+        ("paths", "why"),
+        [
+            (["a", "A"], "one name"),
+            (["model/a", "Model/b"], "one name"),
+            (["straße", "STRASSE"], "one name"),
+            (["ﬁle", "file"], "one name"),
+            (["K", "k"], "one name"),
+            (["a", "a"], "twice"),
+            (["a", "a/b"], "file, and the folder"),
+            (["a/b", "a"], "file, and the folder"),
+        ],
+    )
+    def test_two_that_are_one(self, paths: list[str], why: str) -> None:
+        assert why in collision(paths)
+
+    def test_those_of_a_bundle_stand_together(self, made: Path) -> None:
+        assert collision(p.relative_to(made).as_posix() for p in files_under(made)) == ""
 
 
 class TestSums:
@@ -708,7 +863,7 @@ class TestBuild:
         made = ingredients.make(
             tmp_path / "b",
             recipe=recipe,
-            student=student_result().model_copy(update={"start": "pretrained"}),
+            student=student_result(tokenizer_sha256(ingredients.checkpoint)).model_copy(update={"start": "pretrained"}),
             teacher=teacher_result(folders["teacher"]).model_copy(update={"also": also}),
         )
         text = (made / "LICENSE").read_text(encoding="utf-8")

@@ -282,3 +282,16 @@ def test_wheel(distributions: tuple[Path, Path], tmp_path: Path) -> None:
     for name in load_targets():
         assert name in listed
     assert run("-m", "edgedistill", "recipes", "list").split() == builtin_recipes()
+
+
+@pytest.mark.parametrize("page", ["bundle.md"])
+def test_promises_name_tests_that_exist(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)((?:::\w+)+)`", text)
+    assert len(named) > 20
+    for file, path in named:
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        *classes, function = path.strip(":").split("::")
+        for name in classes:
+            assert f"\nclass {name}" in source, (file, name)
+        assert f"def {function}(" in source, (file, function)

@@ -10,8 +10,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from bundle_fixtures import Ingredients, latency, retention, rung, teacher_result
+from bundle_fixtures import Ingredients, latency, retention, rung
 
+from edgedistill.bundle.card import model_card
 from edgedistill.bundle.check import verify_bundle
 from edgedistill.bundle.manifest import read_manifest
 from edgedistill.errors import UserError
@@ -114,9 +115,9 @@ class TestReport:
             "22.20–24.28",
             "0.8691–0.8929",
             "proxy , not on the target",
-            "149.0 146.0–151.0 at most 20,400",
+            "147.7 144.7–150.6 at most 20,480",
             "proxy, on a build server derived: ceiling of jetson-orin-nano",
-            "p90 84.0, p99 –",
+            "p90 84.1, p99 –",
             "all 64 varied texts",
             "Q4_0 15",
             "edgedistill bundle verify quickstart-jetson-orin-nano",
@@ -124,7 +125,7 @@ class TestReport:
             "big-llama (folder)",
             "Text in both parts 1 held-out documents whole; 7 share a run of 13 words",
             "not measured",
-            "Drift 1.02",
+            "Drift 1.00",
         ):
             assert needle in text, needle
 
@@ -156,24 +157,29 @@ class TestReport:
         assert "Kept 0.9712 of the float model on the stories; asked: 0.97." in text
         assert "layer 1 attention 0.0123 0.0110–0.0140 12.34 kB Q4_0 Q8_0" in text
 
-    def test_hostile_strings_stay_text(self, ingredients: Ingredients, tmp_path: Path) -> None:
+    def test_hostile_strings_stay_text(self, made: Path, ingredients: Ingredients) -> None:
+        base, artifact = read_manifest(made), ingredients.artifact
         fallback = Fallback(tensor=EVIL, wanted=EVIL, got=EVIL, why=EVIL)
-        artifact = ingredients.artifact.model_copy(update={"fallbacks": [fallback], "tool_versions": {EVIL: EVIL}})
+        assert base.teacher is not None
+        changes = {
+            "artifacts": [base.artifacts[0].model_copy(update={"fallbacks": [fallback]})],
+            "tool_versions": {EVIL: EVIL},
+            "teacher": base.teacher.model_copy(update={"origin": "hub", "name": EVIL}),
+        }
+        manifest = base.model_copy(update=changes)
         kept = retention(
             artifact,
             tokenizer=TokenizerCheck(texts=3, mismatches=1, first_mismatch=EVIL),
-            rungs=[rung(n, 20.4, 20.4, artifact.sha256, runtime=EVIL) for n in ("teacher", "shipped")],
+            rungs=[
+                rung("teacher", 20.4, 20.4, "a" * 64, runtime=EVIL),
+                rung("shipped", 23.12, 20.4, artifact.sha256, runtime=EVIL),
+            ],
         )
-        fast = latency(artifact, measured_on={"machine": EVIL, "cpu": EVIL, EVIL: EVIL}, notes=[EVIL], target=EVIL)
-        made = ingredients.make(
-            tmp_path / "quickstart-evil",
-            artifacts=[ingredients.bundled(artifact=artifact, retention=kept, latency=fast)],
-            teacher=teacher_result(ingredients.teacher_dir, origin="hub", name=EVIL),
-        )
-        page = assert_self_contained((made / "reports/report.html").read_text(encoding="utf-8"))
-        assert page.text.count(EVIL) >= 10
+        fast = latency(artifact, measured_on={"machine": EVIL, "cpu": EVIL, EVIL: EVIL}, notes=[EVIL])
+        page = assert_self_contained(render(manifest, [(kept, fast)]))
+        assert page.text.count(EVIL) >= 9
         assert "49" not in page.text.split(EVIL, 1)[1][:20]
-        card = (made / "MODEL_CARD.md").read_text(encoding="utf-8")
+        card = model_card(manifest, [(kept, fast)], [])
         assert "<script>" not in card
         assert "base_model" not in card
 
@@ -208,7 +214,7 @@ class TestReport:
             ("reports/retention.json", None, "reports/retention.json"),
             ("reports/latency.json", b"\xff", "reports/latency.json"),
             ("manifest.json", b"[]", "manifest.json"),
-            ("manifest.json", None, "not a bundle"),
+            ("manifest.json", None, "manifest.json is missing"),
         ],
     )
     def test_broken_records(self, made: Path, tmp_path: Path, path: str, content: bytes | None, needle: str) -> None:

@@ -78,7 +78,7 @@ def bench(
             progress.step("bench", run + 1, workload.warmup + workload.repeats)
         peak = runtime.peak_rss_bytes()
         info = runtime.info
-    basis, basis_notes = _basis(target, here, info, workload, threads)
+    basis, basis_notes = basis_of(target, here, info, workload, threads)
     found_notes += [*basis_notes, _memory_note(workload, info), *_runtime_notes(here, info)]
     all_token_ms = [ms for run_ms in token_ms for ms in run_ms]
     prefill, prefill_ci95 = rate(np.full(len(ttft_ms), workload.prompt_tokens), np.array(ttft_ms), seed=seed)
@@ -168,7 +168,7 @@ def _thread_notes(asked_threads: int) -> list[str]:
     return [f"{asked_threads} threads were asked for and this machine has {usable} CPUs: {usable} threads were used"]
 
 
-def _basis(
+def basis_of(
     target: Target, here: dict[str, Any], info: dict[str, Any], workload: Workload, threads: int
 ) -> tuple[Basis, list[str]]:
     """`measured`: on the target, with its GPU where it has one, under the load that its profile asks for."""

@@ -15,10 +15,13 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from edgedistill import __version__, machine
-from edgedistill.bundle.card import HUB_ID, model_card
+from edgedistill.bundle.card import HUB_ID
 from edgedistill.bundle.check import verify_bundle
+from edgedistill.bundle.claims import PREPROCESS_FILES, signature_of
+from edgedistill.bundle.documents import REPORT, REPORT_PACKAGES, documents
 from edgedistill.bundle.golden_make import make_golden
-from edgedistill.bundle.licenses import Source, license_text, notice_text, source_of
+from edgedistill.bundle.judge import basis_notes
+from edgedistill.bundle.licenses import Source, source_of
 from edgedistill.bundle.manifest import (
     MANIFEST,
     SUMS,
@@ -26,15 +29,14 @@ from edgedistill.bundle.manifest import (
     DataNote,
     Manifest,
     ModelNote,
+    SourceNote,
     Tensor,
     is_bundle,
     json_text,
     manifest_bytes,
     sums_text,
-    unsafe_path,
 )
-from edgedistill.bundle.samples import write_samples
-from edgedistill.bundle.sbom import sbom_text
+from edgedistill.bundle.names import unsafe_path
 from edgedistill.data.documents import LOADERS, TEXT_SUFFIXES
 from edgedistill.errors import UserError
 from edgedistill.models import locate
@@ -63,17 +65,10 @@ from edgedistill.store import (
 from edgedistill.targets import Target
 
 GOLDEN_THREADS = 4
-PREPROCESS_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
-TOOLS = ("edgedistill", "torch", "transformers", "gguf", "llama-cpp-python", "onnx", "onnxruntime", "onnxruntime-genai")
+TOOLS = (
+    "edgedistill", "torch", "transformers", "gguf", "llama-cpp-python", "onnx", "onnxruntime", "onnxruntime-genai",
+    *REPORT_PACKAGES,
+)  # fmt: skip
 # Recipe fields that may hold a path of the machine that the bundle was made on.
 RECIPE_PATHS = (("teacher", "model"), ("student", "model"), ("data", "source"), ("data", "eval_data"))
 RENAME_EXCHANGE = 2
@@ -122,9 +117,9 @@ def bundle(
             for one in artifacts:
                 bundled.append(_artifact(temporary, one, bundled, student_dir, held_out_texts, store))
             _preprocess(temporary, student_dir)
-            write_samples(temporary, [one.artifact for one in artifacts])
-            manifest = _manifest(folder.name, bundled, artifacts, recipe, target, student, teacher, data)
-            _documents(temporary, manifest, artifacts, _sources(recipe, student, teacher, student_dir))
+            sources = _sources(recipe, student, teacher, student_dir)
+            manifest = _manifest(folder.name, bundled, artifacts, recipe, target, student, teacher, sources, data)
+            _documents(temporary, manifest, artifacts, sources)
             _seal(temporary, manifest)
             # Read back as the one who gets it will.
             verify_bundle(temporary, replay=False)
@@ -256,12 +251,8 @@ def _copy_model(one: BundledArtifact, to: Path) -> Artifact:
 
 def _signature(artifact: Artifact, model: Path) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs and outputs: an ONNX graph's own; a GGUF's are what llama_decode takes and gives, a folder's forward's."""
-    if artifact.format == "gguf":
-        logits = Tensor(name="logits", dtype="float32", shape=["tokens", artifact.vocab_size])
-        return [Tensor(name="tokens", dtype="int32", shape=["tokens"])], [logits]
-    if artifact.format == "bitsandbytes":
-        logits = Tensor(name="logits", dtype="bfloat16", shape=["batch", "tokens", artifact.vocab_size])
-        return [Tensor(name="input_ids", dtype="int64", shape=["batch", "tokens"])], [logits]
+    if artifact.format != "onnx":
+        return signature_of(artifact.format, artifact.vocab_size)
     import onnx
 
     from edgedistill.runtimes.ort import model_file
@@ -284,8 +275,8 @@ def _preprocess(root: Path, student_dir: Path) -> None:
     folder = root / "preprocess"
     folder.mkdir()
     found = [name for name in PREPROCESS_FILES if (student_dir / name).is_file()]
-    if not found:
-        raise UserError(f"{student_dir} holds no tokenizer", "a bundle needs one: tokenizer.json")
+    if "tokenizer.json" not in found:
+        raise UserError(f"{student_dir} holds no tokenizer.json", "a bundle needs it: save the tokenizer as a fast one")
     for name in found:
         shutil.copyfile(student_dir / name, folder / name)
 
@@ -298,6 +289,7 @@ def _manifest(
     target: Target,
     student: StudentResult,
     teacher: TeacherResult | None,
+    sources: Sequence[Source],
     data: DataResult | None,
 ) -> Manifest:
     tools = {**versions(*TOOLS), "edgedistill": __version__, "python": machine.describe()["python"]}
@@ -322,10 +314,18 @@ def _manifest(
             weights_sha256=student.weights_sha256,
             tokenizer_sha256=student.tokenizer_sha256,
         ),
+        sources=[
+            SourceNote(role=each.role, name=each.name, has_license=bool(each.license), has_notice=bool(each.notice))
+            for each in sources
+        ],
         data=_data_note(data),
         tool_versions=dict(sorted(tools.items())),
         machine=machine.describe(),
-        basis_notes=[note for one in artifacts for note in _basis_notes(one)],
+        basis_notes=[
+            note
+            for record, one in zip(bundled, artifacts, strict=True)
+            for note in basis_notes(record, one.retention, one.latency)
+        ],
     )
 
 
@@ -379,17 +379,6 @@ def _teacher_note(teacher: TeacherResult | FurtherTeacher) -> ModelNote:
     )
 
 
-def _basis_notes(one: BundledArtifact) -> list[str]:
-    name = _name(one.artifact)
-    shipped = [rung.basis for rung in one.retention.rungs if rung.rung == "shipped"]
-    notes = [f"{name}: retention of the shipped bytes is {basis}" for basis in shipped]
-    if one.latency is None:
-        return [*notes, f"{name}: speed was not measured"]
-    latency = one.latency
-    where = latency.measured_on.get("cpu") or "an unnamed CPU"
-    return [*notes, f"{name}: speed and memory are {latency.basis}, on {where}; the ceiling is {latency.ceiling.basis}"]
-
-
 def _sources(recipe: Recipe, student: StudentResult, teacher: TeacherResult | None, student_dir: Path) -> list[Source]:
     """Whose weights or answers are in the student: what it started as, and all who taught it."""
     found = []
@@ -408,14 +397,9 @@ def _sources(recipe: Recipe, student: StudentResult, teacher: TeacherResult | No
 
 def _documents(root: Path, manifest: Manifest, artifacts: Sequence[BundledArtifact], sources: Sequence[Source]) -> None:
     figures = [(one.retention, one.latency) for one in artifacts]
-    texts = {
-        "MODEL_CARD.md": model_card(manifest, figures, sources),
-        "LICENSE": license_text(sources, manifest),
-        "NOTICE": notice_text(sources, manifest),
-        "sbom.cdx.json": sbom_text(manifest),
-        "reports/report.html": render(manifest, figures),
-    }
+    texts = documents(manifest, figures, sources) | {REPORT: render(manifest, figures)}
     for path, text in texts.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text, encoding="utf-8", newline="\n")
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import yaml
+
 from edgedistill.bundle.licenses import Source, plain, whose
 from edgedistill.bundle.manifest import Manifest
 from edgedistill.records import Latency, Retention
 
 HUB_ID = re.compile(r"[A-Za-z0-9._-]{1,96}(/[A-Za-z0-9._-]{1,96})?")
-LIBRARIES = {"gguf": "llama.cpp", "onnx": "onnxruntime", "bitsandbytes": "transformers"}
+LIBRARIES = {
+    "gguf": "llama.cpp", "onnx": "onnxruntime", "bitsandbytes": "transformers", "executorch": "executorch"
+}  # fmt: skip
 TO_FILL = "**To be filled in by whoever ships this model.**"
 
 
@@ -18,20 +22,19 @@ def model_card(
     manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]], sources: Sequence[Source]
 ) -> str:
     """The card, with the metadata block that model hubs read. `figures`: one pair an artifact, in its order."""
-    from huggingface_hub import ModelCard, ModelCardData
-
     teacher = manifest.teacher
     # A name that no hub can have stays out of the metadata; the text below has it.
     on_hub = teacher is not None and teacher.origin == "hub" and HUB_ID.fullmatch(teacher.name)
-    data = ModelCardData(
-        base_model=teacher.name if teacher is not None and on_hub else None,
-        library_name=LIBRARIES[manifest.artifacts[0].format],
-        license="other" if sources and all(each.license for each in sources) else "unknown",
-        pipeline_tag="text-generation",
-        tags=["edgedistill", "knowledge-distillation", *dict.fromkeys(a.format for a in manifest.artifacts)],
-    )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(manifest, figures, sources)}")
-    return str(card).rstrip() + "\n"
+    fields = {
+        "base_model": teacher.name if teacher is not None and on_hub else None,
+        "library_name": LIBRARIES[manifest.artifacts[0].format],
+        "license": "other" if sources and all(each.license for each in sources) else "unknown",
+        "pipeline_tag": "text-generation",
+        "tags": ["edgedistill", "knowledge-distillation", *dict.fromkeys(a.format for a in manifest.artifacts)],
+    }
+    told = {name: value for name, value in fields.items() if value is not None}
+    metadata = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
+    return f"---\n{metadata}---\n\n{_body(manifest, figures, sources)}".rstrip() + "\n"
 
 
 def _body(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]], sources: Sequence[Source]) -> str:

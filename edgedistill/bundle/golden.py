@@ -34,6 +34,7 @@ from edgedistill.bundle.golden_rules import (
     too_much_seen,
 )
 from edgedistill.bundle.manifest import BundleArtifact
+from edgedistill.bundle.npy import load_array
 from edgedistill.errors import UserError
 from edgedistill.runtimes.bounds import replay_of
 from edgedistill.runtimes.child import RuntimeProcess
@@ -348,29 +349,6 @@ def _check_chat(runtime: RuntimeProcess, root: Path, artifact: BundleArtifact) -
     if why:
         raise _refused(f"preprocess/{chat.template}: {why}")
     return []
-
-
-def load_array(path: Path, dtype: str, shape: tuple[int, ...], *, what: str) -> NDArray[Any]:
-    """A .npy file of exactly this type and shape, never a pickle.
-
-    The header is compared before anything of the size that it claims is allocated. Raises UserError.
-    """
-    wanted = f"{dtype} {list(shape)}"
-    try:
-        with path.open("rb") as file:
-            version = np.lib.format.read_magic(file)
-            if version != (1, 0):
-                raise ValueError(f"version {version} of the format")
-            found_shape, fortran, found_dtype = np.lib.format.read_array_header_1_0(file)
-            if (found_shape, fortran, found_dtype) != (shape, False, np.dtype(dtype)):
-                raise ValueError(f"it holds {found_dtype.str} {list(found_shape)}, not {wanted}")
-            data = file.read(math.prod(shape) * found_dtype.itemsize + 1)
-        if len(data) != math.prod(shape) * found_dtype.itemsize:
-            raise ValueError("it is cut short or too long")
-    except (OSError, ValueError) as error:
-        how = str(error)[:200]
-        raise UserError(f"{what} is not a .npy file of {wanted}: {how}", "make the bundle again") from error
-    return np.frombuffer(data, dtype=dtype).reshape(shape)
 
 
 def _refused(what: str) -> UserError:

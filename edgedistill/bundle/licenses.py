@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from edgedistill.bundle.manifest import Manifest
 
@@ -22,7 +23,7 @@ LINE = "=" * 80
 class Source:
     """A model whose weights or answers are in the student. None: it has no such file."""
 
-    role: str
+    role: Literal["student", "teacher"]
     name: str
     license: str | None
     notice: str | None
@@ -32,7 +33,7 @@ class Source:
         return f"the {self.role} ({plain(self.name)})"
 
 
-def source_of(role: str, name: str, folder: Path) -> Source:
+def source_of(role: Literal["student", "teacher"], name: str, folder: Path) -> Source:
     """The licence and notice in a model's folder. `role`: student or teacher."""
     return Source(role, name, _first_text(folder, LICENSE_NAMES), _first_text(folder, NOTICE_NAMES))
 

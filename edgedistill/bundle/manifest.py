@@ -12,14 +12,17 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
+from edgedistill.bundle.files import REMEDY, read_bounded
 from edgedistill.bundle.golden_record import Golden
+from edgedistill.bundle.names import collision, unsafe_path
 from edgedistill.errors import UserError
 from edgedistill.records import (
     Calibration,
+    Count,
     Fallback,
     FileEntry,
     Parity,
@@ -29,30 +32,22 @@ from edgedistill.records import (
     SpeedComparison,
     SplitPart,
 )
+from edgedistill.records_json import json_record
+from edgedistill.strict import shown
 
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
 SIGNATURE = "model.sig"
-MAX_MANIFEST_BYTES = 16 << 20
-MAX_SUMS_BYTES = 4 << 20
-MAX_FILES = 10_000
-MAX_PATH_CHARS = 512
+MAX_MANIFEST_BYTES = 2 << 20
+MAX_MANIFEST_VALUES = 100_000
+MAX_SUMS_BYTES = 2 << 20
+MAX_FILES = 2_000
+MAX_ARTIFACTS = 16
+MAX_CASES = 64
+MAX_TOKENS = 1 << 24
 UNSET_HASH = "0" * 64
 _SELF_HASH = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"')
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
-
-
-def unsafe_path(path: str) -> str:
-    """Why a path must not stand in a bundle; "" where it may. Posix, relative, no way out of the folder."""
-    if not path or len(path) > MAX_PATH_CHARS:
-        return f"it has {len(path)} characters"
-    if any(ord(c) < 32 or ord(c) == 127 for c in path) or "\\" in path:
-        return "it has a control character or a backslash"
-    if path.startswith("/") or re.match(r"[A-Za-z]:", path):
-        return "it is absolute"
-    if any(part in ("", ".", "..") for part in path.split("/")):
-        return "it has an empty, '.' or '..' part"
-    return ""
 
 
 def sums_text(hashes: Mapping[str, str]) -> str:
@@ -62,7 +57,7 @@ def sums_text(hashes: Mapping[str, str]) -> str:
 
 def parse_sums(data: bytes) -> dict[str, str]:
     """path → sha256 of a canonical SHA256SUMS. Raises UserError naming the line that is not canonical."""
-    remedy = "take the bundle again from where it was made: SHA256SUMS was altered"
+    remedy = f"{REMEDY}: {SUMS} was altered"
     if not data.endswith(b"\n"):
         raise UserError(f"{SUMS} does not end with a line feed ({len(data)} bytes)", remedy)
     found: dict[str, str] = {}
@@ -71,10 +66,10 @@ def parse_sums(data: bytes) -> dict[str, str]:
         try:
             line = raw.decode("utf-8")
         except UnicodeDecodeError:
-            raise UserError(f"{SUMS} line {number} is not UTF-8: {raw[:80]!r}", remedy) from None
+            raise UserError(f"{SUMS} line {number} is not UTF-8: {shown(raw[:80])}", remedy) from None
         why, path = _line_fault(line, previous)
         if why:
-            raise UserError(f"{SUMS} line {number} is not canonical: {why}: {line[:160]!r}", remedy)
+            raise UserError(f"{SUMS} line {number} is not canonical: {why}: {shown(line)}", remedy)
         found[path] = line[:64]
         previous = path
         if len(found) > MAX_FILES:
@@ -102,39 +97,46 @@ def _line_fault(line: str, previous: str) -> tuple[str, str]:
     return ("the paths are not sorted" if path < previous else ""), path
 
 
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# A name that is printed in a line of text, or is part of a path.
+Word = Annotated[str, Field(min_length=1, max_length=200)]
+Text = Annotated[str, Field(max_length=10_000)]
+
+
 class Tensor(Record):
     """An input or output of the artifact. A dimension is a number, or a name where it may vary."""
 
-    name: str
-    dtype: str
-    shape: list[int | str]
+    name: Word
+    dtype: Word
+    shape: Annotated[list[Count | Word], Field(max_length=16)]
 
 
 class BundleArtifact(Record):
     """One artifact of the bundle. `folder` holds it, `entry` (in that folder) is what the runtime opens."""
 
-    name: str
+    name: Word
     format: Literal["gguf", "onnx", "bitsandbytes", "executorch"]
-    quantization: str
+    quantization: Word
     runtime: Literal["llama.cpp", "onnxruntime", "onnxruntime-genai", "transformers", "executorch"]
-    task: str
+    task: Word
     folder: str
     entry: str
-    files: list[FileEntry]
-    bytes: int
-    sha256: str
-    parameters: int
-    bits_per_weight: float
-    tensor_types: dict[str, int]
+    files: list[FileEntry] = Field(min_length=1, max_length=MAX_FILES)
+    bytes: Count
+    sha256: Sha256
+    parameters: int = Field(ge=1)
+    bits_per_weight: Finite
+    tensor_types: dict[str, Count]
     fallbacks: list[Fallback]
-    context_tokens: int
-    vocab_size: int
+    context_tokens: Count
+    vocab_size: Count
     overrides: dict[str, str]
     calibration: Calibration | None
     parity: Parity | None
     sensitivity: Sensitivity | None
     speed: SpeedComparison | None
-    notes: list[str]
+    notes: list[Text]
     inputs: list[Tensor]
     outputs: list[Tensor]
     reports: str
@@ -160,23 +162,23 @@ class BundleArtifact(Record):
 class ModelNote(Record):
     """A teacher or student, without the paths of the machine that it lay on."""
 
-    name: str
-    origin: str
+    name: Word
+    origin: Word
     shape: Shape
-    parameters: int
-    weights_sha256: str
-    tokenizer_sha256: str
+    parameters: int = Field(ge=1)
+    weights_sha256: Sha256
+    tokenizer_sha256: Sha256
 
 
 class DataNote(Record):
     """The text that it was trained and judged on, by name: no path of the machine that it lay on."""
 
-    source: str
-    split: str
-    sha256: str
+    source: Text
+    split: Text
+    sha256: Sha256
     parts: dict[str, SplitPart]
-    overlap: dict[str, float]
-    duplicates_dropped: int
+    overlap: dict[str, Finite]
+    duplicates_dropped: Count
 
     def in_both(self) -> str:
         """What of the held-out text stands in the training part too, in words."""
@@ -193,6 +195,15 @@ class DataNote(Record):
         )
 
 
+class SourceNote(Record):
+    """A model whose weights or answers are in the student, and what of its words is in LICENSE and NOTICE."""
+
+    role: Literal["student", "teacher"]
+    name: Word
+    has_license: bool
+    has_notice: bool
+
+
 class Manifest(Record):
     """manifest.json. `files`: every file of the bundle but manifest.json and SHA256SUMS."""
 
@@ -200,21 +211,24 @@ class Manifest(Record):
     manifest_sha256: str = Field(
         default=UNSET_HASH, description="sha256 of this file with these 64 digits replaced by zeros"
     )
-    name: str
-    edgedistill: str
-    artifacts: list[BundleArtifact] = Field(min_length=1)
+    name: Word
+    edgedistill: Word
+    artifacts: list[BundleArtifact] = Field(min_length=1, max_length=MAX_ARTIFACTS)
     files: list[FileEntry] = Field(max_length=MAX_FILES)
     target: dict[str, Any]
     limits: dict[str, Any]
     recipe: dict[str, Any]
     seeds: dict[str, int]
     teacher: ModelNote | None
-    further_teachers: list[ModelNote] = Field(default=[], description="those that taught beside it")
+    further_teachers: list[ModelNote] = Field(
+        default=[], max_length=MAX_ARTIFACTS, description="those that taught beside it"
+    )
     student: ModelNote
+    sources: list[SourceNote] = Field(default=[], max_length=MAX_ARTIFACTS, description="whose licences apply")
     data: DataNote | None
     tool_versions: dict[str, str]
     machine: dict[str, Any]
-    basis_notes: list[str]
+    basis_notes: list[Text]
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -224,8 +238,8 @@ class Manifest(Record):
         for entry in files:
             if why := unsafe_path(entry.path):
                 raise ValueError(f"the path {entry.path!r} is refused: {why}")
-        if len({entry.path for entry in files}) != len(files):
-            raise ValueError("a path is listed twice")
+        if why := collision([*(entry.path for entry in files), MANIFEST, SUMS, SIGNATURE]):
+            raise ValueError(why)
         return files
 
 
@@ -261,27 +275,16 @@ def self_hash_holds(data: bytes) -> bool:
 
 def parse_manifest(data: bytes) -> Manifest:
     """Raises UserError, naming manifest.json and the field, for anything but a valid manifest."""
-    remedy = "take the bundle again from where it was made"
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise UserError(f"{MANIFEST} has {len(data)} bytes, more than {MAX_MANIFEST_BYTES}", remedy)
-    try:
-        data.decode("utf-8")
-        return Manifest.model_validate_json(data)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{MANIFEST} is not UTF-8: byte {error.start}", remedy) from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{MANIFEST}: {where + ': ' if where else ''}{first['msg'][:200]}", remedy) from error
+    return json_record(
+        Manifest, data, what=MANIFEST, remedy=REMEDY, max_bytes=MAX_MANIFEST_BYTES, max_values=MAX_MANIFEST_VALUES
+    )
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a bundle folder. Raises UserError where there is none, or it is not valid."""
-    path = folder / MANIFEST
-    if path.is_symlink() or not path.is_file():
+    if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} is not a bundle: it has no {MANIFEST}", "give a folder that edgedistill wrote")
-    with path.open("rb") as file:
-        return parse_manifest(file.read(MAX_MANIFEST_BYTES + 1))
+    return parse_manifest(read_bounded(folder, MANIFEST, MAX_MANIFEST_BYTES))
 
 
 def is_bundle(folder: Path) -> bool:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
 
-from edgedistill.records import Artifact
+from edgedistill.bundle.manifest import BundleArtifact
 
 GENAI_CONFIG = "genai_config.json"
 SAMPLES = {"gguf": "sample_llama.py", "onnx": "sample_genai.py", "bitsandbytes": "sample_transformers.py"}
@@ -17,9 +16,16 @@ PACKAGES = {
 }
 
 
-def write_samples(root: Path, artifacts: Sequence[Artifact]) -> None:
+def sample_names(formats: Sequence[str]) -> list[str]:
+    """The programs' paths in the bundle, by the formats of its artifacts: of the first `run.py`."""
+    names = [f"samples/python/run_{format_}.py" for format_ in dict.fromkeys(formats)]
+    return ["samples/python/run.py", *names[1:]]
+
+
+def sample_texts(artifacts: Sequence[BundleArtifact]) -> dict[str, str]:
     """`samples/python/run.py` for the first format, `run_<format>.py` for a second, and a README of a line each."""
     lines = ["# Samples", "", "From the bundle's folder:", ""]
+    texts: dict[str, str] = {}
     formats: list[str] = []
     for artifact in artifacts:
         if artifact.format in formats:
@@ -31,10 +37,7 @@ def write_samples(root: Path, artifacts: Sequence[Artifact]) -> None:
         name = "run.py" if len(formats) == 1 else f"run_{artifact.format}.py"
         source = resources.files("edgedistill.bundle") / SAMPLES[artifact.format]
         text = source.read_text(encoding="utf-8").replace("samples/python/run.py", f"samples/python/{name}")
-        path = root / "samples" / "python" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", newline="\n")
+        texts[f"samples/python/{name}"] = text
         install = f"`pip install {PACKAGES[artifact.format]}`"
         lines.append(f'- {artifact.format}: {install}, then `python samples/python/{name} "Once upon a time"`.')
-    (root / "samples").mkdir(exist_ok=True)
-    (root / "samples" / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+    return {"samples/README.md": "\n".join(lines) + "\n", **texts}

@@ -1,10 +1,15 @@
-"""sbom.cdx.json: the model, what made it and what runs it, as CycloneDX 1.6. The same bundle, the same bytes."""
+"""sbom.cdx.json: the model, what made it and what runs it, as CycloneDX 1.6. The same bundle, the same bytes.
+
+Written out rather than by a library: `bundle verify` makes it again, with nothing but edgedistill installed.
+tests/test_bundle.py holds it to the format's own schema.
+"""
 
 from __future__ import annotations
 
 import json
 import uuid
 from typing import Any
+from urllib.parse import quote
 
 from edgedistill.bundle.manifest import BundleArtifact, Manifest
 
@@ -13,62 +18,66 @@ RUNTIME_PACKAGES = {
     "onnxruntime": ("onnxruntime",),
     "onnxruntime-genai": ("onnxruntime-genai", "onnxruntime"),
     "transformers": ("torch", "transformers", "accelerate", "bitsandbytes"),
+    "executorch": ("executorch",),
 }
 
 
 def sbom_text(manifest: Manifest) -> str:
     """The SBOM. Its serial number follows from the artifacts' hashes; it carries no time of day."""
-    from cyclonedx.model import HashAlgorithm, HashType, Property
-    from cyclonedx.model.bom import Bom
-    from cyclonedx.model.component import Component, ComponentScope, ComponentType
-    from cyclonedx.output.json import JsonV1Dot6
-    from packageurl import PackageURL
-
-    def model(artifact: BundleArtifact) -> Component:
-        return Component(
-            name=artifact.name,
-            type=ComponentType.MACHINE_LEARNING_MODEL,
-            bom_ref=f"artifact/{artifact.name}",
-            version=artifact.sha256[:16],
-            components=[
-                Component(
-                    name=f"{artifact.folder}/{entry.path}",
-                    type=ComponentType.FILE,
-                    bom_ref=f"file/{artifact.folder}/{entry.path}",
-                    hashes=[HashType(alg=HashAlgorithm.SHA_256, content=entry.sha256)],
-                )
-                for entry in artifact.files
-            ],
-            properties=[
-                Property(name="edgedistill:quantization", value=artifact.quantization),
-                Property(name="edgedistill:runtime", value=artifact.runtime),
-            ],
-        )
-
     runtimes = {name for artifact in manifest.artifacts for name in RUNTIME_PACKAGES[artifact.runtime]}
     tools = [
-        Component(
-            name=name,
-            version=version,
-            type=ComponentType.LIBRARY,
-            bom_ref=f"pkg/{name}",
-            scope=ComponentScope.REQUIRED if name in runtimes else ComponentScope.EXCLUDED,
-            purl=PackageURL("pypi", None, name, version),
-        )
+        {
+            "bom-ref": f"pkg/{name}",
+            "name": name,
+            "purl": f"pkg:pypi/{quote(name, safe='-._~')}@{quote(version, safe='-._~')}",
+            "scope": "required" if name in runtimes else "excluded",
+            "type": "library",
+            "version": version,
+        }
         for name, version in sorted(manifest.tool_versions.items())
         if version != "absent" and name != "python"
     ]
+    models = sorted(map(_model, manifest.artifacts), key=lambda one: str(one["bom-ref"]))
+    refs = sorted(str(one["bom-ref"]) for one in [*models, *tools])
+    depends = [{"ref": ref} for ref in refs] + [{"ref": "bundle", "dependsOn": refs}]
     identity = ":".join(["edgedistill", manifest.name, *(artifact.sha256 for artifact in manifest.artifacts)])
-    serial = uuid.uuid5(uuid.NAMESPACE_URL, identity)
-    bom = Bom(components=[*map(model, manifest.artifacts), *tools], serial_number=serial)
-    bom.metadata.component = Component(
-        name=manifest.name,
-        type=ComponentType.APPLICATION,
-        bom_ref="bundle",
-        version=manifest.artifacts[0].sha256[:16],
-    )
-    bom.register_dependency(bom.metadata.component, bom.components)
-    made: dict[str, Any] = json.loads(JsonV1Dot6(bom).output_as_string())
-    # Optional in the format, and the only thing in it that would differ between two equal builds.
-    made["metadata"].pop("timestamp", None)
-    return json.dumps(made, indent=1, sort_keys=True) + "\n"
+    bom = {
+        "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, identity)}",
+        "metadata": {
+            "component": {
+                "bom-ref": "bundle",
+                "name": manifest.name,
+                "type": "application",
+                "version": manifest.artifacts[0].sha256[:16],
+            }
+        },
+        "components": [*tools, *models],
+        "dependencies": sorted(depends, key=lambda one: str(one["ref"])),
+    }
+    return json.dumps(bom, indent=1, sort_keys=True) + "\n"
+
+
+def _model(artifact: BundleArtifact) -> dict[str, Any]:
+    return {
+        "bom-ref": f"artifact/{artifact.name}",
+        "name": artifact.name,
+        "type": "machine-learning-model",
+        "version": artifact.sha256[:16],
+        "components": [
+            {
+                "bom-ref": f"file/{artifact.folder}/{entry.path}",
+                "name": f"{artifact.folder}/{entry.path}",
+                "type": "file",
+                "hashes": [{"alg": "SHA-256", "content": entry.sha256}],
+            }
+            for entry in artifact.files
+        ],
+        "properties": [
+            {"name": "edgedistill:quantization", "value": artifact.quantization},
+            {"name": "edgedistill:runtime", "value": artifact.runtime},
+        ],
+    }

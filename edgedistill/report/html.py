@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import ValidationError
-
-from edgedistill.bundle.manifest import BundleArtifact, Manifest, read_manifest, unsafe_path
+from edgedistill.bundle.manifest import BundleArtifact, Manifest
 from edgedistill.errors import UserError
-from edgedistill.records import Latency, Record, Retention
+from edgedistill.records import Latency, Retention
 from edgedistill.report import plots
 
-R = TypeVar("R", bound=Record)
-MAX_RECORD_BYTES = 256 << 20
 LABELS = {
     "machine": "Machine",
     "cpu": "CPU",
@@ -38,21 +34,23 @@ def report(bundle_dir: Path, out: Path | None = None) -> Path:
     """Write the report of a bundle, from its records alone; the file written.
 
     Default: `<bundle_dir>.report.html` beside the bundle, as a file more in it would break its sums.
-    Raises UserError where the folder is no bundle, a record is missing or broken, `out` cannot be
-    written or lies in the bundle.
+    The bundle is verified first, all but its golden vectors. Raises UserError where it does not hold, and where `out`
+    cannot be written or lies in the bundle.
     """
+    from edgedistill.bundle.check import check_sealed
+
     bundle_dir = bundle_dir.absolute()
-    manifest = read_manifest(bundle_dir)
     out = (out or bundle_dir.with_name(f"{bundle_dir.name}.report.html")).absolute()
-    if out.resolve().is_relative_to(bundle_dir.resolve()):
+    sealed = check_sealed(bundle_dir)
+    try:
+        inside = out.resolve().is_relative_to(bundle_dir.resolve())
+    except (OSError, RuntimeError) as error:  # a name too long, a loop of links
+        raise UserError(f"{out} cannot be written: {error}", "name another --out") from error
+    if inside:
         raise UserError(f"{out} is in the bundle, whose SHA256SUMS lists every file", "name an --out beside it")
-    figures = []
-    for artifact in manifest.artifacts:
-        retention = _record(bundle_dir, artifact.retention, Retention)
-        figures.append((retention, _record(bundle_dir, artifact.latency, Latency) if artifact.latency else None))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(render(manifest, figures), encoding="utf-8", newline="\n")
+        out.write_text(render(sealed.manifest, sealed.figures), encoding="utf-8", newline="\n")
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}", "name another --out") from error
     return out
@@ -189,17 +187,3 @@ def _section(
         "limits_why": manifest.limits.get("rationale", ""),
         "logits": next(output for output in artifact.golden.outputs if output.name == "logits"),
     }
-
-
-def _record(folder: Path, path: str, kind: type[R]) -> R:
-    remedy = "check the bundle with `edgedistill bundle verify`, or make it again"
-    if unsafe_path(path) or not (folder / path).is_file():
-        raise UserError(f"{path} is missing in {folder}", remedy)
-    if (folder / path).stat().st_size > MAX_RECORD_BYTES:
-        raise UserError(f"{path} has {(folder / path).stat().st_size} bytes", remedy)
-    try:
-        return kind.model_validate_json((folder / path).read_bytes())
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: {where + ': ' if where else ''}{first['msg'][:200]}", remedy) from error

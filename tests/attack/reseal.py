@@ -26,6 +26,7 @@ def reseal(bundle: Path, change: Callable[[Tree], None] = lambda manifest: None)
     for artifact in manifest["artifacts"]:
         renamed |= _artifact(bundle, artifact)
     _records(bundle, renamed)
+    _bill(bundle, manifest)
     paths = sorted(path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file())
     manifest["files"] = [_entry(bundle, path) for path in paths if path not in (MANIFEST, SUMS)]
     data = _sealed(manifest)
@@ -62,6 +63,21 @@ def _records(bundle: Path, renamed: dict[str, str]) -> None:
                 text = text.replace(old, new)
             if text != before:
                 path.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
+
+
+def _bill(bundle: Path, manifest: Tree) -> None:
+    """The bill of materials names the artifacts by their hashes; of a manifest that is none it stays as it is."""
+    from pydantic import ValidationError
+
+    from edgedistill.bundle.manifest import Manifest
+    from edgedistill.bundle.sbom import sbom_text
+
+    try:
+        text = sbom_text(Manifest.model_validate(manifest))
+    except ValidationError:
+        return
+    if (bundle / "sbom.cdx.json").is_file():
+        (bundle / "sbom.cdx.json").write_text(text, encoding="utf-8", newline="\n")
 
 
 def _entry(folder: Path, path: str) -> Tree:

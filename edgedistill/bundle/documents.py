@@ -1,0 +1,104 @@
+"""What a person reads of a bundle, made from its manifest and records: written by `build`, made again by `verify`.
+
+So a card, a notice, a report or a sample program that somebody changed is found, even where every hash was made
+right again. The words of others (a licence, a notice) cannot be made again; who they are of can.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from importlib import metadata, util
+from typing import Any
+
+from edgedistill import __version__
+from edgedistill.bundle.card import model_card
+from edgedistill.bundle.claims import refuse
+from edgedistill.bundle.licenses import Source, license_text, notice_text
+from edgedistill.bundle.manifest import Manifest
+from edgedistill.bundle.samples import sample_texts
+from edgedistill.bundle.sbom import sbom_text
+from edgedistill.records import Latency, Retention
+
+Read = Callable[[str], bytes]
+Figures = Sequence[tuple[Retention, Latency | None]]
+REPORT = "reports/report.html"
+REPORT_PACKAGES = ("jinja2", "matplotlib")
+# Where a plot's ink is; the last digit may differ from CPU to CPU. Its words and figures are not in these.
+_GEOMETRY = re.compile(
+    r'(?<=[\s"])(?:d|x|y|x1|x2|y1|y2|cx|cy|r|width|height|points|transform|viewBox|clip-path|xlink:href|id)="[^"<>]*"'
+)
+_SVG = re.compile(r"<svg .*?</svg>", re.DOTALL)
+
+
+def documents(manifest: Manifest, figures: Figures, sources: Sequence[Source]) -> dict[str, str]:
+    """Path → text of every document but the report. `sources`: whose licences and notices are in it."""
+    return {
+        "MODEL_CARD.md": model_card(manifest, figures, sources),
+        "LICENSE": license_text(sources, manifest),
+        "NOTICE": notice_text(sources, manifest),
+        "sbom.cdx.json": sbom_text(manifest),
+        **sample_texts(manifest.artifacts),
+    }
+
+
+def check_documents(manifest: Manifest, figures: Figures, read: Read) -> list[str]:
+    """Raises UserError naming the document that is not what manifest and records say; notes on what was not compared.
+
+    Another version of edgedistill words them otherwise: its documents are not compared, and the note says so.
+    """
+    if manifest.edgedistill != __version__:
+        return [
+            f"written by edgedistill {manifest.edgedistill}: this version, {__version__}, did not compare its card, "
+            "report, notices and samples with its records"
+        ]
+    sources = [
+        Source(each.role, each.name, "?" if each.has_license else None, "?" if each.has_notice else None)
+        for each in manifest.sources
+    ]
+    for path, text in documents(manifest, figures, sources).items():
+        found = read(path)
+        # The words of others are in these.
+        if path == "LICENSE" and any(each.license for each in sources):
+            continue
+        if path == "NOTICE" and any(each.notice for each in sources):
+            own = notice_text([Source(each.role, each.name, each.license, None) for each in sources], manifest)
+            if found.startswith(own.encode()):
+                continue
+        if found != text.encode():
+            refuse(f"{path} is not what manifest.json and the records say{_first_difference(found, text)}")
+    return _check_report(manifest, figures, read)
+
+
+def _check_report(manifest: Manifest, figures: Figures, read: Read) -> list[str]:
+    here = {name: _version(name) for name in REPORT_PACKAGES}
+    if any(version is None or manifest.tool_versions.get(name) != version for name, version in here.items()):
+        wanted = " and ".join(f"{name} {manifest.tool_versions.get(name, '')}".strip() for name in REPORT_PACKAGES)
+        return [f"{REPORT} was not compared with the records, which takes {wanted}: `edgedistill report` makes it anew"]
+    from edgedistill.report.html import render
+
+    found, made = read(REPORT).decode("utf-8", errors="replace"), render(manifest, figures)
+    if found != made and _without_geometry(found) != _without_geometry(made):
+        refuse(f"{REPORT} is not what manifest.json and the records say")
+    return []
+
+
+def _without_geometry(page: str) -> str:
+    return _SVG.sub(lambda svg: _GEOMETRY.sub("", svg.group()), page)
+
+
+def _version(package: str) -> str | None:
+    """Of a package that can be imported here; None where it cannot."""
+    try:
+        return metadata.version(package) if util.find_spec(package) is not None else None
+    except (metadata.PackageNotFoundError, ModuleNotFoundError):
+        return None
+
+
+def _first_difference(found: bytes, text: str) -> str:
+    """The line that differs, in words."""
+    pairs: Any = zip(found.split(b"\n"), text.encode().split(b"\n"), strict=False)
+    for number, (one, other) in enumerate(pairs, start=1):
+        if one != other:
+            return f": line {number} is {one.decode('utf-8', errors='replace')[:120]!a}"
+    return ": it is longer or shorter"

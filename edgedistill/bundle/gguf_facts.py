@@ -1,0 +1,169 @@
+"""What a GGUF's header says, held to what the manifest says of it: types, sizes, shape, tokenizer, quantization."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import struct
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from edgedistill.bundle.claims import refuse
+from edgedistill.bundle.manifest import MANIFEST, BundleArtifact, Manifest
+from edgedistill.gguf.mixes import quantizable, types_of
+from edgedistill.guards.gguf import GgufHeader, check_ggufs
+from edgedistill.strict import shown
+
+Read = Callable[[str], bytes]
+TYPE_NAMES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
+    13: "Q5_K", 14: "Q6_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
+    22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 30: "BF16",
+}  # fmt: skip
+# general.file_type, as llama.cpp numbers its mixes
+FILE_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12,
+    "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20,
+    "Q2_K_S": 21, "IQ3_XS": 22, "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25, "IQ3_S": 26, "IQ3_M": 27, "IQ2_S": 28,
+    "IQ2_M": 29, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32,
+}  # fmt: skip
+DERIVED = "rope_"  # factors of positions, which torch computes and does not count
+
+
+def check_gguf_facts(folder: Path, manifest: Manifest, artifact: BundleArtifact, read: Read) -> list[str]:
+    """Raises UserError naming the claim that the artifact's own header denies; notes on what was not compared."""
+    heads = check_ggufs(folder / artifact.folder / artifact.entry)
+    named = {str(head.path.relative_to(folder / artifact.folder)) for head in heads}
+    if named != {entry.path for entry in artifact.files}:
+        refuse(f"{MANIFEST}: the files of {artifact.name} are not those that {artifact.entry} says it has")
+    kinds: dict[str, tuple[int, tuple[int, ...]]] = {}
+    for head in heads:
+        kinds |= head.kinds
+    sizes = sum(sum(head.tensors.values()) for head in heads)
+    types = {name: TYPE_NAMES.get(kind, f"type {kind}") for name, (kind, _) in kinds.items()}
+    elements = {name: math.prod(dims) for name, (_, dims) in kinds.items()}
+    claims: dict[str, tuple[Any, Any]] = {
+        "tensor_types": (artifact.tensor_types, dict(Counter(types.values()))),
+        "bits_per_weight": (artifact.bits_per_weight, 8 * sizes / max(1, sum(elements.values()))),
+        "parameters": (artifact.parameters, sum(n for name, n in elements.items() if not name.startswith(DERIVED))),
+        "vocab_size": (artifact.vocab_size, heads[0].arrays.get("tokenizer.ggml.tokens", (0, 0))[1]),
+    }
+    for field, (said, found) in claims.items():
+        if said != found and not (isinstance(said, float) and math.isclose(said, found, rel_tol=1e-9)):
+            refuse(f"{MANIFEST}: {field} of {artifact.name} is {shown(said)}, and the file has {shown(found)}")
+    _check_shape(manifest, artifact, heads[0])
+    _check_quantization(artifact, heads[0], types, kinds)
+    return _check_tokenizer(artifact, heads[0], read)
+
+
+def _check_shape(manifest: Manifest, artifact: BundleArtifact, head: GgufHeader) -> None:
+    shape, prefix = manifest.student.shape, head.values.get("general.architecture")
+    context = int(head.values.get(f"{prefix}.context_length", 0))
+    if context < artifact.context_tokens:
+        refuse(
+            f"{artifact.name}: {prefix}.context_length is {context}, not {artifact.context_tokens} as {MANIFEST} says"
+        )
+    keys = {
+        "block_count": shape.num_hidden_layers,
+        "embedding_length": shape.hidden_size,
+        "feed_forward_length": shape.intermediate_size,
+        "attention.head_count": shape.num_attention_heads,
+        "attention.head_count_kv": shape.num_key_value_heads,
+    }
+    for key, said in keys.items():
+        found = head.values.get(f"{prefix}.{key}", said)
+        if found != said:
+            refuse(f"{MANIFEST}: {key} of {artifact.name} is {shown(found)}, and the student's shape says {said}")
+
+
+def _check_quantization(
+    artifact: BundleArtifact, head: GgufHeader, types: dict[str, str], kinds: dict[str, tuple[int, tuple[int, ...]]]
+) -> None:
+    """Each matrix has the type that the mix gives it, or that an override or a fallback names."""
+    name, mix = artifact.name, artifact.quantization
+    if head.values.get("general.file_type") != FILE_TYPES[mix]:
+        refuse(
+            f"{MANIFEST}: {name} says {mix}, and the file's general.file_type {head.values.get('general.file_type')}"
+        )
+    columns = {one: dims[0] for one, (_, dims) in kinds.items() if quantizable(one, len(dims))}
+    prefix = head.values.get("general.architecture")
+    heads = int(head.values.get(f"{prefix}.attention.head_count", 1))
+    heads_a_key = heads // max(1, int(head.values.get(f"{prefix}.attention.head_count_kv", heads)))
+    layers = int(head.values.get(f"{prefix}.block_count", 1))
+    wanted = [
+        types_of(columns, mix, layers=layers, heads_a_key=heads_a_key, importance=importance)
+        for importance in (False, True)
+    ]
+    fallbacks = {one.tensor: one.got for one in artifact.fallbacks}
+    for tensor, got in fallbacks.items():
+        if types.get(tensor) != got:
+            refuse(f"{MANIFEST}: the fallback of {shown(tensor)} to {shown(got)} is not what {name} has")
+    for tensor in columns:
+        expected = {artifact.overrides.get(tensor), fallbacks.get(tensor), *(one[tensor] for one in wanted)}
+        if types[tensor] not in expected:
+            refuse(f"{MANIFEST}: {name} says {mix}, and its {tensor} is {types[tensor]}, not {wanted[0][tensor]}")
+
+
+def _check_tokenizer(artifact: BundleArtifact, head: GgufHeader, read: Read) -> list[str]:
+    """preprocess/ has the artifact's own tokens, merges, special tokens and chat template.
+
+    Read, not run: a tokenizer of somebody's may hold a pattern that never ends.
+    """
+    if any(note.startswith("converted by ") for note in artifact.notes):
+        return [f"preprocess/ was not compared with the tokenizer in {artifact.name}, which another script converted"]
+    tree = json.loads(read("preprocess/tokenizer.json"))
+    tokens = _strings(head, "tokenizer.ggml.tokens")
+    kind, vocab = head.values.get("tokenizer.ggml.model"), tree["model"]["vocab"]
+    ids = {token: number for number, (token, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
+    added = {entry["content"]: entry["id"] for entry in tree.get("added_tokens") or []}
+    # WordPiece's tokens are written otherwise in a GGUF; added ones are as they are.
+    for token, token_id in (added if kind == "bert" else ids | added).items():
+        if tokens[token_id] != token:
+            _differs(artifact, f"token {token_id} is {shown(token)}, and the artifact's {shown(tokens[token_id])}")
+    if kind == "gpt2":
+        merges = [one if isinstance(one, str) else " ".join(one) for one in tree["model"].get("merges") or []]
+        if merges != _strings(head, "tokenizer.ggml.merges"):
+            _differs(artifact, "tokenizer.ggml.merges are others")
+    _check_words(artifact, head, ids | added, read)
+    return []
+
+
+def _check_words(artifact: BundleArtifact, head: GgufHeader, ids: dict[str, int], read: Read) -> None:
+    """The special tokens and the chat template of tokenizer_config.json, or of the file beside it."""
+    try:
+        config = json.loads(read("preprocess/tokenizer_config.json"))
+    except KeyError:
+        config = {}
+    for name, role in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")):
+        token, found = config.get(name), head.values.get(f"tokenizer.ggml.{role}_token_id")
+        text = token.get("content") if isinstance(token, dict) else token
+        if text is not None and found is not None and ids.get(text) != found:
+            _differs(artifact, f"tokenizer.ggml.{role}_token_id is {found}, not {ids.get(text)} ({name} {shown(text)})")
+    try:
+        template = read("preprocess/chat_template.jinja").decode("utf-8")
+    except KeyError:
+        template = config.get("chat_template") or ""
+    if isinstance(template, str) and template != head.values.get("tokenizer.chat_template", ""):
+        _differs(artifact, "tokenizer.chat_template is another")
+
+
+def _differs(artifact: BundleArtifact, how: str) -> NoReturn:
+    refuse(f"preprocess/ is not the tokenizer of {artifact.name}: {how}")
+
+
+def _strings(head: GgufHeader, key: str) -> list[str]:
+    """The texts of an array; [] where there is none."""
+    if key not in head.arrays:
+        return []
+    start, _ = head.spans[key]
+    count = head.arrays[key][1]
+    found, at = [], start
+    with head.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for _ in range(count):
+            (length,) = struct.unpack_from("<Q", data, at)
+            found.append(data[at + 8 : at + 8 + length].decode("utf-8", errors="replace"))
+            at += 8 + length
+    return found
