@@ -411,6 +411,8 @@ class Gate(Record):
 
     @model_validator(mode="after")
     def _one_story(self) -> Gate:
+        if "retention" not in [check.name for check in self.checks]:
+            raise ValueError("the checks say nothing of retention")
         outcomes = [check.passed for check in self.checks]
         found = "failed" if False in outcomes else "too few documents to tell" if None in outcomes else "passed"
         if self.verdict != found or self.passed != (found == "passed"):
