@@ -36,7 +36,8 @@ def attack(count: int, seed: int = 0) -> Iterator[tuple[str, list[str]]]:
         good = good_inputs(Path(place))
         for case in cases(good, seed, count):
             with tempfile.TemporaryDirectory(dir=place) as folder:
-                yield case.name, run_case(case, Path(folder), server, slower=slower)
+                number, _, kind = case.name.partition(" ")
+                yield f"{kind}: #{number}", run_case(case, Path(folder), server, slower=slower)
 
 
 if __name__ == "__main__":
