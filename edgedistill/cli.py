@@ -100,8 +100,8 @@ def build(
         trained, built = pipeline.build(
             asked, chosen_targets(target), store=the_store(), out=out, progress=progress_of(quiet, verbose)
         )
-    except (errors.GateFailed, errors.LimitBroken) as error:
-        if error.results is not None:
+    except errors.EdgedistillError as error:
+        if error.results is not None and error.results[1]:
             emit(as_json, show.built_json(*error.results), show.built_text(*error.results))
         raise
     emit(as_json, show.built_json(trained, built), show.built_text(trained, built))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from edgedistill import machine, waiting
 from edgedistill.data.prepare import prepare_data
-from edgedistill.errors import GateFailed, LimitBroken
+from edgedistill.errors import EdgedistillError, LimitBroken, RuntimeCrashed, UserError
 from edgedistill.export_options import ExportOptions
 from edgedistill.fit import artifacts_of
 from edgedistill.launch import is_follower
@@ -76,36 +76,51 @@ def build(
 ) -> tuple[Trained, list[Built]]:
     """The whole job: one distilled student, one bundle in `out` per target.
 
-    Raises UserError before any work where the plan refuses; GateFailed after all targets are done where an
-    artifact kept too little (its reports stay in the store, named in the error); LimitBroken likewise where a
-    finished artifact breaks a limit of its target. Of several processes (torchrun, `accelerate launch`) all train;
-    what follows is the first one's work, the others return with nothing built.
+    Raises UserError before any work where the plan refuses. What goes wrong with one target stops no other: after all
+    are done it is raised, GateFailed where an artifact kept too little (its reports stay in the store, named in the
+    error), LimitBroken where a finished artifact breaks a limit of its target; the error's `results` hold what was
+    built. Of several processes (torchrun, `accelerate launch`) all train; what follows is the first one's work, the
+    others return with nothing built.
     """
     require_writable(local_path(out, what="--out").absolute(), what="--out")
     trained = distill(recipe, targets, store=store, progress=progress)
     built: list[Built] = []
     if is_follower():
         return trained, built
+    unfinished: list[tuple[Target, EdgedistillError]] = []
     for target in targets:
-        finished = []
-        for artifact in artifacts_of(recipe, target):
-            masters = learn_rounding(recipe, target, artifact, trained, store=store, progress=progress)
-            exported = export(recipe, target, artifact, trained, masters=masters, store=store, progress=progress)
-            retention, folder = verify(recipe, exported, trained, masters=masters, store=store, progress=progress)
-            latency = None
-            if retention.gate.passed:
-                latency = bench(recipe, target, exported, store=store, progress=progress)
-            finished.append(Finished(target, exported, retention, folder, latency))
-        passed = all(item.retention.gate.passed for item in finished)
-        path = bundle(recipe, target, trained, finished, store=store, out=out, progress=progress) if passed else None
-        built.append(Built(target, path, finished))
+        try:
+            built.append(_build_for(recipe, target, trained, store=store, out=out, progress=progress))
+        except (UserError, RuntimeCrashed) as error:
+            unfinished.append((target, error))
+            if target is not targets[-1]:
+                progress.warn(f"{target.name}: {error.cause}; the other targets go on")
     try:
+        _raise_unfinished(unfinished)
         _raise_failed_gates(built)
         _raise_broken_limits(built)
-    except (GateFailed, LimitBroken) as error:
+    except EdgedistillError as error:
         error.results = (trained, built)
         raise
     return trained, built
+
+
+def _build_for(
+    recipe: Recipe, target: Target, trained: Trained, *, store: Store, out: Path, progress: Progress
+) -> Built:
+    """Export, verification, benchmark and bundle of one target."""
+    finished = []
+    for artifact in artifacts_of(recipe, target):
+        masters = learn_rounding(recipe, target, artifact, trained, store=store, progress=progress)
+        exported = export(recipe, target, artifact, trained, masters=masters, store=store, progress=progress)
+        retention, folder = verify(recipe, exported, trained, masters=masters, store=store, progress=progress)
+        latency = None
+        if retention.gate.passed:
+            latency = bench(recipe, target, exported, store=store, progress=progress)
+        finished.append(Finished(target, exported, retention, folder, latency))
+    passed = all(item.retention.gate.passed for item in finished)
+    path = bundle(recipe, target, trained, finished, store=store, out=out, progress=progress) if passed else None
+    return Built(target, path, finished)
 
 
 def distill(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress: Progress = QUIET) -> Trained:
@@ -333,6 +348,18 @@ def threads_here() -> int:
 
 def _say(progress: Progress, stored: Stored[DataResult] | Stored[StudentResult], what: str) -> None:
     progress.say(f"{stored.stage}: {what}{' (from the store)' if stored.reused else ''}")
+
+
+def _raise_unfinished(unfinished: Sequence[tuple[Target, EdgedistillError]]) -> None:
+    if not unfinished:
+        return
+    first = unfinished[0][1]
+    if len(unfinished) == 1:
+        raise first
+    raise type(first)(
+        "; ".join(f"{target.name}: {error.cause}" for target, error in unfinished),
+        "; ".join(dict.fromkeys(error.remedy for _, error in unfinished)),
+    )
 
 
 def _raise_failed_gates(built: Sequence[Built]) -> None:

@@ -96,6 +96,17 @@ def test_a_gate_out_of_reach_exits_3_and_leaves_the_reports(built):
     assert not (built.folder / "gated").exists() or not any((built.folder / "gated").iterdir())
 
 
+def test_what_goes_wrong_with_one_target_stops_no_other(built, tmp_path):
+    (tmp_path / "tiny-raspberry-pi-5").mkdir()
+    (tmp_path / "tiny-raspberry-pi-5" / "thesis.txt").write_text("not a bundle")
+    done = built("build", built.recipe(), "-t", "raspberry-pi-5", "-t", "phone", "--out", str(tmp_path), "--json")
+    assert done.returncode == 2, done.stderr
+    assert "exists and is not a bundle" in done.stderr and "Traceback" not in done.stderr
+    assert [b["target"] for b in json.loads(done.stdout)["bundles"]] == ["phone-arm64-high"]
+    assert built("bundle", "verify", str(tmp_path / "tiny-phone-arm64-high")).returncode == 0
+    assert (tmp_path / "tiny-raspberry-pi-5" / "thesis.txt").read_text() == "not a bundle"
+
+
 def test_onnx_beside_gguf_in_one_bundle(built):
     done = built("build", built.recipe(), *TARGETS, "--set", "export.artifacts=gguf:Q4_0,onnx:INT4", "--out", "both")
     assert done.returncode == 0, done.stderr
