@@ -152,9 +152,7 @@ def make_golden(
         with opened(threads, False) as runtime:
             seen.others.append(_compared(cases, [runtime.logits(case.batch) for case in cases]))
         seen.ways.append("without llama.cpp's extra buffers")
-    scale = float(np.mean([case.last_V.std() for case in cases]))
-    judged = _judged(artifact, model, seen, scale)
-    kept, records, damage_is_seen = _sure(artifact, cases, judged)
+    judged, kept, records, damage_is_seen = _settled(artifact, model, cases, seen)
     said = fingerprint(artifact.format, model)
     if why := chat_differs(chat, tokenizer_json.parent, said.settings, model):
         raise UserError(f"{model.name}: {why}", "export the artifact again from this student")
@@ -254,6 +252,21 @@ def _judged(artifact: Artifact, model: Path, seen: _Seen, scale: float) -> list[
             f"install another build of {artifact.runtime}; this one computes wrong results on this CPU",
         )
     return outputs(artifact.quantization, scale, largest, largest_of(seen.alike))
+
+
+def _settled(
+    artifact: Artifact, model: Path, cases: Sequence[_Case], seen: _Seen
+) -> tuple[list[GoldenOutput], list[_Case], list[dict[str, int]], DamageSeen]:
+    """Tolerances and the cases that are kept by them: the scale is that of the kept, which is what a replay sees."""
+    left = list(cases)
+    while True:
+        scale = float(np.mean([case.last_V.std() for case in left]))
+        judged = _judged(artifact, model, seen, scale)
+        kept, records, damage_is_seen = _sure(artifact, left, judged)
+        if len(kept) == len(left):
+            return judged, kept, records, damage_is_seen
+        texts = {case.prompt.text for case in kept}
+        left = [case for case in left if case.prompt.text in texts]
 
 
 def _sure(
