@@ -20,7 +20,7 @@ from tiny_models import tiny_checkpoint
 from edgedistill.bundle import golden, golden_make, golden_rules
 from edgedistill.bundle.check import verify_bundle
 from edgedistill.bundle.fingerprint import first_difference
-from edgedistill.bundle.golden_prompts import chosen
+from edgedistill.bundle.golden_prompts import LONG, chosen
 from edgedistill.bundle.golden_rules import compact, statistics
 from edgedistill.bundle.manifest import BundleArtifact, read_manifest
 from edgedistill.errors import RuntimeCrashed, UserError
@@ -164,7 +164,8 @@ class TestPrompts:
                     assert tokens[0] == 0, "the BOS"
                     assert np.abs(run.logits(tokens)[-1] - expected).max() <= tolerance
                     found = float(np.abs(run.logits(tokens[1:])[-1] - expected).max()) / tolerance
-                    assert found > 1 and found == pytest.approx(case.damaged["no_bos"], rel=0.3, abs=0.3)
+                    long = len(tokens) >= LONG[0]  # there all rows tell, and its last one need not
+                    assert long or (found > 1 and found == pytest.approx(case.damaged["no_bos"], rel=0.3, abs=0.3))
                     assert set(case.damaged) == {"no_bos", "token_lost", "token_doubled"}
                     assert min(case.damaged.values()) > 1
 
@@ -174,7 +175,7 @@ class TestPrompts:
             for case in one.golden.cases:
                 text = (made / case.prompt).read_text(encoding="utf-8")
                 assert run.tokenize(text, add_special=True) == np.load(made / case.tokens).tolist()
-        assert max(case.token_count for case in one.golden.cases) >= 32
+        assert max(case.token_count for case in one.golden.cases) >= LONG[0]
 
     @pytest.mark.parametrize("texts", [[], ["short"], ["日本語 and émigré 🙂" * 40]])
     def test_any_text_will_do(self, texts: list[str], made: Path, ingredients: Ingredients) -> None:

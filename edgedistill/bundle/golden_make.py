@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edgedistill import machine
 from edgedistill.bundle.fingerprint import fingerprint
 from edgedistill.bundle.golden_chat import chat_differs, made_chat
-from edgedistill.bundle.golden_prompts import Encode, Prompt, chosen
+from edgedistill.bundle.golden_prompts import LONG, Encode, Prompt, chosen
 from edgedistill.bundle.golden_record import (
     DamageSeen,
     Golden,
@@ -274,7 +274,8 @@ def _sure(
 ) -> tuple[list[_Case], list[dict[str, int]], DamageSeen]:
     """The cases that damaged tokens fail, what of each is compared, and where. UserError where that proves nothing."""
     logits = next(output for output in judged if output.name == "logits")
-    found = [_with_damage(case, logits.tolerance) for case in cases]
+    rms = next(output.tolerance for output in judged if output.name == "rms")
+    found = [_with_damage(case, logits.tolerance, rms) for case in cases]
     kept = [case for case in found if min(case.prompt.damaged.values()) > 1]
     seen: DamageSeen = "anywhere" if kept else "alike"
     least = least_damage(logits, seen)
@@ -296,9 +297,14 @@ def _sure(
     return kept, counts, seen
 
 
-def _with_damage(case: _Case, tolerance: float) -> _Case:
-    """What damage does, in units of the tolerance."""
+def _with_damage(case: _Case, tolerance: float, rms: float) -> _Case:
+    """What damage does, in units of the tolerances: to the logits after the prompt, or to all rows where that is more.
+
+    Of all rows for long prompts alone: these are there for positions, and one token more or less hardly moves their end.
+    """
     damaged = {name: value / tolerance for name, value in case.prompt.damaged.items()}
+    if len(case.prompt.tokens) >= LONG[0]:
+        damaged = {name: max(value, case.prompt.moved[name] / rms) for name, value in damaged.items()}
     return replace(case, prompt=replace(case.prompt, damaged=damaged))
 
 

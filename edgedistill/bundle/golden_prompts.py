@@ -29,17 +29,21 @@ PASSAGE = (
 )  # fmt: skip
 CODE = "def add(a, b):\n    return a + b  # naïve café, 你好 🙂\t\tend\n"
 # The least and most tokens of each prompt: short ones tell of every token, long ones of positions.
-SHORT, MIDDLE, LONG, WHOLE = (3, 14), (20, 64), (64, 192), (6, 48)
+SHORT, MIDDLE, LONG, WHOLE = (3, 14), (20, 64), (96, 192), (6, 48)
 TRIES = 12
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text and its tokens; `damaged`: damage → the largest difference of a logit after it, absolute."""
+    """A text and its tokens; `damaged`: damage → the largest difference of a logit after it, absolute.
+
+    `moved`: damage → the root mean square difference of all rows that both have, relative to the logits' spread.
+    """
 
     text: str
     tokens: list[int]
     damaged: dict[str, float]
+    moved: dict[str, float]
 
 
 def candidates(held_out_texts: Sequence[str]) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -92,14 +96,14 @@ def _cut(
     }
     if not deviations:
         return None
-    weakest_T = np.min(list(deviations.values()), axis=0)
+    weakest_T = np.min([values_T for values_T, _ in deviations.values()], axis=0)
     ends = [end for end in np.argsort(-weakest_T, kind="stable") if end + 1 >= least and weakest_T[end] > 0]
     for end in ends[:TRIES]:
         part = _text_of(text, tokens[: end + 1], encode)
         if part:
-            return Prompt(
-                part, tokens[: end + 1], {name: float(values_T[end]) for name, values_T in deviations.items()}
-            )
+            last = {name: float(values_T[end]) for name, (values_T, _) in deviations.items()}
+            moved = {name: float(rms_T[end]) for name, (_, rms_T) in deviations.items()}
+            return Prompt(part, tokens[: end + 1], last, moved)
     return None
 
 
@@ -125,14 +129,20 @@ def _damages(tokens: list[int], start: int, least: int) -> dict[str, tuple[list[
 
 def _deviations(
     runtime: RuntimeProcess, damaged: list[int], healthy_TV: NDArray[np.float32], offset: int, begin: int
-) -> NDArray[np.float64]:
-    """[T] the largest difference of a logit after each token that both have; 0 where there is nothing to compare."""
-    found = np.zeros(len(healthy_TV))
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """[T] the largest difference of a logit after each token that both have, and the rms of all rows up to it.
+
+    0 where there is nothing to compare.
+    """
+    found, apart, power = np.zeros((3, len(healthy_TV)))
     # One token more than the whole prompt may be one too many for the context: its last row is not needed.
     damaged_TV = runtime.logits(damaged[: len(healthy_TV)])
     for row in range(begin, min(len(healthy_TV), len(damaged_TV) - offset)):
-        found[row] = np.abs(damaged_TV[row + offset].astype(np.float64) - healthy_TV[row]).max()
-    return found
+        whole, other = healthy_TV[row].astype(np.float64), damaged_TV[row + offset].astype(np.float64)
+        found[row] = np.abs(other - whole).max()
+        apart[row] = ((other - other.mean() - whole + whole.mean()) ** 2).sum()
+        power[row] = ((whole - whole.mean()) ** 2).sum()
+    return found, np.sqrt(apart.cumsum() / np.maximum(power.cumsum(), 1e-30))
 
 
 def _text_of(text: str, tokens: list[int], encode: Encode) -> str:

@@ -46,7 +46,8 @@ class GoldenCase(Record):
 
     `greedy_compared`: greedy tokens until the first that a tolerated difference could turn. `tokens_compared`: rows
     whose best token leads by more than such a difference. `damaged`: what became of this prompt where its tokens
-    were damaged, as the largest difference of a logit after it, ÷ the tolerance. `stops_after`: how many greedy
+    were damaged, as the largest difference of a logit after it, ÷ the tolerance (of a long
+    prompt, as the rms of all rows ÷ its tolerance, where that is more). `stops_after`: how many greedy
     tokens stand before the first that stops generation; None where none does.
     """
 
