@@ -300,7 +300,7 @@ def _sure(
 def _with_damage(case: _Case, tolerance: float, rms: float) -> _Case:
     """What damage does, in units of the tolerances: to the logits after the prompt, or to all rows where that is more.
 
-    Of all rows for long prompts alone: these are there for positions, and one token more or less hardly moves their end.
+    Of all rows for long prompts alone: these are there for positions, and one token hardly moves the last row.
     """
     damaged = {name: value / tolerance for name, value in case.prompt.damaged.items()}
     if len(case.prompt.tokens) >= LONG[0]:
