@@ -264,6 +264,25 @@ class TestChat:
             golden.replay(copy, artifacts(copy)[0], store=ingredients.store)
 
 
+def test_tolerances_are_those_of_the_prompts_that_are_kept(
+    ingredients: Ingredients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a prompt is dropped, what is derived from the kept ones is what the maker wrote."""
+    made_by = golden_make._with_damage
+
+    def one_fails(case: Any, *tolerances: float) -> Any:
+        found = made_by(case, *tolerances)
+        if len(case.prompt.tokens) >= LONG[0]:
+            found.prompt.damaged["token_lost"] = 0.5
+        return found
+
+    monkeypatch.setattr(golden_make, "_with_damage", one_fails)
+    bundle = ingredients.make(tmp_path / "b")
+    cases = artifacts(bundle)[0].golden.cases
+    assert cases and all(case.token_count < LONG[0] for case in cases)
+    verify_bundle(bundle, store=ingredients.store)
+
+
 class TestLies:
     """What a manifest says of its vectors, changed: each is derived again and refused."""
 

@@ -30,6 +30,7 @@ from edgedistill.bundle.golden_rules import (
     compact,
     least_damage,
     outputs,
+    scale_of,
     statistics,
     too_much_seen,
 )
@@ -133,7 +134,7 @@ def check_record(artifact: BundleArtifact, cases: Sequence[_Case]) -> None:
     golden = artifact.golden
     for case in cases:
         _check_rows(golden, case)
-    scale = float(np.mean([case.last_V.std() for case in cases]))
+    scale = scale_of([case.last_V for case in cases])
     named = {output.name: output for output in golden.outputs}
     if len(named) != len(golden.outputs) or set(named) != {"tokens", "greedy", *COMPARED}:
         raise _refused(f"the golden vectors of {artifact.name} are of {', '.join(sorted(named))}")

@@ -36,6 +36,7 @@ from edgedistill.bundle.golden_rules import (
     largest_of,
     least_damage,
     outputs,
+    scale_of,
     statistics,
     too_much_seen,
 )
@@ -260,8 +261,7 @@ def _settled(
     """Tolerances and the cases that are kept by them: the scale is that of the kept, which is what a replay sees."""
     left = list(cases)
     while True:
-        scale = float(np.mean([case.last_V.std() for case in left]))
-        judged = _judged(artifact, model, seen, scale)
+        judged = _judged(artifact, model, seen, scale_of([case.last_V for case in left]))
         kept, records, damage_is_seen = _sure(artifact, left, judged)
         if len(kept) == len(left):
             return judged, kept, records, damage_is_seen

@@ -139,6 +139,11 @@ def _rank_correlation(ours_RS: NDArray[np.float64], theirs_RS: NDArray[np.float6
     return found
 
 
+def scale_of(last_V: Sequence[Floats]) -> float:
+    """The mean standard deviation of the logits after the prompts that are kept."""
+    return float(np.mean([one.std() for one in last_V]))
+
+
 def floors(quantization: str, scale: float) -> tuple[Statistics, Statistics]:
     """What is let pass at least: on any machine, and where the kernels are alike. `scale`: see GoldenOutput."""
     wide = FLOOR_FLOAT if quantization in FLOATS else FLOOR_QUANTIZED
