@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,11 +41,13 @@ def environment(way: str) -> dict[str, str]:
     return plain | ({"OMP_WAIT_POLICY": "PASSIVE"} if way == "passive" else {})
 
 
-def tokens_per_s(way: str, seconds: float) -> float:
-    """Of a training process of its own that runs for about so many seconds, from its third step on."""
+def tokens_per_s(way: str, seconds: float, *, of: Callable[[list[float]], float]) -> float:
+    """Of a training process of its own that runs for about so many seconds, from its third step on; `of` its steps'
+    seconds: the median where the machine is idle (what else it does now and then is not ours), the mean beside others."""
     command = [sys.executable, __file__, "--worker", str(seconds)]
     done = subprocess.run(command, env=environment(way), check=True, stdout=subprocess.PIPE, text=True)
-    return float(done.stdout.split()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    return float(found["tokens"] / of(found["step_s"]))
 
 
 def train_for(seconds: float) -> None:
@@ -104,7 +106,7 @@ def main() -> None:
     asked = parser(__doc__)
     asked.add_argument("--rounds", type=int, default=5, help="of the idle measurement")
     asked.add_argument("--busy-rounds", type=int, default=2)
-    asked.add_argument("--seconds", type=float, default=6.0, help="of a measurement")
+    asked.add_argument("--seconds", type=float, default=8.0, help="of a measurement")
     asked.add_argument("--worker", type=float, help=argparse.SUPPRESS)
     arguments = asked.parse_args()
     if arguments.worker is not None:
@@ -115,11 +117,11 @@ def main() -> None:
     busy: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(arguments.rounds):
         for way in WAYS[:: 1 if number % 2 else -1]:
-            idle[way].append(tokens_per_s(way, arguments.seconds))
+            idle[way].append(tokens_per_s(way, arguments.seconds, of=statistics.median))
     with other_work(cpus):
         for number in range(arguments.busy_rounds):
             for way in WAYS[:: 1 if number % 2 else -1]:
-                busy[way].append(tokens_per_s(way, arguments.seconds))
+                busy[way].append(tokens_per_s(way, arguments.seconds, of=statistics.mean))
     report(arguments, idle, busy, cpus)
 
 

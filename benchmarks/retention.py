@@ -3,7 +3,7 @@
 Per seed, with its own teacher:
   distilled         the quickstart's student
   plain             the same student, start, data, steps and optimizer, cross-entropy instead of the teacher
-  plain, all text   the plain student with all of the teacher's training text instead of the student's quarter
+  plain, all text   the plain student with all of the teacher's training text instead of the student's eighth
 
 Claims, per seed: retention (perplexity, trained weights in torch, fp32) at least 0.85 at a quarter or less of the parameters;
 plain at least 1.3 x the teacher's perplexity (else the teacher proves nothing); gap recovered at least 0.8;
