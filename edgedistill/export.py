@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edgedistill import machine
+from edgedistill import machine, statistics
 from edgedistill.errors import UserError
 from edgedistill.export_options import DEFAULT_OPTIONS, NOT_COMPARED, UNKNOWN_FAMILY, ExportOptions
 from edgedistill.generation import generation_sha256
@@ -74,6 +74,7 @@ def export_model(
         "context_tokens": context_tokens,
         "name": name,
         "options": options.key(),
+        "intervals": statistics.METHOD,
         "versions": versions("edgedistill", *EXPORTERS[format_]),
     }
 

@@ -26,7 +26,7 @@ CheckName = Literal[
     "retention",
     "agreement",
 ]
-Interval = tuple[float, float]
+Interval = tuple[float, float]  # 95 %; null beside a figure: too few independent units to tell (statistics.py)
 
 
 class Record(BaseModel):
@@ -260,20 +260,23 @@ class Calibration(Record):
 class SensitivityRow(Record):
     """One group of tensors quantized alone: what it costs on text that was not trained on, and the type that it got.
 
-    `bytes_saved`: what `type` saves of the group's bytes in floating point.
+    `bytes_saved`: what `type` saves of the group's bytes in floating point. The interval is over `documents`, worth
+    `effective_documents` of equal length; null: too few.
     """
 
     group: str
     type: str
     cost: float
-    cost_ci95: Interval
+    cost_ci95: Interval | None
+    documents: int
+    effective_documents: float
     bytes_saved: int
     chosen: str
 
 
 class Sensitivity(Record):
     """The table that a mix was chosen from, costliest a byte first. `cost` is in the metric's unit, against the float
-    model, over `examples` (tokens, inputs) of `documents`; intervals are bootstraps over those.
+    model, over `examples` (tokens, inputs) of `documents`, which the intervals are over.
 
     `source`: the text. `as_quantized`: the retention without any group raised; `reached`: with those that were, which
     take `bytes_added` more.
@@ -291,14 +294,15 @@ class Sensitivity(Record):
 
 
 class SpeedComparison(Record):
-    """Float and quantized artifact, interleaved on this machine: does quantizing pay? Medians; the ratio is paired."""
+    """Float and quantized artifact, interleaved here: does quantizing pay? Medians; `ratio` is of `pairs` of runs."""
 
     machine: dict[str, Any]
     runtime: str
     float_ms: float
     quantized_ms: float
     ratio: float
-    ratio_ci95: Interval
+    ratio_ci95: Interval | None
+    pairs: int
     pays: bool
     basis: Basis = "measured"
 
@@ -546,9 +550,10 @@ class Latency(Record):
     ttft_ms: Percentiles
     token_ms: Percentiles
     prefill_tokens_per_s: float
-    prefill_tokens_per_s_ci95: Interval
+    prefill_tokens_per_s_ci95: Interval | None
     decode_tokens_per_s: float
-    decode_tokens_per_s_ci95: Interval
+    decode_tokens_per_s_ci95: Interval | None
+    rate_units: int = Field(description="repeats, over which the intervals of both rates are; null intervals: too few")
     load_ms: float
     peak_rss_bytes: Count
     drift: float

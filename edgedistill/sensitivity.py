@@ -20,7 +20,8 @@ import numpy as np
 
 from edgedistill.errors import UserError
 from edgedistill.progress import QUIET, Progress
-from edgedistill.records import Interval, Sensitivity, SensitivityRow
+from edgedistill.records import Sensitivity, SensitivityRow
+from edgedistill.statistics import Estimate
 
 # Sizes that are told apart: finer ones would cost measurements and save less than a four-thousandth of the choice.
 MOST_SIZES = 4096
@@ -53,10 +54,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a mix costs against the float model (`cost` in the metric's unit, 0 at best) and the retention it has."""
+    """What a mix costs against the float model (in the metric's unit, 0 at best) and the retention it has."""
 
-    cost: float
-    ci95: Interval
+    cost: Estimate
     retention: float
 
 
@@ -111,8 +111,8 @@ def find_mix(
     alone = []
     for number, group in enumerate(groups, 1):
         alone.append(measure({group.name: 0}))
-        progress.step("sensitivity", number, len(groups), group=group.name, cost=f"{alone[-1].cost:.3g}")
-    costs = [_predicted(group, found.cost) for group, found in zip(groups, alone, strict=True)]
+        progress.step("sensitivity", number, len(groups), group=group.name, cost=f"{alone[-1].cost.value:.3g}")
+    costs = [_predicted(group, found.cost.value) for group, found in zip(groups, alone, strict=True)]
     steps = lowest
     if measured(lowest).retention < target:
         steps = _search(groups, costs, measured, target, highest)
@@ -265,8 +265,10 @@ def _rows(groups: Sequence[Group], alone: Sequence[Measured], steps: Sequence[in
         SensitivityRow(
             group=group.name,
             type=group.types[0],
-            cost=found.cost,
-            cost_ci95=found.ci95,
+            cost=found.cost.value,
+            cost_ci95=found.cost.ci95,
+            documents=found.cost.units,
+            effective_documents=found.cost.effective_units,
             bytes_saved=group.float_bytes - group.bytes[0],
             chosen=group.types[step],
         )

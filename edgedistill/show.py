@@ -62,10 +62,15 @@ def _cells(text: str) -> int:
     return len(text) + wide - sum(unicodedata.combining(c) != 0 for c in text)
 
 
-def with_interval(value: float, ci95: tuple[float, float] | None, digits: int = 3) -> str:
-    if ci95 is None:
-        return f"{value:.{digits}f} [too few documents]"
-    return f"{value:.{digits}f} [{ci95[0]:.{digits}f}, {ci95[1]:.{digits}f}]"
+def with_interval(value: float, ci95: tuple[float, float] | None, form: str = ".3f") -> str:
+    return f"{value:{form}} [{'too few' if ci95 is None else f'{ci95[0]:{form}}, {ci95[1]:{form}}'}]"
+
+
+def intervals_note(ci95: tuple[float, float] | None, units: int, effective: float, what: str = "documents") -> str:
+    """What the intervals of a table are, or why there are none."""
+    from edgedistill.statistics import too_few  # numpy: no command that prints no interval waits for it
+
+    return f"intervals: 95 %, t over {what}" if ci95 is not None else too_few(units, effective, what)
 
 
 def human_bytes(count: float) -> str:
@@ -143,13 +148,15 @@ def built_json(trained: Trained, built: Sequence[Built]) -> dict[str, Any]:
 def built_text(trained: Trained, built: Sequence[Built]) -> str:
     """The result table of a build and where the bundles lie."""
     header, rows = result_rows(built)
-    teacher = next(done for item in built for done in item.artifacts).retention.rungs[0]
+    retentions = [done.retention for item in built for done in item.artifacts]
+    teacher = retentions[0].rungs[0]
     title = (
         f"teacher: {trained.teacher.parameters:,} parameters, perplexity"
-        f" {with_interval(teacher.perplexity, teacher.perplexity_ci95, 2)}\n"
+        f" {with_interval(teacher.perplexity, teacher.perplexity_ci95, '.2f')}\n"
         f"student: {trained.student.result.parameters:,} parameters, {trained.plan.compression:.1f}x smaller"
     )
-    lines = [title, table("", header, rows), "intervals: 95 %, over documents"]
+    some = next((r for r in retentions if r.retention.ci95 is None), retentions[0])
+    lines = [title, table("", header, rows), retention_note(some)]
     measured = next((done.latency for item in built for done in item.artifacts if done.latency is not None), None)
     if measured is not None:
         where = measured.measured_on
@@ -171,7 +178,7 @@ def result_rows(built: Sequence[Built]) -> tuple[list[str], list[list[str]]]:
             done.target.name,
             f"{artifact.format}:{artifact.quantization}",
             human_bytes(artifact.bytes),
-            with_interval(shipped.perplexity, shipped.perplexity_ci95, 1),
+            with_interval(shipped.perplexity, shipped.perplexity_ci95, ".1f"),
             with_interval(shipped.retention, shipped.retention_ci95),
             f"{shipped.top1_agreement:.1%}",
         ]
@@ -200,17 +207,18 @@ def sensitivity_lines(record: Sensitivity) -> list[str]:
     rows = [
         (
             row.group,
-            f"{row.cost:.2e} [{row.cost_ci95[0]:.2e}, {row.cost_ci95[1]:.2e}]",
+            with_interval(row.cost, row.cost_ci95, ".2e"),
             human_bytes(row.bytes_saved),
             row.type,
             row.chosen if row.chosen != row.type else "",
         )
         for row in record.rows
     ]
+    one = record.rows[0]
+    note = intervals_note(one.cost_ci95, one.documents, one.effective_documents)
     return [
         table("quantized alone", ("group", record.metric, "saves", "type", "raised to"), rows),
-        f"on {record.examples:,} examples of {record.documents} documents of the {record.source}; intervals: 95 %,"
-        " bootstrap over documents",
+        f"on {record.examples:,} examples of {record.documents} documents of the {record.source}; {note}",
         f"retention {record.reached:.4f} (asked: {record.target:g}; {record.as_quantized:.4f} with nothing raised), for"
         f" {human_bytes(record.bytes_added)} more",
     ]
@@ -222,10 +230,10 @@ def retention_text(retention: Retention) -> str:
     rows = [
         (
             rung.rung,
-            with_interval(rung.perplexity, rung.perplexity_ci95, 2),
+            with_interval(rung.perplexity, rung.perplexity_ci95, ".2f"),
             with_interval(rung.retention, rung.retention_ci95),
             with_interval(rung.next_token_accuracy, rung.next_token_accuracy_ci95),
-            with_interval(rung.kl_mean_nats, rung.kl_mean_nats_ci95, 4),
+            with_interval(rung.kl_mean_nats, rung.kl_mean_nats_ci95, ".4f"),
             "null" if rung.kl_p99_nats is None else f"{rung.kl_p99_nats:.3f}",
             f"{rung.top1_agreement:.1%}",
             rung.basis,
@@ -238,7 +246,7 @@ def retention_text(retention: Retention) -> str:
         [
             table("", header, rows),
             f"{retention.examples:,} tokens of {retention.documents} documents, windows of {retention.context_tokens};"
-            " intervals: 95 %, over documents",
+            f" {retention_note(retention)}",
             *(
                 []
                 if retention.kept_tokens is None
@@ -261,9 +269,13 @@ def checks_lines(gate: Gate) -> list[str]:
     return [f"check: {check.name} {words[check.passed]}: {check.why}" for check in gate.checks]
 
 
+def retention_note(retention: Retention) -> str:
+    return intervals_note(retention.retention.ci95, retention.documents, retention.effective_documents)
+
+
 def latency_text(latency: Latency) -> str:
-    decode = with_interval(latency.decode_tokens_per_s, latency.decode_tokens_per_s_ci95, 1)
-    prefill = with_interval(latency.prefill_tokens_per_s, latency.prefill_tokens_per_s_ci95, 1)
+    decode = with_interval(latency.decode_tokens_per_s, latency.decode_tokens_per_s_ci95, ".1f")
+    prefill = with_interval(latency.prefill_tokens_per_s, latency.prefill_tokens_per_s_ci95, ".1f")
     rows = [
         ("decode", decode, "tokens/s", latency.basis),
         ("prefill", prefill, "tokens/s", latency.basis),
@@ -279,6 +291,7 @@ def latency_text(latency: Latency) -> str:
     lines.append(
         f"on {where.get('cpu')}, {where.get('threads')} threads, {where.get('runtime')} {where.get('runtime_version')}"
     )
+    lines.append(intervals_note(latency.decode_tokens_per_s_ci95, latency.rate_units, latency.rate_units, "repeats"))
     return "\n".join([*lines, *(f"note: {note}" for note in latency.notes)])
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedistill import machine
+from edgedistill import machine, statistics
 from edgedistill.progress import Progress
 from edgedistill.records import SpeedComparison
 from edgedistill.runtimes.child import RuntimeName, RuntimeProcess
@@ -21,7 +21,6 @@ PAIRS = 12
 WARMUP = 2
 PROMPT_TOKENS = 32
 NEW_TOKENS = 24
-BOOTSTRAP_SAMPLES = 2000
 SAMPLE_MS = 20.0
 MOST_REPEATS = 200
 
@@ -65,7 +64,7 @@ def compare_decoders(
     with ExitStack() as both:
         float_run, info = opened(float_artifact, both)
         quantized_run, _ = opened(quantized_artifact, both)
-        return compare(float_run, quantized_run, runtime=str(info["runtime_version"]), threads=threads, seed=seed)
+        return compare(float_run, quantized_run, runtime=str(info["runtime_version"]), threads=threads)
 
 
 def compare_graphs(
@@ -74,7 +73,6 @@ def compare_graphs(
     inputs: Sequence[Arrays],
     *,
     threads: int,
-    seed: int = 0,
 ) -> SpeedComparison:
     """Milliseconds of a run of both, each graph on its inputs in a process of its own; several graphs are summed.
 
@@ -96,16 +94,16 @@ def compare_graphs(
 
         float_run, version = opened(float_graphs)
         quantized_run, _ = opened(quantized_graphs)
-        return compare(float_run, quantized_run, runtime=version, threads=threads, seed=seed)
+        return compare(float_run, quantized_run, runtime=version, threads=threads)
 
 
 def compare(
-    float_run: Callable[[], float], quantized_run: Callable[[], float], *, runtime: str, threads: int, seed: int = 0
+    float_run: Callable[[], float], quantized_run: Callable[[], float], *, runtime: str, threads: int
 ) -> SpeedComparison:
     """Two ways to do the same work, each giving its milliseconds, run in pairs whose order alternates.
 
-    `ratio` is the median over the pairs of quantized ÷ float, with a 95 % percentile bootstrap over the pairs; it
-    pays where the whole interval lies below 1: quantizing that may cost time has to be worth its size.
+    `ratio` is the median over the pairs of quantized ÷ float, with its 95 % interval; it pays where the whole interval
+    lies below 1: quantizing that may cost time has to be worth its size.
     """
     float_ms: list[float] = []
     quantized_ms: list[float] = []
@@ -113,28 +111,32 @@ def compare(
         for run, samples in ((float_run, float_ms), (quantized_run, quantized_ms))[:: 1 if pair % 2 else -1]:
             samples.append(run())
     float_P, quantized_P = np.array(float_ms[WARMUP:]), np.array(quantized_ms[WARMUP:])
-    ratio_P = quantized_P / float_P
-    picks = np.random.default_rng(seed).integers(0, PAIRS, (BOOTSTRAP_SAMPLES, PAIRS))
-    low, high = np.percentile(np.median(ratio_P[picks], axis=1), [2.5, 97.5])
+    ratio = statistics.median(quantized_P / float_P)
     return SpeedComparison(
         machine=machine.describe() | {"threads": threads},
         runtime=runtime,
         float_ms=float(np.median(float_P)),
         quantized_ms=float(np.median(quantized_P)),
-        ratio=float(np.median(ratio_P)),
-        ratio_ci95=(float(low), float(high)),
-        pays=bool(high < 1),
+        ratio=ratio.value,
+        ratio_ci95=ratio.ci95,
+        pairs=ratio.units,
+        pays=ratio.ci95 is not None and ratio.ci95[1] < 1,
     )
 
 
 def report(found: SpeedComparison, name: str, progress: Progress) -> None:
     """Say what was found: a warning where quantizing costs time here, a line where the interval holds 1."""
-    low, high = found.ratio_ci95
+    certain = found.ratio_ci95
+    interval = (
+        statistics.too_few(found.pairs, found.pairs, "pairs")
+        if certain is None
+        else f"95 % {certain[0]:.2f} to {certain[1]:.2f}"
+    )
     figures = (
-        f"{name} takes {found.ratio:.2f} times (95 % {low:.2f} to {high:.2f}) as long as float in {found.runtime} on"
+        f"{name} takes {found.ratio:.2f} times ({interval}) as long as float in {found.runtime} on"
         f" {found.machine['cpu']}: {found.quantized_ms:.3g} against {found.float_ms:.3g} ms"
     )
-    if low >= 1:
+    if certain is not None and certain[0] >= 1:
         progress.warn(f"quantizing does not pay here: {figures}; ship float where its size fits")
     elif not found.pays:
         progress.say(f"export: quantizing makes no certain difference here: {figures}")

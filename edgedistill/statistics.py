@@ -96,6 +96,11 @@ def too_few(units: int, effective: float, what: str = "documents") -> str:
     return f"too few {what} ({units}{of_weight}) for an interval"
 
 
+def in_words(ci95: tuple[float, float] | None, units: int, effective: float, what: str = "documents") -> str:
+    """An interval for a sentence, or why there is none."""
+    return too_few(units, effective, what) if ci95 is None else f"95 % interval {ci95[0]:.3f} to {ci95[1]:.3f}"
+
+
 def positive_mean(of: ByUnit) -> Estimate:
     """Mean of what cannot be negative: loss, KL divergence, milliseconds. All zero: a point."""
     spread = _spread(of)
@@ -238,9 +243,9 @@ class _Spread:
 
 
 def _spread(of: ByUnit, least: float = MIN_UNITS) -> _Spread | None:
-    """None where the effective units are fewer than `least`."""
+    """None where the effective units are fewer than `least`, or a sum is not finite."""
     effective = effective_units(of.counts)
-    if effective < least - 1e-9:
+    if effective < least - 1e-9 or not np.isfinite(of.sums).all():
         return None
     weight = of.counts / of.counts.sum()
     squares = float((weight**2).sum())

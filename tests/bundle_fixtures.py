@@ -158,6 +158,7 @@ def latency(artifact: Artifact, **changes: Any) -> Latency:
         "prefill_tokens_per_s_ci95": (prefill * 0.97, prefill * 1.02),
         "decode_tokens_per_s": decode,
         "decode_tokens_per_s_ci95": (decode * 0.98, decode * 1.02),
+        "rate_units": 5,
         "load_ms": 41.0,
         "peak_rss_bytes": 93_000_000,
         "drift": drift(token_ms),

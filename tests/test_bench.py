@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from tiny_models import tiny_checkpoint, tiny_genai, tiny_gguf
 
-from edgedistill import machine
+from edgedistill import machine, statistics
 from edgedistill.bench import measure
 from edgedistill.bench.ceiling import BytesRead, bytes_read_a_token, ceiling
-from edgedistill.bench.measure import bench, drift, percentiles, rate
+from edgedistill.bench.measure import bench, drift, percentiles
 from edgedistill.errors import UserError
 from edgedistill.recipe import Bench
 from edgedistill.records import Artifact, Figure, Latency
 from edgedistill.runtimes.quantize import quantize_in_child
+from edgedistill.show import latency_text
 from edgedistill.store import Store, combined_sha256, file_entries
 from edgedistill.targets import Target, load_target
 from edgedistill.targets_probe import targets_probe
@@ -70,7 +71,7 @@ def target() -> Target:
     return load_target("jetson-orin-nano")
 
 
-SMALL = Bench(prompt_tokens=20, new_tokens=30, warmup=1, repeats=4, threads=1)
+SMALL = Bench(prompt_tokens=20, new_tokens=30, warmup=1, repeats=5, threads=1)
 
 
 def test_gguf_on_another_machine_is_a_proxy_with_every_sample(gguf_folder: Path, target: Target, store: Store) -> None:
@@ -80,16 +81,17 @@ def test_gguf_on_another_machine_is_a_proxy_with_every_sample(gguf_folder: Path,
     assert found.basis == "proxy" and any("is not known to be jetson-orin-nano" in note for note in found.notes)
     assert found.notes[0] == "from the caller"
     assert found.workload.model_dump() == {
-        "batch": 1, "prompt_tokens": 20, "new_tokens": 30, "warmup": 1, "repeats": 4
+        "batch": 1, "prompt_tokens": 20, "new_tokens": 30, "warmup": 1, "repeats": 5
     }  # fmt: skip
     samples = found.samples
-    assert len(samples["ttft_ms"]) == 4 and len(samples["token_ms"]) == 4 * 29
+    assert len(samples["ttft_ms"]) == 5 and len(samples["token_ms"]) == 5 * 29
     assert found.token_ms.p99 is not None and found.ttft_ms.p99 is None
     assert found.token_ms.p50 == pytest.approx(np.median(samples["token_ms"]))
-    assert found.decode_tokens_per_s == pytest.approx(1e3 * 4 * 29 / sum(samples["token_ms"]))
-    assert found.prefill_tokens_per_s == pytest.approx(1e3 * 4 * 20 / sum(samples["ttft_ms"]))
+    assert found.decode_tokens_per_s == pytest.approx(1e3 * 5 * 29 / sum(samples["token_ms"]))
+    assert found.prefill_tokens_per_s == pytest.approx(1e3 * 5 * 20 / sum(samples["ttft_ms"]))
+    assert found.decode_tokens_per_s_ci95 is not None and found.rate_units == 5
     low, high = found.decode_tokens_per_s_ci95
-    assert low <= found.decode_tokens_per_s <= high
+    assert low < found.decode_tokens_per_s <= high
     assert found.measured_on["threads"] == 1 and found.measured_on["runtime"] == "llama.cpp"
     assert found.measured_on["cpu"] == machine.describe()["cpu"]
     assert found.measured_on["options"]["kv_cache"] == ["f16", "f16"]
@@ -102,7 +104,7 @@ def test_onnx_is_benchmarked_in_genai(onnx_folder: Path, target: Target, store: 
     artifact = artifact_of(onnx_folder, format_="onnx", runtime="onnxruntime-genai", entry=".")
     found = bench(artifact, onnx_folder, target, settings=SMALL, store=store)
     assert found.measured_on["runtime"] == "onnxruntime-genai"
-    assert len(found.samples["token_ms"]) == 4 * 29
+    assert len(found.samples["token_ms"]) == 5 * 29
     assert not any("use_extra_bufts" in note for note in found.notes)
 
 
@@ -189,6 +191,8 @@ def test_more_threads_than_cpus_are_cut_and_told(gguf_folder: Path, target: Targ
     found = bench(artifact, gguf_folder, target, settings=settings, store=store)
     assert found.measured_on["threads"] == usable
     assert f"{usable + 5} threads were asked for and this machine has {usable} CPUs" in " ".join(found.notes)
+    assert found.decode_tokens_per_s_ci95 is None and found.prefill_tokens_per_s_ci95 is None
+    assert found.rate_units == 1 and "too few repeats (1) for an interval" in latency_text(found)
 
 
 def test_settings_default_to_the_targets(target: Target, gguf_folder: Path) -> None:
@@ -243,14 +247,15 @@ def test_percentiles_have_no_p99_of_few_samples() -> None:
     assert (found.p50, found.p90, found.p99) == (51.0, 91.0, 100.0)
 
 
-def test_rate_counts_all_tokens_over_all_time() -> None:
-    value, (low, high) = rate(np.array([10, 10]), np.array([100.0, 300.0]), seed=0)
-    assert value == pytest.approx(50.0)
-    assert low == pytest.approx(1e4 / 300) and high == pytest.approx(100.0)
-    assert rate(np.array([7]), np.array([70.0]), seed=0) == (100.0, (100.0, 100.0))
-    assert rate(np.array([5, 6, 7]), np.array([3.0, 4.0, 9.0]), seed=3) == rate(
-        np.array([5, 6, 7]), np.array([3.0, 4.0, 9.0]), seed=3
-    )
+def test_rates_are_all_tokens_over_all_time_and_repeats_are_their_units() -> None:
+    found = statistics.rate([100.0, 300.0], [10, 10])
+    assert found.value == pytest.approx(50.0) and found.ci95 is None and found.units == 2
+    assert statistics.rate([70.0], [7]).value == 100.0
+    times = np.array([100.0, 104.0, 98.0, 110.0, 101.0])
+    low, high = statistics.rate(times, np.full(5, 10)).ci95 or (0.0, 0.0)
+    half = 2.776445 * times.std(ddof=1) / np.sqrt(5)  # Student's t with four degrees
+    assert 1e4 / (times.mean() + half) > low > 1e4 / (times.mean() + 1.15 * half)
+    assert 1e4 / (times.mean() - half) < high < 1e4 / (times.mean() - 1.15 * half)
 
 
 def test_drift_is_last_quarter_over_first() -> None:

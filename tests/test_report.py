@@ -27,6 +27,7 @@ COSTS = Sensitivity(
     rows=[
         SensitivityRow(
             group="layer 1 attention", type="Q4_0", cost=0.0123, cost_ci95=(0.011, 0.014), bytes_saved=12340,
+            documents=12, effective_documents=9.5,
             chosen="Q8_0",
         )
     ],
@@ -295,5 +296,5 @@ def test_numbers() -> None:
         "7,000.00 GB",
     ]
     assert interval((0.5, 1.25), 3) == "0.500–1.25"
-    assert interval(None) == "–"
+    assert interval(None) == "too few"
     assert plain([True, None, {"a": 1}, []]) == "yes, unknown, a 1, none"

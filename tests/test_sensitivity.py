@@ -12,6 +12,7 @@ import pytest
 
 from edgedistill.errors import UserError
 from edgedistill.sensitivity import MOST_SIZES, Group, Measured, Mix, cheapest_mixes, find_mix
+from edgedistill.statistics import Estimate
 
 TYPES = ("INT2", "INT4", "INT8", "INT16")
 
@@ -52,7 +53,7 @@ class Problem:
     def measure(self, steps: Mapping[str, int]) -> Measured:
         self.calls += 1
         loss = self.loss(steps)
-        return Measured(loss, (0.9 * loss, 1.1 * loss), math.exp(-loss))
+        return Measured(Estimate(loss, (0.9 * loss, 1.1 * loss), 9, 8.5), math.exp(-loss))
 
     def retention(self, steps: Sequence[int]) -> float:
         return math.exp(-self.loss({g.name: s for g, s in zip(self.groups, steps, strict=True)}))
@@ -149,7 +150,8 @@ def test_the_table_is_in_the_order_of_cost_a_byte() -> None:
         group = by_name[row.group]
         assert (row.type, row.chosen) == (group.types[0], group.types[mix.steps[row.group]])
         assert row.bytes_saved == group.float_bytes - group.bytes[0]
-        assert row.cost == problem.costs[row.group][0] and row.cost_ci95[0] < row.cost < row.cost_ci95[1]
+        assert row.cost == problem.costs[row.group][0] and (row.documents, row.effective_documents) == (9, 8.5)
+        assert row.cost_ci95 is not None and row.cost_ci95[0] < row.cost < row.cost_ci95[1]
     assert (mix.record.metric, mix.record.examples, mix.record.documents) == ("loss", 100, 7)
     assert mix.record.as_quantized == problem.retention([0] * 5) < mix.record.target <= mix.record.reached
 

@@ -15,20 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgedistill import machine
 from edgedistill.bench.ceiling import bytes_read_a_token, ceiling
 from edgedistill.errors import UserError
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Bench
-from edgedistill.records import Artifact, Basis, Interval, Latency, Percentiles, Workload
+from edgedistill.records import Artifact, Basis, Latency, Percentiles, Workload
 from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.statistics import MIN_VALUES_FOR_P99, rate
 from edgedistill.store import Store
 from edgedistill.targets import Target, why_not
 
-BOOTSTRAP_SAMPLES = 2000
-MIN_SAMPLES_FOR_P99 = 100
 MAPPED_WEIGHTS = (
     "peak_rss_bytes counts the pages of the mapped weights that were touched; "
     "the system can drop those under pressure, unlike the rest"
@@ -81,9 +79,9 @@ def bench(
     basis, basis_notes = basis_of(target, here, info, workload, threads)
     found_notes += [*basis_notes, _memory_note(workload, info), *_runtime_notes(here, info)]
     all_token_ms = [ms for run_ms in token_ms for ms in run_ms]
-    prefill, prefill_ci95 = rate(np.full(len(ttft_ms), workload.prompt_tokens), np.array(ttft_ms), seed=seed)
-    decode_ms = np.array([sum(run_ms) for run_ms in token_ms])
-    decode, decode_ci95 = rate(np.array([len(run_ms) for run_ms in token_ms]), decode_ms, seed=seed)
+    # All tokens ÷ all time. The repeats are the independent units: tokens of one follow each other on one machine.
+    prefill = rate(ttft_ms, np.full(len(ttft_ms), workload.prompt_tokens))
+    decode = rate([sum(run_ms) for run_ms in token_ms], [len(run_ms) for run_ms in token_ms])
     read = bytes_read_a_token(artifact, folder, context_tokens=workload.prompt_tokens)
     return Latency(
         target=target.name,
@@ -99,10 +97,11 @@ def bench(
         workload=workload,
         ttft_ms=percentiles(ttft_ms),
         token_ms=percentiles(all_token_ms),
-        prefill_tokens_per_s=prefill,
-        prefill_tokens_per_s_ci95=prefill_ci95,
-        decode_tokens_per_s=decode,
-        decode_tokens_per_s_ci95=decode_ci95,
+        prefill_tokens_per_s=prefill.value,
+        prefill_tokens_per_s_ci95=prefill.ci95,
+        decode_tokens_per_s=decode.value,
+        decode_tokens_per_s_ci95=decode.ci95,
+        rate_units=decode.units,
         load_ms=float(info["load_ms"]),
         peak_rss_bytes=peak,
         drift=drift(all_token_ms),
@@ -123,17 +122,8 @@ def percentiles(samples_ms: Sequence[float]) -> Percentiles:
     return Percentiles(
         p50=float(np.percentile(values, 50)),
         p90=float(np.percentile(values, 90)),
-        p99=float(np.percentile(values, 99)) if len(values) >= MIN_SAMPLES_FOR_P99 else None,
+        p99=float(np.percentile(values, 99)) if len(values) >= MIN_VALUES_FOR_P99 else None,
     )
-
-
-def rate(tokens_R: NDArray[np.integer[Any]], ms_R: NDArray[np.float64], *, seed: int) -> tuple[float, Interval]:
-    """Tokens/s over all R repeats (all tokens ÷ all time), with a 95 % percentile bootstrap over the repeats."""
-    repeats = len(ms_R)
-    picks = np.random.default_rng(seed).integers(0, repeats, (BOOTSTRAP_SAMPLES, repeats))
-    rates = 1e3 * tokens_R[picks].sum(axis=1) / ms_R[picks].sum(axis=1)
-    low, high = np.percentile(rates, [2.5, 97.5])
-    return float(1e3 * tokens_R.sum() / ms_R.sum()), (float(low), float(high))
 
 
 def drift(samples_ms: Sequence[float]) -> float:

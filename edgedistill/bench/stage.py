@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgedistill import machine
+from edgedistill import machine, statistics
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Bench
 from edgedistill.records import Artifact, Latency
@@ -30,6 +30,7 @@ def bench_artifact(
         "context_tokens": exported.result.context_tokens,
         "target": target.model_dump(mode="json"),
         "settings": settings.model_dump(mode="json"),
+        "intervals": statistics.METHOD,
         "seed": seed,
         "machine": {"fingerprint": machine.fingerprint()}
         | {name: here[name] for name in ("gpu", "usable_cores", "memory_bytes", "governor", "power_mode")},

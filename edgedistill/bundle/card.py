@@ -10,6 +10,7 @@ import yaml
 from edgedistill.bundle.licenses import Source, plain, whose
 from edgedistill.bundle.manifest import Manifest
 from edgedistill.records import Latency, Retention
+from edgedistill.statistics import too_few
 
 HUB_ID = re.compile(r"[A-Za-z0-9._-]{1,96}(/[A-Za-z0-9._-]{1,96})?")
 LIBRARIES = {
@@ -107,6 +108,8 @@ def _retention(name: str, retention: Retention) -> list[str]:
             if rung.basis == basis
         ]
         lines.append("")
+    if retention.retention.ci95 is None:
+        lines += [f"{too_few(retention.documents, retention.effective_documents).capitalize()}.", ""]
     if retention.kept_tokens is not None:
         lines += [
             f"Its vocabulary was trimmed to {retention.kept_tokens:,} tokens, by what the text uses, the held-out text"

@@ -37,6 +37,7 @@ from edgedistill.gguf.stored import as_converted, as_in_torch, packed
 from edgedistill.progress import QUIET, Progress
 from edgedistill.records import Sensitivity
 from edgedistill.sensitivity import Group, Measured, Mix, Steps, find_mix, say_result
+from edgedistill.statistics import by_unit, positive_mean
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,7 +48,6 @@ Floats = NDArray[np.float32]
 
 # What a matrix may be raised to, by the block of the type that it has: the types that runtimes have fast code for.
 HIGHER = {256: ("Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0"), 32: ("Q5_0", "Q8_0")}
-BOOTSTRAP_SAMPLES = 2000
 # Log-probabilities of the float model are kept up to here; beyond it computes them again for every mix.
 REFERENCE_BYTES = 1 << 30
 METRICS = {"causal-lm": "mean KL from the float model, nats", "embedding": "1 - cosine to the float model's vectors"}
@@ -364,8 +364,6 @@ class Scored:
     """
 
     def __init__(self, stored: StoredModel, text: Text) -> None:
-        from edgedistill.verify.metrics import document_draws
-
         self.stored = stored
         self.text = text
         documents = sorted({window.document for batch in text.batches for window in batch})
@@ -376,8 +374,6 @@ class Scored:
                 for window in batch
             ]
         )
-        # One table for all mixes: their intervals are paired
-        self.draws = document_draws(len(documents), BOOTSTRAP_SAMPLES, seed=0)
         self._references: dict[int, Tensor] = {}
         self._reference_bytes = 0
 
@@ -385,17 +381,15 @@ class Scored:
         """`types`: GGUF name → type of the matrices that are quantized; the others are the checkpoint's."""
         import torch
 
-        from edgedistill.verify.metrics import mean_over_tokens
-
         parts = []
         with torch.no_grad(), self.stored.holding(types) as weights:
             for number, batch in enumerate(self.text.batches):
                 parts.append(self._score(number, batch, weights))
-        cost = mean_over_tokens(np.concatenate([costs for costs, _ in parts]), self.owner, self.draws)
+        cost = positive_mean(by_unit(np.concatenate([costs for costs, _ in parts]), self.owner))
         if self.stored.task == "embedding":
-            return Measured(cost.value, cost.ci95, 1.0 - cost.value)
+            return Measured(cost, 1.0 - cost.value)
         rise = float(np.concatenate([rises for _, rises in parts]).mean(dtype=np.float64))
-        return Measured(cost.value, cost.ci95, float(np.exp(-max(rise, cost.value))))
+        return Measured(cost, float(np.exp(-max(rise, cost.value))))
 
     def _score(
         self, number: int, batch: Sequence[Window], weights: Mapping[str, Tensor]

@@ -25,8 +25,8 @@ from edgedistill.progress import QUIET, Progress
 from edgedistill.records import Sensitivity
 from edgedistill.runtimes.graph import GraphProcess
 from edgedistill.sensitivity import Group, Measured, Steps, find_mix, say_result
+from edgedistill.statistics import by_unit, positive_mean
 
-BOOTSTRAP_SAMPLES = 2000
 BLOCK = 32
 CLASSES = "mean KL from the float graph, nats"
 VECTORS = "1 - cosine to the float graph's outputs"
@@ -108,8 +108,6 @@ class _Scored:
         options: ExportOptions,
         threads: int,
     ) -> None:
-        from edgedistill.verify.metrics import document_draws
-
         self.export, self.samples, self.folder, self.threads = export, samples, folder, threads
         self.quantization, self.observed, self.options = quantization, observed, options
         self.output = export.outputs[0].name
@@ -122,11 +120,9 @@ class _Scored:
             owners.append(self.documents + np.repeat(np.arange(count), len(rows) // count))
             self.documents += count
         self.owner = np.concatenate(owners)
-        self.draws = document_draws(self.documents, BOOTSTRAP_SAMPLES, seed=0)
 
     def measure(self, keep: Collection[str]) -> Measured:
         from edgedistill.onnx.quantize import quantize_graph
-        from edgedistill.verify.metrics import mean_over_tokens
 
         path = self.folder / self.export.path.name
         quantize_graph(
@@ -142,12 +138,12 @@ class _Scored:
         finally:
             for file in self.folder.iterdir():
                 file.unlink()
-        cost = mean_over_tokens(np.concatenate(costs), self.owner, self.draws)
+        cost = positive_mean(by_unit(np.concatenate(costs), self.owner))
         if not np.isfinite(cost.value):
             raise UserError(f"a mix of {self.quantization} gives values that are NaN or infinite", REMEDY)
         agreement = float(np.concatenate(same).mean())
         retention = min(agreement, float(np.exp(-cost.value))) if self.classes else 1.0 - cost.value
-        return Measured(cost.value, cost.ci95, retention)
+        return Measured(cost, retention)
 
 
 def _rows(values: NDArray[Any], batch: Batch) -> NDArray[np.float64]:

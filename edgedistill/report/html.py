@@ -11,6 +11,7 @@ from edgedistill.bundle.manifest import BundleArtifact, Manifest
 from edgedistill.errors import UserError
 from edgedistill.records import Latency, Retention
 from edgedistill.report import plots
+from edgedistill.statistics import too_few
 
 LABELS = {
     "machine": "Machine",
@@ -61,7 +62,10 @@ def render(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "size": size, "interval": interval, "plain": plain}
+    environment.filters |= {
+        "number": number, "size": size, "interval": interval, "plain": plain,
+        "too_few": lambda units, what="documents", effective=None: too_few(units, effective or units, what),
+    }  # fmt: skip
     template = resources.files("edgedistill.report") / "report.html.j2"
     sections = [
         _section(artifact, manifest, retention, latency, f"a{position}")
@@ -142,7 +146,7 @@ def size(value: float | None) -> str:
 
 def interval(ci95: tuple[float, float] | None, digits: int = 4) -> str:
     """low–high."""
-    return "–" if ci95 is None else f"{number(ci95[0], digits)}–{number(ci95[1], digits)}"
+    return "too few" if ci95 is None else f"{number(ci95[0], digits)}–{number(ci95[1], digits)}"
 
 
 def plain(value: Any) -> str:
