@@ -20,7 +20,7 @@ Scales, since means of skewed units are skewed:
   a skewness of 0.7 between documents takes (first Cornish-Fisher term): few documents that lose much are what a small
   sample misses, and a gate on the lower end would pass too often. No gate at its threshold passes above 3.5 %.
 
-Where no method holds, there is no interval: fewer than five effective units, (Σn)² / Σn².
+Where no method holds, there is no interval: fewer than five effective units, (Σn)² / Σn²; twenty for a 99th percentile.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ Floats = NDArray[np.float64]
 
 METHOD = "t-1"  # goes into the keys of stages whose records hold intervals: raise it where an interval changes
 MIN_UNITS = 5.0
-MIN_UNITS_FOR_P99 = 10.0
+MIN_UNITS_FOR_P99 = 20.0
 MIN_VALUES_FOR_P99 = 100
 WIDENED = 0.3
+WIDENED_P99 = 2.0
 SKEWNESS_OF_LOSS = 0.7
 SHARE_OF_SHIFT_BACK = 0.1
 Z = 1.959963984540054  # the normal's 97.5th percentile
@@ -190,7 +191,8 @@ def p99(values: ArrayLike, unit: NDArray[np.integer]) -> Estimate | None:
     """99th percentile over tokens (the smallest value that 99 % do not exceed); None for fewer than 100 values.
 
     The interval is Woodruff's (1952): that of the share of tokens above it, carried over to the values that so many
-    tokens exceed. None also where its lower end is no whole token.
+    tokens exceed. It takes twenty effective units: with ten it holds 92 % where documents differ much. None also where
+    its upper end lies above every token.
     """
     numbers = np.asarray(values, dtype=np.float64)
     if len(numbers) < MIN_VALUES_FOR_P99:
@@ -202,7 +204,8 @@ def p99(values: ArrayLike, unit: NDArray[np.integer]) -> Estimate | None:
     spread = _spread(hits, MIN_UNITS_FOR_P99)
     ci95 = None
     if spread is not None:
-        share, half = (above + 1) / len(ordered), spread.widened_t * spread.error
+        share = (above + 1) / len(ordered)
+        half = spread.t * (1 + WIDENED_P99 / effective_units(hits.counts)) * spread.error
         fewest, most = int(np.floor((share - half) * len(ordered))), int(np.ceil((share + half) * len(ordered)))
         if fewest >= 1:
             ci95 = (float(ordered[min(most, len(ordered) - 1)]), float(ordered[fewest]))
