@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill import machine
-from edgedistill.show import table
+from edgedistill.show import table, with_interval
+from edgedistill.statistics import Estimate
 from edgedistill.store import versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -32,6 +33,23 @@ class Bound:
     @property
     def met(self) -> bool:
         return self.value <= self.bound if self.relation == "<=" else self.value >= self.bound
+
+
+def as_list(found: Estimate) -> list[float | None]:
+    """Value, lower and upper end, which are null where there are too few units."""
+    return [found.value, *(found.ci95 or (None, None))]
+
+
+def as_text(found: Estimate, form: str = ".3f") -> str:
+    return with_interval(found.value, found.ci95, form)
+
+
+def lower(found: Estimate) -> float:
+    return float("-inf") if found.ci95 is None else found.ci95[0]
+
+
+def upper(found: Estimate) -> float:
+    return float("inf") if found.ci95 is None else found.ci95[1]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

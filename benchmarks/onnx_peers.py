@@ -7,9 +7,9 @@ development sentences one at a time at their own length, images one at a time.
 
 Latency: rounds, in each of which every contender runs the same few inputs in turn, the order rotated, in a session that is
 opened anew every tenth round: where a session's memory happens to lie is worth some per cent. A ratio is the
-median over the rounds of ours ÷ theirs, with its 95 % bootstrap interval. With one thread what is compared is that thread's
+median over the rounds of ours ÷ theirs, with its 95 % interval. With one thread what is compared is that thread's
 processor time, so that other work on the machine does not count; the time on the wall is in the result too. Accuracy: 872 sentences or 1,000 images (fewer with --held-out);
-the difference has the paired 95 % bootstrap interval over them. The ResNet was trained on these images before JPEG: its
+the difference has the paired 95 % interval over them. The ResNet was trained on these images before JPEG: its
 accuracy says what quantizing costs, not how well it generalises.
 
     pip install -e '.[build,benchmarks]'
@@ -40,12 +40,14 @@ import torch
 from common import Bound, finish, parser
 from numpy.typing import NDArray
 from onnx_peers_models import CALIBRATION, Feed, Task, classifier, image_task, resnet56, text_task, write_job
-from trainer_setup import DRAWS, Ratio, paired
+from trainer_setup import Ratio, paired
 from transformers.utils import logging as transformers_logging
 
+from edgedistill import statistics
 from edgedistill.export_options import ExportOptions
 from edgedistill.onnx.encoder import export_encoder, export_module
 from edgedistill.show import human_bytes
+from edgedistill.statistics import ByUnit
 
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("EDGEDISTILL_TEST_DATA", HERE.parents[1] / "shared" / "data"))
@@ -156,11 +158,11 @@ def race(contenders: Sequence[Contender], feeds: Sequence[Feed], rounds: int, in
 
 
 def difference(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> Ratio:
-    """Accuracy of `one` minus that of `other`, with the paired 95 % bootstrap interval."""
+    """Accuracy of `one` minus that of `other`, with the paired 95 % interval."""
     each = one.astype(np.int8) - other.astype(np.int8)
-    drawn = each[np.random.default_rng(0).integers(0, len(each), size=(DRAWS, len(each)))].mean(1)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Ratio(float(each.mean()), float(low), float(high), len(each))
+    ones = np.ones(len(each))
+    found = statistics.difference(ByUnit(one.astype(float), ones), ByUnit(other.astype(float), ones))
+    return Ratio(found.value, *(found.ci95 or (float("nan"), float("nan"))), len(each))
 
 
 def compare(

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from common import Bound, finish, parser
 
+from edgedistill.show import with_interval
+
 DATA = Path(os.environ.get("EDGEDISTILL_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 TARGETS = ("jetson", "phone", "server-gpu")
 
@@ -67,14 +69,15 @@ def main() -> None:
             "kl_mean_nats": shipped["kl_mean_nats"],
             "top1_agreement": shipped["top1_agreement"],
         }
-        low, high = shipped["retention_ci95"]
         artifact = bundle["artifacts"][0]["artifact"]
         rows.append(
             (name, f"{artifact['format']}:{artifact['quantization']}", f"{artifact['bytes'] / 1e6:.2f} MB",
              *(f"{rungs[r]['perplexity']:.2f}" for r in ("teacher", "student", "quantized", "shipped")),
-             f"{shipped['retention']:.3f} [{low:.3f}, {high:.3f}]")
+             with_interval(shipped["retention"], shipped["retention_ci95"]))
         )  # fmt: skip
-        bounds.append(Bound(f"{name}: retention, interval's lower end", low, ">=", 0.80))
+        bounds.append(
+            Bound(f"{name}: retention, interval's lower end", (shipped["retention_ci95"] or [0.0])[0], ">=", 0.80)
+        )
     finish(
         "own_teacher",
         arguments,

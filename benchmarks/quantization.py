@@ -7,7 +7,7 @@ Two students: one distilled from teacher-tinystories-21m, and the quickstart's. 
   qad         three seeds: extra tokens under the artifact's rounding against the same tokens without, then quantized
 
 Claims: with at most 10 % of the distillation's tokens, quantization-aware distillation at least halves the mean KL from the
-F16 control for Q4_0, Q3_K_M, Q2_K and INT4, at the upper end of the paired 95 % interval (bootstrap over documents).
+F16 control for Q4_0, Q3_K_M, Q2_K and INT4, at the upper end of the paired 95 % interval (over documents).
 Results of a stage stay in the store that EDGEDISTILL_STORE names: an interrupted run goes on where it was.
 """
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Bound
-from quantization_setup import Scores, Subject, draws_for, exported, mean_kl, options, ratio, scored
+from common import Bound, as_text, upper
+from quantization_setup import Scores, Subject, exported, kl_by_document, options, scored
 from transformers import AutoModelForCausalLM
 
 from edgedistill.distill.fake_quant import rounding_of
@@ -27,9 +27,9 @@ from edgedistill.distill.text import training_text
 from edgedistill.models import copy_tokenizer
 from edgedistill.progress import Progress
 from edgedistill.records import Artifact, Record, TrainResult
+from edgedistill.statistics import ByUnit, Estimate, ratio_of_means
 from edgedistill.store import Store, Stored, Work, versions
 from edgedistill.targets import parse_artifact
-from edgedistill.verify.metrics import Summary, mean_over_tokens, perplexity_of
 
 TYPES = ("gguf:Q4_0", "gguf:Q3_K_M", "gguf:Q2_K", "onnx:INT4")
 TOKENS_SHARE = 0.09
@@ -101,8 +101,8 @@ def qad_table(
     """Mean KL from the control's F16 file: of the aware student's artifact over that of the control's own."""
     figures: dict[str, Any] = {"tokens_share": TOKENS_SHARE, "types": {}}
     rows, bounds = [], []
-    draws = draws_for(of)
     pairs: dict[str, list[tuple[Scores, Scores]]] = {artifact: [] for artifact in TYPES}
+    upper_of: dict[tuple[str, int], float] = {}
     for seed in seeds:
         live = load_teachers(of.recipe, of.trained.teacher, Ranks(0, 1, torch.device("cpu"), False))
         assert isinstance(live, LiveSignals)
@@ -115,24 +115,25 @@ def qad_table(
             plain = exported(of, artifact, store=store, progress=progress, **where)
             aware = exported_aware(of, artifact, seed, teacher=teacher, store=store, progress=progress)
             one, other = (scored(of, made, reference, store=store) for made in (aware, plain))
-            kl, of_control = mean_kl(one, draws), mean_kl(other, draws)
-            share = ratio(kl, of_control)
+            kl, of_control = kl_by_document(one), kl_by_document(other)
+            share = ratio_of_means(kl, of_control)
             pairs[artifact].append((one, other))
+            upper_of[artifact, seed] = upper(share)
             figures["types"].setdefault(artifact, {})[f"seed {seed}"] = {
-                "kl_aware": kl.value, "kl_control": of_control.value, "ratio": share.value, "ratio_ci95": share.ci95,
-                "perplexity_aware": perplexity(one, draws), "perplexity_control": perplexity(other, draws),
+                "kl_aware": kl.mean, "kl_control": of_control.mean, "ratio": share.value, "ratio_ci95": share.ci95,
+                "perplexity_aware": perplexity(one), "perplexity_control": perplexity(other),
             }  # fmt: skip
             rows.append(_row(artifact, str(seed), kl, of_control, share))
     for artifact, seen in pairs.items():
-        kl, of_control = (pooled([pair[side] for pair in seen], draws) for side in (0, 1))
-        share = ratio(kl, of_control)
+        kl, of_control = (pooled([pair[side] for pair in seen]) for side in (0, 1))
+        share = ratio_of_means(kl, of_control)
         figures["types"][artifact]["all seeds"] = {"ratio": share.value, "ratio_ci95": share.ci95}
+        uppers = [upper_of[artifact, seed] for seed in seeds]
         rows.append(_row(artifact, "all", kl, of_control, share))
         bounds.append(
-            Bound(f"{artifact}: KL from the F16 control, aware / control, upper end", share.ci95[1], "<=", HALF)
+            Bound(f"{artifact}: KL from the F16 control, aware / control, upper end", upper(share), "<=", HALF)
         )
-        worst = max(figures["types"][artifact][f"seed {seed}"]["ratio_ci95"][1] for seed in seeds)
-        bounds.append(Bound(f"{artifact}: the same, worst of {len(seeds)} seeds", worst, "<=", HALF))
+        bounds.append(Bound(f"{artifact}: the same, worst of {len(seeds)} seeds", max(uppers), "<=", HALF))
     spent = figures["tokens"] / of.distilled_tokens
     bounds.append(Bound("extra tokens / tokens of the distillation", spent, "<=", MOST_TOKENS_SHARE))
     return figures, rows, bounds
@@ -150,18 +151,18 @@ def exported_aware(
     )  # fmt: skip
 
 
-def perplexity(scores: Scores, draws: np.ndarray) -> float:
-    return perplexity_of(mean_over_tokens(scores.nll, scores.document, draws)).value
+def perplexity(scores: Scores) -> float:
+    return float(np.exp(scores.nll.mean(dtype=np.float64)))
 
 
-def pooled(seen: list[Scores], draws: np.ndarray) -> Summary:
-    """The mean over seeds, each document's tokens of all seeds drawn together."""
-    means = [mean_kl(scores, draws) for scores in seen]
-    return Summary(float(np.mean([m.value for m in means])), np.mean([m.draws for m in means], axis=0))
+def pooled(seen: list[Scores]) -> ByUnit:
+    """The mean over seeds: a document's tokens of all seeds are one unit."""
+    of = [kl_by_document(scores) for scores in seen]
+    return ByUnit(np.mean([one.sums for one in of], axis=0), of[0].counts)
 
 
-def _row(artifact: str, seed: str, kl: Summary, of_control: Summary, share: Summary) -> tuple[str, ...]:
+def _row(artifact: str, seed: str, kl: ByUnit, of_control: ByUnit, share: Estimate) -> tuple[str, ...]:
     return (
-        artifact, seed, f"{kl.value:.5f}", f"{of_control.value:.5f}",
-        f"{share.value:.3f} [{share.ci95[0]:.3f}, {share.ci95[1]:.3f}]",
+        artifact, seed, f"{kl.mean:.5f}", f"{of_control.mean:.5f}",
+        as_text(share),
     )  # fmt: skip

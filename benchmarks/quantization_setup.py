@@ -22,15 +22,15 @@ from edgedistill.progress import Progress
 from edgedistill.recipe import Recipe, load_recipe
 from edgedistill.records import Artifact, Record
 from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.statistics import ByUnit, by_unit
 from edgedistill.store import Store, Stored, Work, versions
 from edgedistill.targets import load_target
 from edgedistill.tasks.causal_lm import TextTokenizer, Window, encode_blocks, scoring_windows
 from edgedistill.verify.ladder import groups
-from edgedistill.verify.metrics import Summary, TokenScores, document_draws, mean_over_tokens
+from edgedistill.verify.metrics import TokenScores
 
 DATA = Path(os.environ.get("EDGEDISTILL_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 CONTEXT = 256
-BOOTSTRAP = 2000
 ORT = {"onnxruntime-genai": "onnxruntime"}  # logits come from onnxruntime, in which genai runs the same graph
 
 
@@ -155,15 +155,5 @@ def scored(of: Subject, made: Stored[Artifact], reference: Stored[Artifact], *, 
     return Scores(kept["nll"], kept["kl"], kept["document"])
 
 
-def mean_kl(scores: Scores, draws: NDArray[np.int32]) -> Summary:
-    """Over tokens, resampled by document."""
-    return mean_over_tokens(scores.kl, scores.document, draws)
-
-
-def ratio(one: Summary, other: Summary) -> Summary:
-    """Paired: the same documents in each draw."""
-    return Summary(one.value / other.value, one.draws / other.draws)
-
-
-def draws_for(of: Subject) -> NDArray[np.int32]:
-    return document_draws(of.windows[-1].document + 1, BOOTSTRAP, of.recipe.seed)
+def kl_by_document(scores: Scores) -> ByUnit:
+    return by_unit(scores.kl, scores.document)

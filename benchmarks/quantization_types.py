@@ -6,13 +6,13 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from common import Bound
-from quantization_setup import BOOTSTRAP, Subject, draws_for, exported, mean_kl, open_runtime, options, ratio, scored
+from common import Bound, as_text, lower, upper
+from quantization_setup import Subject, exported, kl_by_document, open_runtime, options, scored
 
+from edgedistill import statistics
 from edgedistill.gguf.mixes import HELPED_BY_IMPORTANCE
 from edgedistill.progress import Progress
 from edgedistill.store import Store
-from edgedistill.verify.metrics import Summary, interval, mean_over_tokens, p99_over_tokens, perplexity_of
 
 TYPES = (
     "gguf:F16", "gguf:Q8_0", "gguf:Q6_K", "gguf:Q5_K_M", "gguf:Q4_K_M", "gguf:IQ4_NL", "gguf:IQ4_XS", "gguf:Q4_0",
@@ -33,13 +33,12 @@ def types_table(
     for of in subjects:
         made = {artifact: exported(of, artifact, store=store, progress=progress) for artifact in TYPES}
         speed = decode_speed(of, made, store=store, rounds=rounds)
-        draws = draws_for(of)
         figures[of.name] = {}
         for artifact, one in made.items():
             scores = scored(of, one, made["gguf:F16"], store=store)
-            kl = mean_kl(scores, draws)
-            p99 = p99_over_tokens(scores.kl, scores.document, draws)
-            perplexity = perplexity_of(mean_over_tokens(scores.nll, scores.document, draws))
+            kl = statistics.positive_mean(kl_by_document(scores))
+            p99 = statistics.p99(scores.kl, scores.document)
+            perplexity = statistics.perplexity(statistics.by_unit(scores.nll, scores.document))
             figures[of.name][artifact] = {
                 "perplexity": perplexity.value, "perplexity_ci95": perplexity.ci95,
                 "kl_mean_nats": kl.value, "kl_mean_nats_ci95": kl.ci95,
@@ -49,7 +48,7 @@ def types_table(
                 "decode_tokens_per_s": speed[artifact][0], "decode_tokens_per_s_ci95": speed[artifact][1],
             }  # fmt: skip
             rows.append(
-                (of.name, artifact, f"{perplexity.value:.3f}", f"{kl.value:.5f} [{kl.ci95[0]:.5f}, {kl.ci95[1]:.5f}]",
+                (of.name, artifact, f"{perplexity.value:.3f}", as_text(kl, ".5f"),
                  "-" if p99 is None else f"{p99.value:.4f}", f"{one.result.bits_per_weight:.2f}",
                  f"{one.result.bytes / 1e6:.2f} MB", f"{speed[artifact][0]:,.0f}")
             )  # fmt: skip
@@ -74,12 +73,11 @@ def decode_speed(of: Subject, made: dict[str, Any], *, store: Store, rounds: int
     finally:
         for process in processes.values():
             process.close()
-    rng = np.random.default_rng(0)
     found = {}
     for name, milliseconds in samples.items():
         values = np.array(milliseconds)
-        means = np.median(values[rng.integers(0, rounds, (BOOTSTRAP, rounds))], axis=1)
-        found[name] = (1e3 / float(np.median(values)), interval(1e3 / means))
+        rate = statistics.median(1e3 / values)
+        found[name] = (rate.value, rate.ci95)
     return found
 
 
@@ -90,28 +88,28 @@ def importance_table(
     figures: dict[str, Any] = {}
     rows, bounds = [], []
     for quantization in MATRIX_TYPES:
-        seen: dict[str, Summary] = {}
+        seen: dict[str, statistics.Estimate] = {}
         for of in subjects:
             reference = exported(of, "gguf:F16", store=store, progress=progress)
             kl = {}
             for setting in ("on", "off"):
                 chosen = dataclasses.replace(options(of), importance_matrix=setting)
                 one = exported(of, f"gguf:{quantization}", store=store, chosen=chosen, progress=progress)
-                kl[setting] = mean_kl(scored(of, one, reference, store=store), draws_for(of))
-            seen[of.name] = ratio(kl["on"], kl["off"])
+                kl[setting] = kl_by_document(scored(of, one, reference, store=store))
+            seen[of.name] = statistics.ratio_of_means(kl["on"], kl["off"])
             figures.setdefault(quantization, {})[of.name] = {
-                "kl_with": kl["on"].value, "kl_without": kl["off"].value,
+                "kl_with": kl["on"].mean, "kl_without": kl["off"].mean,
                 "ratio": seen[of.name].value, "ratio_ci95": seen[of.name].ci95,
             }  # fmt: skip
-        helps = all(one.ci95[1] < 1 for one in seen.values())
-        hurts = all(one.ci95[0] > 1 for one in seen.values())
+        helps = all(upper(one) < 1 for one in seen.values())
+        hurts = all(lower(one) > 1 for one in seen.values())
         shows = "helps" if helps else "hurts" if hurts else "undecided"
         default = quantization in HELPED_BY_IMPORTANCE
         figures[quantization] |= {"shows": shows, "default": default}
         for name, one in seen.items():
             rows.append((quantization, name, f"{figures[quantization][name]['kl_with']:.5f}",
                          f"{figures[quantization][name]['kl_without']:.5f}",
-                         f"{one.value:.3f} [{one.ci95[0]:.3f}, {one.ci95[1]:.3f}]", shows, "on" if default else "off"))  # fmt: skip
+                         as_text(one), shows, "on" if default else "off"))  # fmt: skip
         contradicts = (helps and not default) or (hurts and default)
         bounds.append(Bound(f"{quantization}: default contradicts the interval", float(contradicts), "<=", 0))
     return figures, rows, bounds

@@ -18,6 +18,8 @@ from typing import Any
 
 from common import Bound, finish, parser
 
+from edgedistill.show import with_interval
+
 README = Path(__file__).resolve().parent.parent / "README.md"
 MARKED = re.compile(r"(<!-- result:begin -->\n).*?(<!-- result:end -->)", re.DOTALL)
 
@@ -43,19 +45,17 @@ def readme_table(builds: list[dict[str, Any]], cpu: str, threads: int, date: str
         for bundle in build["bundles"]:
             for done in bundle["artifacts"]:
                 artifact, latency, rung = done["artifact"], done["latency"], done["retention"]["rungs"][-1]
-                low, high = rung["perplexity_ci95"]
-                r_low, r_high = rung["retention_ci95"]
                 lines.append(
                     f"| {bundle['target']} | {artifact['format'].upper()} {artifact['quantization']} |"
-                    f" {artifact['bytes'] / 1e6:.2f} MB | {rung['perplexity']:.1f} [{low:.1f}, {high:.1f}] |"
-                    f" {rung['retention']:.3f} [{r_low:.3f}, {r_high:.3f}] |"
+                    f" {artifact['bytes'] / 1e6:.2f} MB | {with_interval(rung['perplexity'], rung['perplexity_ci95'], '.1f')} |"
+                    f" {with_interval(rung['retention'], rung['retention_ci95'])} |"
                     f" {latency['decode_tokens_per_s']:,.0f} tokens/s |"
                 )
-    low, high = teacher["perplexity_ci95"]
     lines += [
         "",
         f"Quickstart of {date}: teacher {first['teacher']['parameters']:,} parameters, perplexity"
-        f" {teacher['perplexity']:.1f} [{low:.1f}, {high:.1f}]; student {first['student']['parameters']:,} parameters."
+        f" {with_interval(teacher['perplexity'], teacher['perplexity_ci95'], '.1f')};"
+        f" student {first['student']['parameters']:,} parameters."
         " Retention is measured on the shipped bytes in llama.cpp; intervals are 95 %, over documents."
         f" Speed is a proxy: measured on {cpu} with {threads} threads, not on the target."
         f" The first build took {minutes:.1f} minutes from an empty store on two cores, teacher included.",

@@ -5,7 +5,7 @@ Teacher: teacher-tinystories-21m. Every student has a quarter of its parameters 
 one, weights. KD is forward KL at temperature 1 alone; without KD it is cross-entropy alone. Per start and loss, the
 rates of a fresh student (BASE) are taken times the factor that was best by the calibration part, on seed 0 at half of
 the tokens: from 1 it is halved or doubled until it gets no better. Held-out text is looked at once, at the end.
-Intervals: 95 %, paired bootstrap over documents, of the mean over seeds; beside them the seeds' smallest and largest.
+Intervals: 95 %, over documents, of the mean over seeds; beside them the seeds' smallest and largest.
 
 Claim: the default start has the lowest perplexity with KD. Runs are kept in --work and reused: remove it after a change
 of the code.
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Bound, finish, parser
+from common import Bound, as_list, as_text, finish, parser
 
 from edgedistill.data.prepare import prepare_data, read_part
 from edgedistill.distill.signals import CachedSignals, cache_hidden
@@ -37,10 +37,11 @@ from edgedistill.plan import AUTO_STARTS
 from edgedistill.progress import Progress
 from edgedistill.recipe import Recipe, Student, load_recipe
 from edgedistill.records import Shape
+from edgedistill.statistics import by_unit, perplexity, perplexity_ratio, positive_mean
 from edgedistill.store import Store
 from edgedistill.tasks.causal_lm import Packed, Window, encode_blocks, scoring_windows
 from edgedistill.verify.ladder import groups
-from edgedistill.verify.metrics import Summary, TokenScores, document_draws, mean_over_tokens, perplexity_of
+from edgedistill.verify.metrics import TokenScores
 from edgedistill.verify.runners import TorchScorer, load_torch
 
 DATA = Path(os.environ.get("EDGEDISTILL_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -59,7 +60,7 @@ LOSSES = {
 # Rates of Muon and AdamW as in recipes/own.yaml.
 BASE_MUON, BASE_ADAMW = 0.02, 0.004
 CONTEXT, BATCH = 256, 4
-CALIBRATION_TOKENS, HELD_OUT_TOKENS, BOOTSTRAP = 8_192, 16_000, 2000
+CALIBRATION_TOKENS, HELD_OUT_TOKENS = 8_192, 16_000
 
 
 @dataclass
@@ -231,13 +232,8 @@ def main() -> None:
 def report(
     arguments: Any, bench: Bench, held_out: HeldOut, rates: dict[str, dict[str, float]], sweep: dict[str, Any]
 ) -> None:
-    draws = document_draws(int(held_out.document.max()) + 1, BOOTSTRAP, 0)
-
-    def mean(values: np.ndarray) -> Summary:
-        return mean_over_tokens(values, held_out.document, draws)
-
     figures: dict[str, Any] = {"tokens_a_run": bench.tokens, "sweep_calibration_perplexity": sweep, "starts": {}}
-    rows, summaries = [], {}
+    rows, losses = [], {}
     for start in STARTS:
         for loss in LOSSES:
             factor = rates[start][loss]
@@ -248,35 +244,31 @@ def report(
                 )
                 for seed in arguments.seeds
             ]  # fmt: skip
-            nll = np.mean([run["nll"] for run in runs], axis=0)
-            kl = mean(np.mean([run["kl"] for run in runs], axis=0))
-            ppl = perplexity_of(mean(nll))
-            summaries[start, loss] = ppl
+            losses[start, loss] = by_unit(np.mean([run["nll"] for run in runs], axis=0), held_out.document)
+            kl = positive_mean(by_unit(np.mean([run["kl"] for run in runs], axis=0), held_out.document))
+            ppl = perplexity(losses[start, loss])
             by_seed = [float(np.exp(run["nll"].mean())) for run in runs]
             figures["starts"][f"{start}, {loss}"] = {
                 "parameters": runs[0]["parameters"], "rate_factor": factor, "steps": runs[0]["steps"],
-                "perplexity": [ppl.value, *ppl.ci95], "perplexity_by_seed": by_seed,
-                "kl_nats": [kl.value, *kl.ci95], "kl_by_seed": [float(run["kl"].mean()) for run in runs],
+                "perplexity": as_list(ppl), "perplexity_by_seed": by_seed,
+                "kl_nats": as_list(kl), "kl_by_seed": [float(run["kl"].mean()) for run in runs],
                 "seconds": [run["seconds"] for run in runs], "kept": runs[0]["kept"],
             }  # fmt: skip
             rows.append(
                 (start, loss, f"{runs[0]['parameters']:,}", f"{factor:g}",
-                 f"{ppl.value:.2f} [{ppl.ci95[0]:.2f}, {ppl.ci95[1]:.2f}]", f"{min(by_seed):.2f} to {max(by_seed):.2f}",
-                 f"{kl.value:.3f} [{kl.ci95[0]:.3f}, {kl.ci95[1]:.3f}]")
+                 as_text(ppl, ".2f"), f"{min(by_seed):.2f} to {max(by_seed):.2f}",
+                 as_text(kl))
             )  # fmt: skip
-    teacher = perplexity_of(mean(held_out.teacher_nll()))
-    figures["teacher_perplexity"] = [teacher.value, *teacher.ci95]
+    teacher = perplexity(by_unit(held_out.teacher_nll(), held_out.document))
+    figures["teacher_perplexity"] = as_list(teacher)
     default = AUTO_STARTS[0]
     bounds = []
     for loss in LOSSES:
         for other in STARTS:
             if other == default:
                 continue
-            ratio = Summary(
-                summaries[default, loss].value / summaries[other, loss].value,
-                summaries[default, loss].draws / summaries[other, loss].draws,
-            )
-            figures[f"{default} ÷ {other}, {loss}"] = [ratio.value, *ratio.ci95]
+            ratio = perplexity_ratio(losses[default, loss], losses[other, loss])
+            figures[f"{default} ÷ {other}, {loss}"] = as_list(ratio)
             if loss == "KD":
                 bounds.append(Bound(f"perplexity with KD: {default} (default) ÷ {other}", ratio.value, "<=", 1.0))
     finish(
@@ -287,8 +279,8 @@ def report(
         rows=rows,
         bounds=bounds,
         notes=[
-            f"teacher: {bench.shape.parameters:,} parameters, perplexity {teacher.value:.2f}"
-            f" [{teacher.ci95[0]:.2f}, {teacher.ci95[1]:.2f}]; {len(held_out.document):,} held-out tokens;"
+            f"teacher: {bench.shape.parameters:,} parameters, perplexity"
+            f" {as_text(teacher, '.2f')}; {len(held_out.document):,} held-out tokens;"
             f" {bench.tokens:,} tokens a run, each once"
         ],
     )

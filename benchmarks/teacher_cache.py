@@ -29,6 +29,7 @@ import torch
 from common import Bound, finish, parser
 from transformers import AutoModelForCausalLM
 
+from edgedistill import statistics
 from edgedistill.data.prepare import prepare_data, read_part
 from edgedistill.distill import multiset
 from edgedistill.distill.cache_reader import CacheReader, open_cache
@@ -44,6 +45,7 @@ from edgedistill.distill.teacher_model import live_teacher
 from edgedistill.distill.text import Text, training_text
 from edgedistill.distill.trainer import train
 from edgedistill.recipe import Data, Distill, Teacher
+from edgedistill.statistics import ByUnit
 from edgedistill.store import Store
 from edgedistill.tasks.causal_lm import Packed, encode_blocks, scoring_windows
 
@@ -262,7 +264,7 @@ class Bench:
                 if number:  # the first pair warms up
                     runs[name].append(speed)
         ratios = np.array(runs["cached"]) / np.array(runs["live"])
-        low, high = _interval(lambda draw: float(np.median(ratios[draw])), len(ratios))
+        low, high = statistics.median(ratios).ci95 or (math.nan, math.nan)
         found = {
             "size_ratio": share,
             "live_tokens_per_s": runs["live"],
@@ -297,12 +299,9 @@ class Bench:
                 losses[name].append(self._held_out(student, held_out))
         tokens = np.array([len(ids) - 1 for ids in held_out], dtype=np.float64)
         sums = {name: np.sum(per_seed, axis=0) for name, per_seed in losses.items()}
-
-        def gap(draw: Any) -> float:
-            return float(sums["cached"][draw].sum() / sums["live"][draw].sum() - 1.0)
-
-        low, high = _interval(gap, len(held_out))
-        value = gap(slice(None))
+        ratio = statistics.ratio_of_means(ByUnit(sums["cached"], tokens), ByUnit(sums["live"], tokens))
+        value = ratio.value - 1.0
+        low, high = (end - 1.0 for end in ratio.ci95 or (math.nan, math.nan))
         mean = {name: [float(each.sum() / tokens.sum()) for each in per_seed] for name, per_seed in losses.items()}
         found = {
             "tokens": QUALITY_TOKENS, "seeds": self.seeds, "held_out_tokens": int(tokens.sum()),
@@ -333,14 +332,6 @@ def _parameters(model: torch.nn.Module) -> int:
 def _pays_after(building: float, runs: dict[str, list[float]]) -> float:
     saved = 1 / float(np.median(runs["live"])) - 1 / float(np.median(runs["cached"]))
     return 1 / building / saved if saved > 0 else math.inf
-
-
-def _interval(value: Callable[[Any], float], count: int, resamples: int = 2000) -> tuple[float, float]:
-    """95 % percentile bootstrap over `count` pairs."""
-    rng = np.random.default_rng(0)
-    drawn = [value(rng.integers(0, count, count)) for _ in range(resamples)]
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def _remembered(produce: Produce) -> Produce:

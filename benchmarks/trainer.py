@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Bound, finish, parser
+from common import Bound, as_list, finish, parser
 from trainer_setup import (
     Ratio,
     bare_loop,
@@ -56,10 +56,10 @@ from edgedistill.distill.text import Text, training_text
 from edgedistill.models import check_folder
 from edgedistill.recipe import Data, Student, Training
 from edgedistill.show import human_bytes
+from edgedistill.statistics import by_unit, positive_mean, ratio_of_means
 from edgedistill.store import Store
 from edgedistill.tasks.causal_lm import Packed, encode_blocks, scoring_windows
 from edgedistill.verify.ladder import groups
-from edgedistill.verify.metrics import document_draws, interval, mean_over_tokens
 
 DATA = Path(os.environ.get("EDGEDISTILL_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 TEACHER = DATA / "weights" / "teacher-tinystories-21m"
@@ -264,11 +264,11 @@ def main() -> None:
             )  # fmt: skip
             kl = held_out_kl({name: folder / f"{name}-0" / "student" for name in results}, teacher, windows)
         document = kl.pop("document")
-        draws = document_draws(int(document.max()) + 1, 2000, 0)
-        means = {name: mean_over_tokens(values, document, draws) for name, values in kl.items()}
+        sums = {name: by_unit(values, document) for name, values in kl.items()}
+        means = {name: positive_mean(of) for name, of in sums.items()}
         figures["trl"] = {
             "results": results, "held_out_tokens": len(document), "held_out_documents": len(np.unique(document)),
-            "held_out_kl": {name: [m.value, *m.ci95] for name, m in means.items()},
+            "held_out_kl": {name: as_list(m) for name, m in means.items()},
         }  # fmt: skip
         ours = results["ours"]
         rows.append(_row("ours", ours, None, f"{means['ours'].value:.4f}"))
@@ -276,7 +276,8 @@ def main() -> None:
             ratio = paired([r["tokens_per_s"] for r in ours], [r["tokens_per_s"] for r in results[kind]])
             memory = max(r["peak_bytes"] for r in ours) / max(r["peak_bytes"] for r in results[kind])
             excess = means["ours"].value / means[kind].value - 1
-            low, high = interval(means["ours"].draws / means[kind].draws - 1)
+            ratio_of_kl = ratio_of_means(sums["ours"], sums[kind])
+            low, high = (end - 1 for end in ratio_of_kl.ci95 or (float("nan"), float("nan")))
             figures["trl"][f"ours_over_{kind}"] = {
                 "tokens_per_s": asdict(ratio), "peak_bytes": memory, "held_out_kl_excess": [excess, low, high],
             }  # fmt: skip

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -30,10 +29,10 @@ from edgedistill.distill.optimizers import is_layer_matrix, rate_share
 from edgedistill.distill.signals import LiveSignals
 from edgedistill.recipe import Training
 from edgedistill.records import TrainResult
+from edgedistill.statistics import median
 from edgedistill.tasks.causal_lm import Packed, Window
 
 HERE = Path(__file__).resolve().parent
-DRAWS = 2000
 ASIDE = ("perplexity", "save_best", "save_checkpoint", "load_best")  # of trainer.py: timed apart
 
 
@@ -206,7 +205,7 @@ def run_trl(python: Path, kind: str, job: Path, out: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Ratio:
-    """The median of paired ratios, with the 95 % bootstrap interval of that median over the pairs."""
+    """The median of paired ratios, with the 95 % interval of that median, which assumes no shape."""
 
     value: float
     low: float
@@ -219,6 +218,5 @@ class Ratio:
 
 def paired(ours: list[float], others: list[float]) -> Ratio:
     ratios = np.array([a / b for a, b in zip(ours, others, strict=True)])
-    drawn = np.random.default_rng(0).integers(0, len(ratios), size=(DRAWS, len(ratios)))
-    low, high = np.percentile(np.median(ratios[drawn], axis=1), [2.5, 97.5])
-    return Ratio(statistics.median(ratios.tolist()), float(low), float(high), len(ratios))
+    found = median(ratios)
+    return Ratio(found.value, *(found.ci95 or (float("nan"), float("nan"))), len(ratios))

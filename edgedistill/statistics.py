@@ -7,18 +7,20 @@ Legend: D units; n their counts (tokens); w = n / Σn; y their own means.
 
 Every interval is value ± t · s. s² = Σ w² (y − value)² / (1 − 2w + Σw²), which is unbiased for units that vary alike
 however uneven their counts (CR2: Bell & McCaffrey 2002), and t is Student's with (Σn)² / Σn² − 1 degrees: for equal
-counts that is the usual t interval. benchmarks/coverage.py simulates 5 to 100 units, equal and lognormal counts (σ up
-to 1.5), normal, heavy-tailed (Student's t with 3 degrees) and skewed units, correlated tokens; it chose all constants
-here, and between 93 and 97 % of the intervals hold the truth. The percentile bootstrap over documents, which a reader
-may expect, holds it 83 % of the time with five units, and bootstrap-t and Hall's transformation 88 to 93 % where counts
-are uneven.
+counts that is the usual t interval. benchmarks/interval_coverage.py simulates 5 to 100 units, equal and lognormal
+counts (σ up to 1.5), normal, heavy-tailed (Student's t with 3 degrees) and skewed units, correlated tokens. Such
+simulations chose all constants here: between 93 and 97 % of the intervals hold the truth. The percentile bootstrap
+over documents, which a reader may expect, does so 83 % of the time with five units, and bootstrap-t and Hall's
+transformation 88 to 93 % where counts are uneven.
 
-Scales, since means of skewed units are skewed:
-- what is positive (loss, KL, time) is a t interval of its logarithm, a proportion one of its logit, each widened by
-  0.3 / effective units;
-- a ratio of perplexities is one of the difference of losses, with the end on the side of greater loss moved out by what
-  a skewness of 0.7 between documents takes (first Cornish-Fisher term): few documents that lose much are what a small
-  sample misses, and a gate on the lower end would pass too often. No gate at its threshold passes above 3.5 %.
+A sample of few units cannot tell how skewed they are, and misses the rare ones that matter. What is known beforehand:
+- KL divergences and times are skewed to the right: the upper end moves out by what a skewness of 1.6 takes (the first
+  Cornish-Fisher term, γ (2 t² + 1) / 6 · Σw³ / (Σw²)^1.5 standard errors), the lower end in by 0.3 of that;
+- documents that lose much against the teacher are rarer than ones that lose little: in a ratio of perplexities the
+  lower end, which a gate looks at, moves out by what a skewness of 0.7 takes, the other in by 0.1 of that. No gate
+  whose truth is its threshold passes more than 3.5 % of the time;
+- a proportion is a t interval of its logit, a loss (perplexity) or a difference of unknown skewness a plain one.
+Where nothing moves, t is widened by 0.3 / effective units.
 
 Where no method holds, there is no interval: fewer than five effective units, (Σn)² / Σn²; twenty for a 99th percentile.
 """
@@ -38,8 +40,8 @@ MIN_UNITS_FOR_P99 = 20.0
 MIN_VALUES_FOR_P99 = 100
 WIDENED = 0.3
 WIDENED_P99 = 2.0
-SKEWNESS_OF_LOSS = 0.7
-SHARE_OF_SHIFT_BACK = 0.1
+SKEWNESS, MOVED_IN = 1.6, 0.3  # of divergences and times
+SKEWNESS_OF_LOSS, MOVED_IN_OF_LOSS = 0.7, 0.1  # of what a document loses against the teacher
 Z = 1.959963984540054  # the normal's 97.5th percentile
 
 
@@ -103,18 +105,24 @@ def in_words(ci95: tuple[float, float] | None, units: int, effective: float, wha
 
 
 def positive_mean(of: ByUnit) -> Estimate:
-    """Mean of what cannot be negative: loss, KL divergence, milliseconds. All zero: a point."""
+    """Mean of what cannot be negative and is skewed to the right: KL divergence, milliseconds. All zero: a point."""
     spread = _spread(of)
     value = of.mean
     if spread is None or value <= 0:
         return _estimate(of, value, None if spread is None else (value, value))
-    half = spread.widened_t * spread.error / value
-    return _estimate(of, value, (float(value * np.exp(-half)), float(value * np.exp(half))))
+    shift = spread.shift(SKEWNESS)
+    low = value - (spread.t - MOVED_IN * shift) * spread.error
+    least = float(value * np.exp(-spread.t * spread.error / value))  # above 0, where units differ much
+    return _estimate(of, value, (max(low, least), value + (spread.t + shift) * spread.error))
 
 
 def perplexity(loss: ByUnit) -> Estimate:
     """exp of the mean loss (nats a token)."""
-    return _mapped(positive_mean(loss), np.exp)
+    value, spread = loss.mean, _spread(loss)
+    if spread is None:
+        return _estimate(loss, float(np.exp(value)), None)
+    half = spread.widened_t * spread.error
+    return _estimate(loss, float(np.exp(value)), (float(np.exp(value - half)), float(np.exp(value + half))))
 
 
 def rate(milliseconds: ArrayLike, work: ArrayLike) -> Estimate:
@@ -150,10 +158,9 @@ def perplexity_ratio(reference_loss: ByUnit, loss: ByUnit) -> Estimate:
     spread = _spread(lost)
     if spread is None:
         return _estimate(lost, float(np.exp(value)), None)
-    t = spread.t
-    shift = SKEWNESS_OF_LOSS * spread.skewness * (2 * t * t + 1) / 6
-    low = value - (t + shift) * spread.error
-    high = value + (t - SHARE_OF_SHIFT_BACK * shift) * spread.error
+    shift = spread.shift(SKEWNESS_OF_LOSS)
+    low = value - (spread.t + shift) * spread.error
+    high = value + (spread.t - MOVED_IN_OF_LOSS * shift) * spread.error
     return _estimate(lost, float(np.exp(value)), (float(np.exp(low)), float(np.exp(high))))
 
 
@@ -244,6 +251,10 @@ class _Spread:
     widened_t: float
     skewness: float
 
+    def shift(self, skewness: float) -> float:
+        """Standard errors by which `skewness` of the units moves the ends: Cornish and Fisher's first term."""
+        return skewness * self.skewness * (2 * self.t**2 + 1) / 6
+
 
 def _spread(of: ByUnit, least: float = MIN_UNITS) -> _Spread | None:
     """None where the effective units are fewer than `least`, or a sum is not finite."""
@@ -281,8 +292,3 @@ def _binomial_half(count: int) -> Floats:
 
 def _estimate(of: ByUnit, value: float, ci95: tuple[float, float] | None) -> Estimate:
     return Estimate(value, ci95, len(of.counts), effective_units(of.counts))
-
-
-def _mapped(of: Estimate, function: np.ufunc) -> Estimate:
-    ci95 = None if of.ci95 is None else (float(function(of.ci95[0])), float(function(of.ci95[1])))
-    return Estimate(float(function(of.value)), ci95, of.units, of.effective_units)
