@@ -6,7 +6,7 @@ skewed and heavy-tailed times; pairs of runs. Coverage is of the intervals that 
 The percentile bootstrap over documents is simulated beside them, on the settings that tests/test_statistics.py shows.
 
 --check: coverage between 93 and 97 % in every setting from five effective units up; a gate whose truth is its threshold passes
-at most 3.5 % of the time. A setting within a point of a bound is simulated with --fine trials.
+at most 3.5 % of the time. A setting within half a point of a bound is simulated with --fine trials.
 """
 
 from __future__ import annotations
@@ -219,10 +219,10 @@ def simulate(setting: Setting, length: str, units: int, trials: int, seed: int =
 
 
 def refined(setting: Setting, length: str, units: int, trials: int, fine: int) -> Covered:
-    """With `fine` trials where the first tell that a bound is within a point."""
+    """With `fine` trials where the first tell that a bound is near."""
     found = simulate(setting, length, units, trials)
     if found.too_few < 0.9 and (
-        not LOWEST + 0.01 < found.covered < HIGHEST - 0.01 or (setting.gate and found.above > GATE - 0.01)
+        not LOWEST + 0.005 < found.covered < HIGHEST - 0.005 or (setting.gate and found.above > GATE - 0.005)
     ):
         return simulate(setting, length, units, fine, seed=1)
     return found

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edgedistill import statistics
 from edgedistill.statistics import ByUnit, Estimate
@@ -84,6 +87,16 @@ def test_edges() -> None:
     one_has_all = ByUnit(np.append(np.zeros(7), 9.0), counts)
     low, high = statistics.positive_mean(one_has_all).ci95 or (0.0, 0.0)
     assert 0 < low < 9 / 400 < high
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), tokens=st.integers(100, 800), ties=st.booleans())
+def test_p99_equals_the_sorted_reference(seed: int, tokens: int, ties: bool) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.integers(0, 6, tokens).astype(np.float32) if ties else rng.random(tokens).astype(np.float32)
+    found = statistics.p99(values, rng.integers(0, 30, tokens))
+    assert found is not None and found.value == np.sort(values)[::-1][math.floor((1 - 0.99) * tokens)]
+    assert found.ci95 is None or found.ci95[0] <= found.value <= found.ci95[1]
 
 
 def test_p99_is_the_smallest_value_that_99_in_100_do_not_exceed() -> None:
