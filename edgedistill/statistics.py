@@ -34,7 +34,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 
-METHOD = "t-1"  # goes into the keys of stages whose records hold intervals: raise it where an interval changes
+METHOD = "t-2"  # goes into the keys of stages whose records hold intervals: raise it where an interval changes
 MIN_UNITS = 5.0
 MIN_UNITS_FOR_P99 = 20.0
 MIN_VALUES_FOR_P99 = 100

@@ -12,13 +12,16 @@ from xml.etree import ElementTree
 import pytest
 from bundle_fixtures import Ingredients, latency, retention, rung
 
+from edgedistill.bundle.card import _retention as card_retention
 from edgedistill.bundle.card import model_card
 from edgedistill.bundle.check import verify_bundle
 from edgedistill.bundle.manifest import read_manifest
 from edgedistill.errors import UserError
-from edgedistill.records import Fallback, Percentiles, Sensitivity, SensitivityRow, TokenizerCheck
+from edgedistill.records import Fallback, Percentiles, Scored, Sensitivity, SensitivityRow, TokenizerCheck
+from edgedistill.report import plots
 from edgedistill.report.html import interval, limits_of, number, plain, render, report, size
 from edgedistill.report.plots import drift_svg, token_ms_svg, ttft_svg
+from edgedistill.show import latency_text, retention_text
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 COSTS = Sensitivity(
@@ -282,6 +285,38 @@ class TestPlots:
     def test_same_records_same_bytes(self, ingredients: Ingredients) -> None:
         record = latency(ingredients.artifact)
         assert token_ms_svg(record, "a") == token_ms_svg(record, "a")
+
+
+def test_too_few_units_are_said_where_an_interval_would_stand(ingredients: Ingredients, made: Path) -> None:
+    """In the page, the card, the plots and on the terminal: no number that could be read as an interval."""
+    none = {
+        f"{name}_ci95": None
+        for name in ("perplexity", "next_token_accuracy", "retention", "kl_mean_nats", "kl_p99_nats", "top1_agreement")
+    }
+    whole = retention(ingredients.artifact)
+    few = whole.model_copy(
+        update={
+            "documents": 3,
+            "effective_documents": 2.8,
+            "rungs": [rung.model_copy(update=none | {"ci95": None}) for rung in whole.rungs],
+            "retention": Scored(value=0.9, ci95=None),
+        }
+    )
+    slow = latency(ingredients.artifact, rate_units=1, prefill_tokens_per_s_ci95=None, decode_tokens_per_s_ci95=None)
+    manifest = read_manifest(made)
+    said = "too few documents (3, the weight of 2.8 equal ones) for an interval"
+    page = Page(render(manifest, [(few, slow)])).text
+    assert said in page and "too few repeats (1) for an interval" in page and "None" not in page
+    card = "\n".join(card_retention("model", few))
+    assert said in card.lower() and "None" not in card
+    text = retention_text(few)
+    assert said in text and "[too few]" in text and "intervals: 95 %" not in text
+    assert "intervals: 95 %, t over documents" in retention_text(whole)
+    assert "too few documents" in plots.retention_svg(few, "r") and "too few" in plots.perplexity_svg(few, "p")
+    slow_text = latency_text(slow)
+    assert (
+        "too few repeats (1) for an interval" in slow_text and f"{slow.decode_tokens_per_s:.1f} [too few]" in slow_text
+    )
 
 
 def test_numbers() -> None:
