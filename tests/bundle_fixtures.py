@@ -32,6 +32,7 @@ from edgedistill.records import (
     TokenizerCheck,
     Workload,
 )
+from edgedistill.statistics import rate
 from edgedistill.store import Store
 from edgedistill.targets import load_target
 from edgedistill.verify.gate import judged
@@ -145,7 +146,8 @@ def latency(artifact: Artifact, **changes: Any) -> Latency:
         "load_ms": [41.0],
     }
     ttft_ms, token_ms = samples["ttft_ms"], samples["token_ms"]
-    prefill, decode = 1e3 * 128 * len(ttft_ms) / sum(ttft_ms), 1e3 * len(token_ms) / sum(token_ms)
+    prefill = rate(ttft_ms, [128] * 5)
+    decode = rate([sum(token_ms[start : start + 63]) for start in range(0, 315, 63)], [63] * 5)
     values: dict[str, Any] = {
         "target": "jetson-orin-nano",
         "measured_on": {"machine": "a build server", "cpu": "a CPU", "memory_bytes": 8 << 30, "threads": 2},
@@ -154,10 +156,10 @@ def latency(artifact: Artifact, **changes: Any) -> Latency:
         "workload": Workload(batch=1, prompt_tokens=128, new_tokens=64, warmup=2, repeats=5),
         "ttft_ms": percentiles(ttft_ms),
         "token_ms": percentiles(token_ms),
-        "prefill_tokens_per_s": prefill,
-        "prefill_tokens_per_s_ci95": (prefill * 0.97, prefill * 1.02),
-        "decode_tokens_per_s": decode,
-        "decode_tokens_per_s_ci95": (decode * 0.98, decode * 1.02),
+        "prefill_tokens_per_s": prefill.value,
+        "prefill_tokens_per_s_ci95": prefill.ci95,
+        "decode_tokens_per_s": decode.value,
+        "decode_tokens_per_s_ci95": decode.ci95,
         "rate_units": 5,
         "load_ms": 41.0,
         "peak_rss_bytes": 93_000_000,

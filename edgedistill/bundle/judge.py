@@ -193,12 +193,30 @@ def check_latency(manifest: Manifest, artifact: BundleArtifact, found: Latency) 
     for field, value in computed.items():
         if not _near(getattr(found, field), value):
             refuse(f"{path}: {field} is {getattr(found, field):g}, and its samples give {value:g}")
-    for field in ("prefill_tokens_per_s", "decode_tokens_per_s"):
-        _check_interval(f"{path}: {field}'s", getattr(found, field), getattr(found, f"{field}_ci95"))
+    _check_rates(path, found, ttft_ms, token_ms)
     if found.peak_rss_bytes < 1 or (found.energy_j or 0) < 0 or not found.load_ms > 0:
         refuse(f"{path}: memory, energy or load time is negative or nothing")
     _check_ceiling(manifest, path, found)
     _check_basis(manifest, path, found)
+
+
+def _check_rates(path: str, found: Latency, ttft_ms: list[float], token_ms: list[float]) -> None:
+    """The rates' intervals and how many repeats they are over are those of the samples."""
+    from edgedistill.statistics import rate
+
+    load = found.workload
+    per_repeat = load.new_tokens - 1
+    decode_ms = [math.fsum(token_ms[start : start + per_repeat]) for start in range(0, len(token_ms), per_repeat)]
+    prefill, decode = rate(ttft_ms, [load.prompt_tokens] * load.repeats), rate(decode_ms, [per_repeat] * load.repeats)
+    if found.rate_units != load.repeats:
+        refuse(f"{path}: rates are over {found.rate_units} repeats, not over {load.repeats}")
+    for name, computed in (("prefill", prefill), ("decode", decode)):
+        said = getattr(found, f"{name}_tokens_per_s_ci95")
+        same = said is computed.ci95 is None or (
+            said is not None and computed.ci95 is not None and all(map(_near, said, computed.ci95))
+        )
+        if not same:
+            refuse(f"{path}: {name}_tokens_per_s_ci95 is {said}, and its samples give {computed.ci95}")
 
 
 def _check_percentiles(path: str, name: str, said: Percentiles, computed: Percentiles) -> None:
