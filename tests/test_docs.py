@@ -284,7 +284,7 @@ def test_wheel(distributions: tuple[Path, Path], tmp_path: Path) -> None:
     assert run("-m", "edgedistill", "recipes", "list").split() == builtin_recipes()
 
 
-@pytest.mark.parametrize("page", ["bundle.md"])
+@pytest.mark.parametrize("page", ["bundle.md", "store.md"])
 def test_promises_name_tests_that_exist(page: str) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     named = re.findall(r"`(test_\w+\.py)((?:::\w+)+)`", text)
