@@ -228,13 +228,13 @@ class TestFaults:
     def test_the_check_names_the_key_or_the_tensor(self, name: str, copy: Path, ingredients: Ingredients) -> None:
         fault = fault_of(name, gguf_faults(copy / "model/model.gguf"))
         fault.apply(copy / "model/model.gguf", seeded(fault))
-        refused(copy, ingredients, NAMED[name])
+        named(copy, 0, ingredients, NAMED[name])
 
     @pytest.mark.parametrize("name", NAMED_IN_ONNX)
     def test_the_check_names_what_differs_in_a_decoder(self, name: str, copy: Path, ingredients: Ingredients) -> None:
         fault = fault_of(name, onnx_faults(copy / "model/onnx"))
         fault.apply(copy / "model/onnx", seeded(fault))
-        refused(copy, ingredients, NAMED_IN_ONNX[name])
+        named(copy, 1, ingredients, NAMED_IN_ONNX[name])
 
     def test_the_runtimes_own_stop_tokens_are_compared(self, made: Path, ingredients: Ingredients) -> None:
         one = artifacts(made)[0]
@@ -311,6 +311,16 @@ class TestLies:
         rows[case.token_count - 1] += 1
         np.save(copy / case.rows, rows)
         refused(copy, ingredients, case.rows)
+
+
+def named(bundle: Path, which: int, ingredients: Ingredients, said: str) -> None:
+    """A bundle sealed again is refused, and its replay says what differs (documents that name sizes may speak first)."""
+    reseal(bundle)
+    with pytest.raises(UserError):
+        verify_bundle(bundle, store=ingredients.store)
+    with pytest.raises(UserError) as caught:
+        golden.replay(bundle, artifacts(bundle)[which], store=ingredients.store)
+    assert said in caught.value.cause, caught.value.cause
 
 
 def refused(bundle: Path, ingredients: Ingredients, said: str, change: Callable[[Any], Any] = lambda m: None) -> None:
