@@ -314,7 +314,7 @@ class TestLies:
 
 
 def named(bundle: Path, which: int, ingredients: Ingredients, said: str) -> None:
-    """A bundle sealed again is refused, and its replay says what differs (documents that name sizes may speak first)."""
+    """Sealed again it is refused, and its replay says what differs (documents that name sizes may speak first)."""
     reseal(bundle)
     with pytest.raises(UserError):
         verify_bundle(bundle, store=ingredients.store)
