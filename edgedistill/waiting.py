@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-# GNU: turns of a loop with a pause, some 20 to 50 ns each; LLVM and Intel: milliseconds. Chosen on two cores of an EPYC:
+# GNU: turns of a loop with a pause, some 20 to 50 ns each; LLVM and Intel: milliseconds. Chosen on two EPYC cores:
 # 20,000 keep an idle machine's rate and a sixth of it beside two other processes, 6,000 a third, 3,000 two fifths, none
 # (PASSIVE) two thirds, at a cost of a tenth to a quarter where idle.
 OURS = {"GOMP_SPINCOUNT": "5000", "KMP_BLOCKTIME": "1"}
