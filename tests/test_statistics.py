@@ -138,6 +138,9 @@ QUICK = [
 def test_95_percent_is_95_percent(setting: simulated.Setting, length: str, units: int) -> None:
     trials = 1000
     found = simulated.simulate(setting, length, units, trials)
+    if found.too_few == 1:  # a share of 0.97 takes eight documents
+        assert setting.effects == "beta about 0.97" and units < statistics.MIN_UNITS_FOR_RARE
+        return
     chance = 3 * np.sqrt(0.95 * 0.05 / (trials * (1 - found.too_few)))
     assert simulated.LOWEST - chance <= found.covered <= simulated.HIGHEST + chance
     if setting.gate:
