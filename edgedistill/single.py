@@ -18,7 +18,7 @@ from edgedistill.models import kept_tokens, locate, open_model, require_loadable
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
 from edgedistill.records import Artifact, Latency, Retention
-from edgedistill.store import Store, Stored, fsync_tree, sha256_of
+from edgedistill.store import Store, Stored, combined_sha256, fsync_tree, sha256_of
 from edgedistill.strict import NotJson, local_path, parse_json, read_bytes, require_writable
 from edgedistill.targets import Target, parse_artifact
 
@@ -133,6 +133,11 @@ def open_artifact(folder: Path) -> Stored[Artifact]:
             raise UserError(f"{folder} lacks {entry.path}", "export it again")
         if sha256_of(file) != entry.sha256:
             raise UserError(f"{file} is not what was exported: its hash differs", "export it again")
+    # What stages go by is the hash of all files together, and what runs is the entry.
+    if combined_sha256(artifact.files) != artifact.sha256:
+        raise UserError(f"{path} disagrees with itself: its sha256 is not that of its files", "export it again")
+    if artifact.entry != "." and artifact.entry not in {entry.path for entry in artifact.files}:
+        raise UserError(f"{path} names {artifact.entry!r} as what runs, which is none of its files", "export it again")
     return Stored(stage="export", key=artifact.sha256[:32], directory=folder, result=artifact, reused=True)
 
 

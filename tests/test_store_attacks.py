@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from edgedistill.errors import UserError
 from edgedistill.export import export_model
 from edgedistill.models import open_model, require_weights, tokenizer_sha256, weights_sha256
-from edgedistill.store import Store
+from edgedistill.store import Store, sha256_of
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +92,38 @@ def test_weights_that_change_under_a_stage_are_refused(built, tmp_path):
             tokenizer_sha256=tokenizer_sha256(folder), store=store,
         )  # fmt: skip
     assert not list((tmp_path / "store").glob("records/export/*"))
+
+
+def test_a_record_that_is_not_of_its_files_is_refused(built, tmp_path):
+    """Bytes that changed, the record's hash of the file made to fit, that of all files left: nothing is reused by it."""
+    student = record_of(built, "student") / "model"
+    out = tmp_path / "out"
+    done = built("export", "--student", str(student), "--format", "gguf", "--quantization", "F16", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    words = (
+        "verify",
+        str(out),
+        "--student",
+        str(student),
+        "--data",
+        str(built.folder / "text.txt"),
+        "--min-retention",
+        "0",
+    )
+    fast = ("--set", "verify.max_tokens=2000", "--set", "data.min_document_chars=200", "--min-retention", "0")
+    first = built(*words, *fast)
+    assert first.returncode == 0, first.stderr
+    record = json.loads((out / "artifact.json").read_text())
+    model = out / record["entry"]
+    data = bytearray(model.read_bytes())
+    data[-4096:] = bytes(4096)
+    model.write_bytes(data)
+    record["files"][0]["sha256"] = sha256_of(model)
+    (out / "artifact.json").write_text(json.dumps(record))
+    again = built(*words, *fast)
+    assert again.returncode == 2 and "disagrees with itself" in again.stderr
+    record["sha256"] = record["files"][0]["sha256"]
+    record["entry"] = "artifact.json"
+    (out / "artifact.json").write_text(json.dumps(record))
+    named = built(*words, *fast)
+    assert named.returncode == 2 and "none of its files" in named.stderr

@@ -38,6 +38,8 @@ def verify_artifact(
     """
     inputs: dict[str, Any] = {
         "artifact": exported.result.sha256,
+        # what the record says of the bytes decides what they are held to
+        "artifact_record": exported.result.model_dump(mode="json", exclude={"speed", "sensitivity", "parity"}),
         "student": student.weights_sha256,
         "masters": None if masters is None else masters.weights_sha256,
         "teacher": teacher.weights_sha256,
