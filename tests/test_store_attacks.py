@@ -95,7 +95,7 @@ def test_weights_that_change_under_a_stage_are_refused(built, tmp_path):
 
 
 def test_a_record_that_is_not_of_its_files_is_refused(built, tmp_path):
-    """Bytes that changed, the record's hash of the file made to fit, that of all files left: nothing is reused by it."""
+    """Bytes that changed, the record's hash of the file made to fit, that of all files left: nothing is reused."""
     student = record_of(built, "student") / "model"
     out = tmp_path / "out"
     done = built("export", "--student", str(student), "--format", "gguf", "--quantization", "F16", "--out", str(out))

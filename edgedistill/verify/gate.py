@@ -15,8 +15,8 @@ from edgedistill.verify.limits import DEFAULT_MIN_RETENTION, MAX_MISMATCH_SHARE,
 MORE_DOCUMENTS = (
     f"give at least {MIN_UNITS:g} documents of about equal length, better 20 or more: a longer --eval-data or --data, a"
     " larger data.eval_share, and a larger verify.max_tokens where it cut some off. Lines and paragraphs of one text"
-    " file count together, in blocks of data.min_document_chars: give a row a document (.jsonl), or name what ends one with"
-    " --document-separator"
+    " file count together, in blocks of data.min_document_chars: give a row a document (.jsonl), or name what ends one"
+    " with --document-separator"
 )
 
 
