@@ -32,6 +32,7 @@ from common import Bound, finish, parser
 from torch import Tensor
 
 from edgedistill.distill.losses import Head, LossSpec, TeacherHead, head_loss
+from edgedistill.show import with_interval
 from edgedistill.statistics import median
 
 BETA = 0.5
@@ -232,7 +233,7 @@ def main() -> None:
             memory = max(seen[name]["bytes"]) / max(seen[other]["bytes"])
             entry[f"{name} / {other}"] = {"time": times, "workspace": memory}
             rows.append([
-                case.name, name, other, f"{times['value']:.2f} [{times['ci95'][0]:.2f}, {times['ci95'][1]:.2f}]",
+                case.name, name, other, with_interval(times["value"], times["ci95"], ".2f"),
                 f"{memory:.3f}", f"{statistics.median(seen[name]['s']):.2f} s", f"{max(seen[name]['bytes']) / 1e6:,.0f} MB",
             ])  # fmt: skip
             if not cuda:

@@ -162,7 +162,7 @@ def difference(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> Ratio:
     each = one.astype(np.int8) - other.astype(np.int8)
     ones = np.ones(len(each))
     found = statistics.difference(ByUnit(one.astype(float), ones), ByUnit(other.astype(float), ones))
-    return Ratio(found.value, *(found.ci95 or (float("nan"), float("nan"))), len(each))
+    return Ratio(found.value, *(found.ci95 or (float("-inf"), float("inf"))), len(each))
 
 
 def compare(

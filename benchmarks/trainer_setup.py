@@ -208,15 +208,16 @@ class Ratio:
     """The median of paired ratios, with the 95 % interval of that median, which assumes no shape."""
 
     value: float
-    low: float
+    low: float  # infinite: too few pairs
     high: float
     pairs: int
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        ends = "too few" if self.high == float("inf") else f"{self.low:.3f}, {self.high:.3f}"
+        return f"{self.value:.3f} [{ends}]"
 
 
 def paired(ours: list[float], others: list[float]) -> Ratio:
     ratios = np.array([a / b for a, b in zip(ours, others, strict=True)])
     found = median(ratios)
-    return Ratio(found.value, *(found.ci95 or (float("nan"), float("nan"))), len(ratios))
+    return Ratio(found.value, *(found.ci95 or (float("-inf"), float("inf"))), len(ratios))

@@ -36,7 +36,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 
-METHOD = "t-4"  # goes into the keys of stages whose records hold intervals: raise it where an interval changes
+METHOD = "t-5"  # goes into the keys of stages whose records hold intervals: raise it where an interval changes
 MIN_UNITS = 5.0
 MIN_UNITS_FOR_RARE = 8.0
 MIN_UNITS_FOR_P99 = 20.0
@@ -148,7 +148,7 @@ def proportion(hits: ByUnit) -> Estimate:
     if not 0 < value < 1:
         missed = 1 - 0.025 ** (1 / float(hits.counts.sum()))
         return _estimate(hits, value, (1 - missed, 1.0) if value >= 1 else (0.0, missed))
-    half = spread.widened_t * spread.error / (value * (1 - value))
+    half = spread.t * spread.error / (value * (1 - value))
     odds = np.log(value / (1 - value)) + np.array([-half, half])
     low, high = 1 / (1 + np.exp(-odds))
     return _estimate(hits, value, (float(low), float(high)))

@@ -107,7 +107,9 @@ class TestReport:
         page = assert_self_contained((made / "reports/report.html").read_text(encoding="utf-8"))
         assert page.tags["svg"] == 5
 
-    def test_says_what_the_records_say(self, made: Path) -> None:
+    def test_says_what_the_records_say(self, made: Path, ingredients: Ingredients) -> None:
+        measured = latency(ingredients.artifact)
+        decode, decode_ci95 = measured.decode_tokens_per_s, measured.decode_tokens_per_s_ci95
         page = Page((made / "reports/report.html").read_text(encoding="utf-8"))
         text = re.sub(r"\s+", " ", page.text)
         for needle in (
@@ -119,7 +121,7 @@ class TestReport:
             "22.20–24.28",
             "0.8691–0.8929",
             "proxy , not on the target",
-            "147.7 144.7–150.6 at most 20,480",
+            f"{number(decode)} {interval(decode_ci95)} at most 20,480",
             "proxy, on a build server derived: ceiling of jetson-orin-nano",
             "p90 84.1, p99 –",
             "all 64 varied texts",

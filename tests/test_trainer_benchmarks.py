@@ -55,7 +55,9 @@ def test_a_job_holds_the_rows_in_the_trainers_order(tmp_path):
 
 def test_ratios_are_paired():
     ratio = trainer_setup.paired([10.0, 20.0, 40.0], [5.0, 10.0, 20.0])
-    assert (ratio.value, ratio.low, ratio.high, ratio.pairs) == (2.0, 2.0, 2.0, 3)
+    assert (ratio.value, ratio.pairs, str(ratio)) == (2.0, 3, "2.000 [too few]")
+    ratio = trainer_setup.paired([10.0, 20.0, 40.0, 6.0, 8.0], [5.0, 10.0, 20.0, 3.0, 4.0])
+    assert (ratio.value, ratio.low, ratio.high, ratio.pairs) == (2.0, 2.0, 2.0, 5)
 
 
 @pytest.mark.parametrize("backward", [False, True])
