@@ -133,6 +133,21 @@ class TestHonest:
             assert 0 < without.found["rms"] < without.allowed["rms"] == 0.03
         assert with_threads.tokens_compared > without.tokens_compared >= golden_rules.MIN_ROWS_COMPARED
 
+    def test_other_types_on_other_threads(self, ingredients: Ingredients, tmp_path: Path) -> None:
+        types = ("Q8_0", "Q4_K_M")
+        bundle = ingredients.make(tmp_path / "b", artifacts=[ingredients.exported(name) for name in types])
+        for one in artifacts(bundle):
+            for threads in (1, 2, 4):
+                model = bundle / one.folder / one.entry
+                done = replayed(bundle, one, model, ingredients.store, threads=threads)
+                assert done.alike and done.found["rms"] <= done.allowed["rms"] <= 0.00015
+            scale = next(output.scale for output in one.golden.outputs if output.scale)
+            wide, alike = golden_rules.floors(one.quantization, scale)
+            for output in one.golden.outputs:
+                if output.name in golden_rules.COMPARED:
+                    assert output.tolerance <= 1.5 * wide[output.name] * (1 + 1e-6)
+                    assert output.tolerance_alike <= 1.5 * alike[output.name] * (1 + 1e-6)
+
     def test_the_whole_check_says_what_was_compared(self, made: Path, ingredients: Ingredients) -> None:
         check = verify_bundle(made, store=ingredients.store)
         for replay, artifact in zip(check.replays, artifacts(made), strict=True):
@@ -242,6 +257,73 @@ class TestFaults:
         told = one.model_copy(update={"golden": one.golden.model_copy(update={"vocabulary": vocabulary})})
         with pytest.raises(UserError, match=r"the special tokens: stop is \[1\], not \[1, 7\]"):
             replayed(made, told, made / "model/model.gguf", ingredients.store)
+
+
+LIARS = (
+    "a RoPE base of 100,000",
+    "all zero: blk.{last}.attn_q.weight",
+    "all zero: blk.{first}.attn_q.weight",
+    "times 0.9: output_norm.weight",
+)
+
+
+class TestAllThatMayBeClaimed:
+    """A liar seals a wrong model with its own hashes, and claims that his runtime is as noisy as is believed."""
+
+    @staticmethod
+    def claim(bundle: Path, floors_seen: float) -> None:
+        """Every tolerance as wide as noise of so many floors makes it; all that follows from it and the files."""
+        one = artifacts(bundle)[0]
+        cases = golden.read_cases(bundle, one)
+        scale = golden_rules.scale_of([case.last_V for case in cases])
+        wide, alike = (
+            {name: floors_seen * value for name, value in floor.items()}
+            for floor in golden_rules.floors(one.quantization, scale)
+        )
+        claimed = golden_rules.outputs(one.quantization, scale, wide, alike)  # type: ignore[arg-type]
+        tolerance = next(output.tolerance for output in claimed if output.name == "logits")
+        said = golden.fingerprint(one.format, bundle / one.folder / one.entry)
+
+        def lie(manifest: dict[str, Any]) -> None:
+            told = manifest["artifacts"][0]["golden"]
+            told |= {"kernels": "others", "settings": dict(said.settings), "weights": dict(said.weights)}
+            told["outputs"] = [output.model_dump(mode="json") for output in claimed]
+            for told_case, case in zip(told["cases"], cases, strict=True):
+                told_case |= golden_make.compared(case.kept, case.record.token_count, one.golden.new_tokens, tolerance)
+                told_case["damaged"] = {"no_bos": 100.0}
+
+        reseal(bundle, lie)
+
+    @pytest.mark.parametrize("name", LIARS)
+    def test_lets_no_wrong_model_pass(self, name: str, copy: Path, ingredients: Ingredients) -> None:
+        fault = fault_of(name, gguf_faults(copy / "model/model.gguf"))
+        fault.apply(copy / "model/model.gguf", seeded(fault))
+        self.claim(copy, golden_rules.MAX_SEEN)
+        one = artifacts(copy)[0]
+        with pytest.raises(UserError, match="golden replay of gguf:Q4_0 failed"):
+            golden.replay(copy, one, store=ingredients.store)
+        # Not by a best token, of which a flat model has none that is sure: a statistic tells by itself, and clearly.
+        cases = golden.read_cases(copy, one)
+        with RuntimeProcess("llama.cpp", copy / "model/model.gguf", threads=1, context_tokens=256) as run:
+            rows = [run.logits([*case.tokens.tolist(), *case.greedy.tolist()]) for case in cases]
+        found = statistics([case.kept for case in cases], rows)
+        assert max(found[output.name] / output.tolerance for output in one.golden.outputs if output.tolerance) > 2
+
+    def test_is_a_bundle_as_others(self, copy: Path, ingredients: Ingredients) -> None:
+        """So that the wrong ones are refused for what they compute."""
+        self.claim(copy, golden_rules.MAX_SEEN)
+        done = golden.replay(copy, artifacts(copy)[0], store=ingredients.store)
+        assert not done.alike and done.allowed["rms"] == pytest.approx(0.045)
+
+    @pytest.mark.parametrize("which", ["largest_seen", "seen_alike"])
+    def test_is_no_more(self, which: str, copy: Path, ingredients: Ingredients) -> None:
+        def lie(manifest: dict[str, Any]) -> None:
+            (rms,) = [one for one in manifest["artifacts"][0]["golden"]["outputs"] if one["name"] == "rms"]
+            rms[which] = 0.031 if which == "largest_seen" else 0.000101
+
+        reseal(copy, lie)
+        with pytest.raises(UserError, match=r"let everything pass: rms differ by"):
+            golden.replay(copy, artifacts(copy)[0], store=ingredients.store)
 
 
 class TestChat:

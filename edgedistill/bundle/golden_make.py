@@ -245,14 +245,14 @@ def _behind(chosen_N: Sequence[int], logits_RV: NDArray[np.float32]) -> float:
 
 def _judged(artifact: Artifact, model: Path, seen: _Seen, scale: float) -> list[GoldenOutput]:
     """The tolerances, or RuntimeCrashed where the ways differ too much for any."""
-    largest = largest_of(seen.others)
-    if why := too_much_seen(artifact.quantization, scale, largest):
+    largest, alike = largest_of(seen.others), largest_of(seen.alike)
+    if why := too_much_seen(artifact.quantization, scale, largest, alike):
         raise RuntimeCrashed(
             f"{artifact.runtime} disagrees with itself on {model.name} between batch shapes or thread counts: {why[0]} "
             f"(the standard deviation of its logits is {scale:.3g})",
             f"install another build of {artifact.runtime}; this one computes wrong results on this CPU",
         )
-    return outputs(artifact.quantization, scale, largest, largest_of(seen.alike))
+    return outputs(artifact.quantization, scale, largest, alike)
 
 
 def _settled(
