@@ -221,7 +221,7 @@ def p99(values: ArrayLike, unit: NDArray[np.integer]) -> Estimate | None:
         half = spread.t * (1 + WIDENED_P99 / effective_units(hits.counts)) * spread.error
         fewest, most = int(np.floor((share - half) * len(ordered))), int(np.ceil((share + half) * len(ordered)))
         if fewest >= 1:
-            ci95 = (float(ordered[min(most, len(ordered) - 1)]), float(ordered[fewest]))
+            ci95 = (float(ordered[min(most, len(ordered) - 1)]), float(ordered[min(fewest, above)]))
     return Estimate(value, ci95, len(hits.counts), effective_units(hits.counts))
 
 

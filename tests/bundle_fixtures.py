@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tiny_models import tiny_checkpoint
 
-from edgedistill.bench.ceiling import BytesRead, ceiling
+from edgedistill.bench.ceiling import BytesRead, bytes_read_a_token, ceiling
 from edgedistill.bench.measure import drift, percentiles
 from edgedistill.bundle.build import BundledArtifact, bundle
 from edgedistill.gguf.quantize import export_gguf
@@ -22,17 +22,19 @@ from edgedistill.records import (
     Latency,
     Measured,
     Neighbours,
+    Parity,
     Retention,
     Rung,
     Scored,
     Shape,
+    SpeedComparison,
     SplitPart,
     StudentResult,
     TeacherResult,
     TokenizerCheck,
     Workload,
 )
-from edgedistill.statistics import rate
+from edgedistill.statistics import METHOD, rate
 from edgedistill.store import Store
 from edgedistill.targets import load_target
 from edgedistill.verify.gate import judged
@@ -52,6 +54,15 @@ SHAPE = Shape(
 
 def rung(name: str, perplexity: float, teacher: float, sha256: str, **changes: Any) -> Rung:
     kept = teacher / perplexity
+    itself: dict[str, Any] = {
+        "retention_ci95": (1.0, 1.0),
+        "kl_mean_nats": 0.0,
+        "kl_mean_nats_ci95": (0.0, 0.0),
+        "kl_p99_nats": 0.0,
+        "kl_p99_nats_ci95": (0.0, 0.0),
+        "top1_agreement": 1.0,
+        "top1_agreement_ci95": (0.9999, 1.0),
+    }
     return Rung(
         **{
             "rung": name,
@@ -63,15 +74,16 @@ def rung(name: str, perplexity: float, teacher: float, sha256: str, **changes: A
             "next_token_accuracy_ci95": (0.40, 0.42),
             "retention": kept,
             "retention_ci95": (kept * 0.985, kept * 1.012),
-            "kl_mean_nats": 0.0 if name == "teacher" else 0.13,
+            "kl_mean_nats": 0.13,
             "kl_mean_nats_ci95": (0.12, 0.14),
             "kl_p99_nats": 1.2,
             "kl_p99_nats_ci95": (1.1, 1.4),
-            "top1_agreement": 1.0 if name == "teacher" else 0.78,
+            "top1_agreement": 0.78,
             "top1_agreement_ci95": (0.77, 0.79),
             "artifact_sha256": sha256,
             "basis": "measured",
-            "runtime": "llama.cpp" if name == "shipped" else "torch",
+            "runtime": "torch",
+            **(itself if name == "teacher" else {}),
             **changes,
         }
     )
@@ -93,7 +105,7 @@ def retention(artifact: Artifact, min_retention: float = 0.8, **changes: Any) ->
         rung("teacher", 20.4, 20.4, "a" * 64),
         rung("student", 22.9, 20.4, "b" * 64),
         rung("quantized", 23.1, 20.4, artifact.sha256),
-        rung("shipped", 23.12, 20.4, artifact.sha256),
+        rung("shipped", 23.12, 20.4, artifact.sha256, runtime=artifact.runtime.removesuffix("-genai")),
     ]
     kept = Scored(value=rungs[-1].retention, ci95=rungs[-1].retention_ci95)
     values: dict[str, Any] = {
@@ -104,10 +116,10 @@ def retention(artifact: Artifact, min_retention: float = 0.8, **changes: Any) ->
         "documents": 212,
         "eval_sha256": "c" * 64,
         "context_tokens": 256,
-        "stride_tokens": 256,
+        "stride_tokens": 255,
         "bos": True,
         "effective_documents": 187.4,
-        "intervals": "t-1",
+        "intervals": METHOD,
         "artifact": f"{artifact.format}:{artifact.quantization}",
         "baselines": Baselines(
             tokens=263,
@@ -137,8 +149,14 @@ def retention(artifact: Artifact, min_retention: float = 0.8, **changes: Any) ->
     return judged(Measured(**{**values, **changes}), min_retention)
 
 
-def latency(artifact: Artifact, **changes: Any) -> Latency:
-    """A record of made-up samples; what follows from them is computed, as of real ones, unless it is given."""
+def latency(artifact: Artifact, folder: Path | None = None, **changes: Any) -> Latency:
+    """A record of made-up samples; what follows from them is computed, as of real ones, unless it is given.
+
+    `folder`: where the artifact lies; None: its ceiling is made up too.
+    """
+    read = BytesRead(4_900_000, 100_000, "")
+    if folder is not None:
+        read = bytes_read_a_token(artifact, folder, context_tokens=128)
     random = np.random.default_rng(0)
     samples = {
         "ttft_ms": [80.2, 81.0, 83.9, 80.9, 84.2],
@@ -165,12 +183,41 @@ def latency(artifact: Artifact, **changes: Any) -> Latency:
         "peak_rss_bytes": 93_000_000,
         "drift": drift(token_ms),
         "samples": samples,
-        "ceiling": ceiling(
-            load_target("jetson").bandwidth_bytes_per_s, BytesRead(4_900_000, 100_000, ""), context_tokens=128
-        ),
+        "ceiling": ceiling(load_target("jetson").bandwidth_bytes_per_s, read, context_tokens=128),
         "notes": ["this machine is not jetson-orin-nano: the figures tell nothing of its speed"],
     }
     return Latency(**{**values, **changes})
+
+
+def parity(**changes: Any) -> Parity:
+    values: dict[str, Any] = {
+        "runtime": "llama-cpp-python 0.3.36",
+        "inputs": "4 sequences, 256 tokens: texts of the package",
+        "reference": "stored",
+        "values": 67_328,
+        "max_abs_difference": 0.06,
+        "mean_abs_difference": 0.01,
+        "relative_rms": 0.017,
+        "limit": 0.2,
+        "greedy_tokens": 16,
+        "greedy_compared": 12,
+        "greedy_tokens_equal": 12,
+    }
+    return Parity(**{**values, **changes})
+
+
+def speed(**changes: Any) -> SpeedComparison:
+    values: dict[str, Any] = {
+        "machine": {"cpu": "a CPU"},
+        "runtime": "llama-cpp-python 0.3.36",
+        "float_ms": 2.0,
+        "quantized_ms": 1.0,
+        "ratio": 0.51,
+        "ratio_ci95": (0.45, 0.6),
+        "pairs": 9,
+        "pays": True,
+    }
+    return SpeedComparison(**{**values, **changes})
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -234,20 +281,22 @@ class Ingredients:
             from edgedistill.onnx.decoder import export_onnx
 
             artifact = export_onnx(
-                self.checkpoint, folder, quantization=quantization, context_tokens=512, threads=2, name="tiny"
+                self.checkpoint, folder, quantization=quantization, context_tokens=2048, threads=2, name="tiny"
             )
         else:
             artifact = export_gguf(
-                self.checkpoint, folder, quantization=quantization, context_tokens=512, threads=2, name="tiny"
+                self.checkpoint, folder, quantization=quantization, context_tokens=2048, threads=2, name="tiny"
             )
-        return self.bundled(artifact=artifact, folder=folder, retention=retention(artifact), latency=latency(artifact))
+        return self.bundled(
+            artifact=artifact, folder=folder, retention=retention(artifact), latency=latency(artifact, folder)
+        )
 
     def bundled(self, **changes: Any) -> BundledArtifact:
         values: dict[str, Any] = {
             "artifact": self.artifact,
             "folder": self.artifact_dir,
             "retention": retention(self.artifact),
-            "latency": latency(self.artifact),
+            "latency": latency(self.artifact, self.artifact_dir),
         }
         return BundledArtifact(**{**values, **changes})
 

@@ -15,13 +15,23 @@ from typing import Any
 import numpy as np
 import pytest
 from attack.reseal import reseal as reseal_all
-from bundle_fixtures import Ingredients, data_result, latency, retention, student_result, teacher_result
+from bundle_fixtures import (
+    Ingredients,
+    data_result,
+    latency,
+    parity,
+    retention,
+    speed,
+    student_result,
+    teacher_result,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgedistill.bundle import golden_rules
 from edgedistill.bundle.build import _exchange, without_folders
 from edgedistill.bundle.check import verify_bundle
+from edgedistill.bundle.claims import profile_notes
 from edgedistill.bundle.manifest import (
     Manifest,
     manifest_bytes,
@@ -39,6 +49,7 @@ from edgedistill.recipe import Recipe
 from edgedistill.records import Fallback, FurtherTeacher, Scored
 from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.store import files_under, sha256_of
+from edgedistill.targets import load_target
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -409,6 +420,33 @@ class TestChanged:
         refused(copy, "SHA256SUMS", "2097153")
 
 
+DEPARTURE = {"found": "runtime", "rung": "shipped", "tensor": "blk.0.attn_q", "said": "is another"}
+
+
+def _low_value(tree: Any) -> None:
+    """The shipped rung loses most, and its interval stays where it passes."""
+    rungs, teacher = tree["rungs"], tree["rungs"][0]["perplexity"]
+    rungs[3] |= {"perplexity": 100.0, "value": 100.0, "retention": teacher / 100}
+    tree["retention"]["value"] = teacher / 100
+    tree["neighbours"][1]["perplexity_ratio"]["value"] = 100 / rungs[2]["perplexity"]
+
+
+def _another_guess(tree: Any, tokens: int) -> None:
+    ratio = tokens / tree["rungs"][0]["perplexity"]
+    tree["baselines"] |= {"tokens": tokens, "uniform_over_teacher": {"value": ratio, "ci95": [ratio, ratio]}}
+
+
+def _more_than_uniform(tree: Any) -> None:
+    ratio = 1e9 / tree["rungs"][0]["perplexity"]
+    tree["baselines"] |= {"unigram_perplexity": 1e9, "unigram_over_teacher": {"value": ratio, "ci95": [ratio, ratio]}}
+
+
+def _ceiling(tree: Any, count: int) -> None:
+    source = tree["ceiling"]["source"].split(" ÷ ")[0]
+    bandwidth = load_target("jetson").bandwidth_bytes_per_s.value
+    tree["ceiling"] |= {"value": bandwidth / count, "source": f"{source} ÷ {count:,} bytes a token"}
+
+
 class TestLies:
     """Bundles whose hashes are all right, and whose content is not: what replay and the manifest's checks are for."""
 
@@ -447,6 +485,38 @@ class TestLies:
             ("retention", lambda t: t["agreement"].update(top1=0.99), "agreement.top1"),
             ("retention", lambda t: t.update(documents=-3), "documents"),
             ("retention", lambda t: t["rungs"][3].update(perplexity=1e300), "nobody measures"),
+            ("retention", lambda t: _low_value(t), "and its interval"),
+            ("retention", lambda t: t["rungs"][1].update(kl_mean_nats_ci95=[-3.0, 1.0]), "beyond what it can be"),
+            ("retention", lambda t: t["rungs"][1].update(top1_agreement_ci95=[0.5, 5.0]), "beyond what it can be"),
+            ("retention", lambda t: t["rungs"][1].update(kl_p99_nats=None), "kl_p99_nats is None"),
+            ("retention", lambda t: t["neighbours"][0]["kl_mean_nats"].update(ci95=[4.0, 6.0]), "kl_mean_nats is"),
+            ("retention", lambda t: t["baselines"]["uniform_over_teacher"].update(ci95=[1e5, 1e6]), "baselines'"),
+            ("retention", lambda t: t.update(documents=1, effective_documents=1.0), "one takes 5"),
+            ("retention", lambda t: t.update(documents=9, effective_documents=9.0), "one takes 20"),
+            ("retention", lambda t: t.update(effective_documents=1e9), "effective_documents"),
+            ("retention", lambda t: t.update(intervals="we made them up"), "intervals are"),
+            ("retention", lambda t: t.update(intervals="t-1"), "intervals are"),
+            ("retention", lambda t: t.update(eval_sha256="z"), "eval_sha256"),
+            ("retention", lambda t: t.update(rungs=[t["rungs"][0], t["rungs"][3]], neighbours=[]), "the rungs are"),
+            ("retention", lambda t: t.update(rungs=t["rungs"][::-1]), "the rungs are"),
+            ("retention", lambda t: t.update(neighbours=[]), "the neighbours are"),
+            ("retention", lambda t: t["neighbours"][0].update(above="teacher"), "the neighbours are"),
+            ("retention", lambda t: t.update(made_of="masters"), "quantization-aware"),
+            ("retention", lambda t: t.update(kept_tokens=5), "kept_tokens"),
+            ("retention", lambda t: t.update(departures=[DEPARTURE]), "departs in the runtime"),
+            ("retention", lambda t: t["tokenizer"].update(texts=0), "held to 0 texts"),
+            ("retention", lambda t: t.update(metric="accuracy"), "the metric is 'accuracy'"),
+            ("retention", lambda t: t.update(higher_is_better=True), "the lower the better"),
+            ("retention", lambda t: t["rungs"][3].update(runtime="my imagination"), "ran in 'my imagination'"),
+            ("retention", lambda t: t["rungs"][0].update(kl_mean_nats=0.1, kl_mean_nats_ci95=None), "from itself"),
+            ("retention", lambda t: t["rungs"][0].update(top1_agreement=0.9), "agrees for 0.9"),
+            ("retention", lambda t: _another_guess(t, 10**7), "the teacher has 263"),
+            ("retention", lambda t: _more_than_uniform(t), "more than a uniform guess"),
+            ("retention", lambda t: t.update(context_tokens=1), "verify.context_tokens"),
+            ("retention", lambda t: t.update(stride_tokens=1), "stride_tokens"),
+            ("latency", lambda t: _ceiling(t, 10), "the ceiling is of 10 bytes a token"),
+            ("latency", lambda t: _ceiling(t, 10**9), "the ceiling is of 1,000,000,000 bytes a token"),
+            ("latency", lambda t: t.update(peak_rss_bytes=1), "peak_rss_bytes 1"),
             ("latency", lambda t: t.update(artifact_sha256="7" * 64), "of another artifact"),
             ("latency", lambda t: t.update(target="raspberry-pi-5"), "for 'raspberry-pi-5'"),
             ("latency", lambda t: t.update(decode_tokens_per_s=900.0), "its samples give"),
@@ -485,6 +555,17 @@ class TestLies:
             ({"tensor_types": {"Q4_0": 14, "Q8_0": 1, "F32": 5}}, "tensor_types of gguf:Q4_0"),
             ({"fallbacks": [Fallback(tensor="output.weight", wanted="Q4_0", got="Q8_0", why="x")]}, "the fallback of"),
             ({"context_tokens": 8}, "context"),
+            ({"context_tokens": 1024}, "context"),
+            ({"parity": parity(relative_rms=7.0)}, "relative_rms is 7"),
+            ({"parity": parity(max_abs_difference=-5.0)}, "relative_rms"),
+            ({"parity": parity(mean_abs_difference=9.0)}, "a mean of 9"),
+            ({"parity": parity(greedy_compared=17, greedy_tokens_equal=17)}, "greedy tokens"),
+            ({"parity": parity(greedy_tokens_equal=9)}, "9 greedy tokens are equal, of 12"),
+            ({"speed": speed(ratio=50.0, ratio_ci95=(49.0, 51.0), pays=False)}, "its milliseconds give 0.5"),
+            ({"speed": speed(ratio_ci95=(0.1, 0.2))}, "has an interval"),
+            ({"speed": speed(pairs=2)}, "2 pairs has an interval"),
+            ({"speed": speed(pays=False)}, "pays is False"),
+            ({"speed": speed(float_ms=-1.0)}, "pairs of -1"),
             ({"vocab_size": 300}, "inputs and outputs"),
             ({"runtime": "onnxruntime"}, "runs no gguf"),
             ({"inputs": []}, "inputs and outputs"),
@@ -495,10 +576,33 @@ class TestLies:
         reseal(copy, lambda m: m.model_copy(update={"artifacts": [m.artifacts[0].model_copy(update=change)]}))
         refused(copy, needle)
 
+    def test_honest_parity_and_speed(self, copy: Path) -> None:
+        change = {"parity": parity(), "speed": speed()}
+        reseal(copy, lambda m: m.model_copy(update={"artifacts": [m.artifacts[0].model_copy(update=change)]}))
+        verify_bundle(copy, replay=False)
+
+    @pytest.mark.parametrize("family", ["qwen3", "nothing"])
+    def test_another_family(self, copy: Path, family: str) -> None:
+        shape = {"family": family}
+        reseal(
+            copy,
+            lambda m: m.model_copy(
+                update={"student": m.student.model_copy(update={"shape": m.student.shape.model_copy(update=shape)})}
+            ),
+        )
+        refused(copy, "the student's family is")
+
+    def test_a_profile_of_another_content_is_told(self, copy: Path) -> None:
+        manifest = read_manifest(copy)
+        assert profile_notes(manifest) == []
+        other = {**manifest.target, "memory_bytes": {**manifest.target["memory_bytes"], "value": 1e12}}
+        (note,) = profile_notes(manifest.model_copy(update={"target": other}))
+        assert "jetson-orin-nano is not the one" in note and "memory_bytes differ" in note
+
     def test_a_profile_that_would_keep_the_check_busy(self, copy: Path) -> None:
         identify = {"arch": "aarch64", "machine": "(a+)+$"}
         reseal(copy, lambda m: m.model_copy(update={"target": {**m.target, "identify": identify}}))
-        refused(copy, "manifest.json: target", "a pattern with groups")
+        refused(copy, "manifest.json: target", "repeats a group")
 
     @pytest.mark.parametrize(
         ("change", "needle"),
@@ -534,7 +638,7 @@ class TestLies:
         values[7] = np.nan
         np.save(path, values)
         reseal(copy)
-        refused(copy, "golden/01.logits.npy", "off by inf")
+        refused(copy, "golden/01.logits.npy", "not finite")
 
     def test_tokens_that_the_tokenizer_does_not_give(self, copy: Path, ingredients: Ingredients) -> None:
         (copy / "golden/00.prompt.txt").write_text("Tha", encoding="utf-8")

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from edgedistill.errors import UserError
-from edgedistill.records import Artifact, Figure
+from edgedistill.records import Figure
 
 GGUF_EMBEDDING = "token_embd.weight"
 FOLDER_EMBEDDING = "model.embed_tokens.weight"
@@ -46,8 +47,18 @@ def ceiling(bandwidth: Figure, read: BytesRead, *, context_tokens: int) -> Figur
     return Figure(value=bandwidth.value / read.total, unit="tokens/s", basis="derived", source=source)
 
 
-def bytes_read_a_token(artifact: Artifact, folder: Path, *, context_tokens: int) -> BytesRead:
-    """Read from the artifact's own files. Raises UserError where they lack what it takes."""
+class Described(Protocol):
+    """What of an artifact it takes to find its weights."""
+
+    @property
+    def format(self) -> str: ...
+
+    @property
+    def entry(self) -> str: ...
+
+
+def bytes_read_a_token(artifact: Described, folder: Path, *, context_tokens: int) -> BytesRead:
+    """Read from the artifact's own files, by headers; an ONNX graph takes its package. UserError where they lack it."""
     if artifact.format == "gguf":
         return _gguf(folder / artifact.entry, context_tokens)
     if artifact.format == "bitsandbytes":
@@ -57,23 +68,23 @@ def bytes_read_a_token(artifact: Artifact, folder: Path, *, context_tokens: int)
 
 
 def _gguf(path: Path, context_tokens: int) -> BytesRead:
-    from gguf import GGUFReader
+    """Of all files of a split one."""
+    from edgedistill.guards.gguf import check_ggufs
 
-    try:
-        reader = GGUFReader(path)
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{path} cannot be read as GGUF: {error}", "export the artifact again") from error
-    weights = {tensor.name: int(tensor.n_bytes) for tensor in reader.tensors}
+    weights: dict[str, int] = {}
+    rows: dict[str, int] = {}
+    for head in check_ggufs(path):
+        weights |= head.tensors
+        rows |= {name: dims[1] for name, (_, dims) in head.kinds.items() if len(dims) > 1}
     total = sum(weights.values())
     left_out = ""
     if GGUF_HEAD in weights and GGUF_EMBEDDING in weights:
-        rows = int(next(t for t in reader.tensors if t.name == GGUF_EMBEDDING).shape[1])
-        total -= weights[GGUF_EMBEDDING] - weights[GGUF_EMBEDDING] // rows
+        total -= weights[GGUF_EMBEDDING] - weights[GGUF_EMBEDDING] // rows[GGUF_EMBEDDING]
         left_out = f"without {GGUF_EMBEDDING}, of which one row is read"
     width = sum(
-        int(tensor.shape[1])
-        for tensor in reader.tensors
-        if tensor.name.endswith(("attn_k.weight", "attn_v.weight")) and tensor.name.startswith("blk.")
+        count
+        for name, count in rows.items()
+        if name.endswith(("attn_k.weight", "attn_v.weight")) and name.startswith("blk.")
     )
     return BytesRead(weights=total, kv_cache=width * context_tokens * KV_CACHE_BYTES, left_out=left_out)
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgedistill.bundle.claims import check_claims
+from edgedistill.bundle.claims import check_claims, profile_notes
 from edgedistill.bundle.contents import check_contents
 from edgedistill.bundle.documents import check_documents
 from edgedistill.bundle.files import REMEDY, hash_file, read_bounded, read_sealed, refuse_holes, sizes_in
 from edgedistill.bundle.golden import replay as replay_golden
-from edgedistill.bundle.judge import check_records
+from edgedistill.bundle.judge import check_ceilings, check_records
 from edgedistill.bundle.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -140,7 +140,9 @@ def _check_sealed(folder: Path) -> Sealed:
         return read_sealed(folder, path, entries[path].bytes, entries[path].sha256)
 
     figures = check_records(manifest, read)
-    notes = check_contents(folder, manifest, read) + check_documents(manifest, figures, read)
+    notes = profile_notes(manifest) + check_contents(folder, manifest, read)
+    check_ceilings(folder, manifest, figures)
+    notes += check_documents(manifest, figures, read)
     return Sealed(folder=folder, manifest=manifest, sizes=sizes, figures=figures, notes=notes)
 
 

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from pydantic import ValidationError
 
+from edgedistill import __version__
 from edgedistill.bundle.files import REMEDY
 from edgedistill.bundle.golden_record import Golden
 from edgedistill.bundle.manifest import MANIFEST, BundleArtifact, Manifest, Tensor
@@ -21,9 +22,10 @@ from edgedistill.errors import UserError
 from edgedistill.kinds import ARTIFACTS, RUNTIMES_OF
 from edgedistill.records import FileEntry
 from edgedistill.records_json import first_fault
+from edgedistill.statistics import MIN_UNITS
 from edgedistill.store import combined_sha256
 from edgedistill.strict import shown
-from edgedistill.targets import Target
+from edgedistill.targets import Target, targets_list
 
 PREPROCESS_FILES = (
     "tokenizer.json",
@@ -43,6 +45,7 @@ MAX_RECORD_BYTES = 16 << 20  # latency.json holds every sample
 TOKENIZER_BYTES_A_TOKEN = 400
 TOKENIZER_BYTES = 2 << 20
 OTHER_TOKENIZER_BYTES = 32 << 20
+SPEED_FACTOR = 2.0  # between a median of ratios and the ratio of the medians: runs vary by less
 
 
 def refuse(what: str) -> NoReturn:
@@ -63,6 +66,13 @@ def check_claims(manifest: Manifest) -> None:
         _check_golden(artifact, listed)
     _check_models(manifest)
     _check_files(manifest, listed)
+    context = context_asked(manifest)
+    for artifact in artifacts:
+        # A GGUF's header may say fewer, to which gguf_facts.py holds it.
+        if artifact.context_tokens > context or (artifact.format != "gguf" and artifact.context_tokens != context):
+            refuse(
+                f"{MANIFEST}: {artifact.name} has a context of {artifact.context_tokens}, and was made for {context}"
+            )
     limits = target_of(manifest).limits.model_dump(mode="json")
     if manifest.limits != {**limits, "context_tokens": artifacts[0].context_tokens}:
         refuse(f"{MANIFEST}: limits are not those of its target and the context of {artifacts[0].name}")
@@ -103,6 +113,45 @@ def _check_artifact(artifact: BundleArtifact, listed: dict[str, FileEntry]) -> N
             f"{artifact.parameters:,} parameters"
         )
     _check_signature(artifact)
+    _check_parity(artifact)
+    _check_speed(artifact)
+
+
+def _check_parity(artifact: BundleArtifact) -> None:
+    """An export ends where the runtime's differences are beyond their limit, or a token that is compared differs."""
+    parity, where = artifact.parity, f"{MANIFEST}: parity of {artifact.name}"
+    if parity is None:
+        return
+    figures = (parity.max_abs_difference, parity.mean_abs_difference, parity.relative_rms, parity.limit)
+    if not all(0 <= one < math.inf for one in figures) or parity.relative_rms > parity.limit:
+        refuse(f"{where}: relative_rms is {parity.relative_rms:g}, and the limit {parity.limit:g}")
+    if parity.mean_abs_difference > parity.max_abs_difference * (1 + 1e-6):
+        refuse(f"{where}: a mean of {parity.mean_abs_difference:g} is beyond the largest difference")
+    tokens, equal = parity.greedy_tokens or 0, parity.greedy_tokens_equal or 0
+    compared = tokens if parity.greedy_compared is None else parity.greedy_compared
+    if not 0 <= equal <= compared <= tokens or (parity.greedy_compared is not None and equal != compared):
+        refuse(f"{where}: {equal} greedy tokens are equal, of {compared} compared of {tokens}")
+
+
+def _check_speed(artifact: BundleArtifact) -> None:
+    """`ratio` is the median of ratios, near that of the medians; it pays where its whole interval lies below 1."""
+    speed, where = artifact.speed, f"{MANIFEST}: speed of {artifact.name}"
+    if speed is None:
+        return
+    if not min(speed.float_ms, speed.quantized_ms, speed.ratio) > 0 or speed.pairs < 1:
+        refuse(f"{where}: {speed.pairs} pairs of {speed.float_ms:g} and {speed.quantized_ms:g} ms")
+    medians = speed.quantized_ms / speed.float_ms
+    if not 1 / SPEED_FACTOR < speed.ratio / medians < SPEED_FACTOR:
+        refuse(f"{where}: the ratio is {speed.ratio:g}, and its milliseconds give {medians:g}")
+    ci95 = speed.ratio_ci95
+    if ci95 is not None and (
+        speed.pairs < MIN_UNITS or not ci95[0] * (1 - 1e-9) <= speed.ratio <= ci95[1] * (1 + 1e-9)
+    ):
+        refuse(
+            f"{where}: the ratio {speed.ratio:g} of {speed.pairs} pairs has an interval of {ci95[0]:g} to {ci95[1]:g}"
+        )
+    if speed.pays != (ci95 is not None and ci95[1] < 1):
+        refuse(f"{where}: pays is {speed.pays}, and the ratio's interval says otherwise")
 
 
 def _check_signature(artifact: BundleArtifact) -> None:
@@ -181,6 +230,26 @@ def target_of(manifest: Manifest) -> Target:
         return Target.model_validate(manifest.target)
     except ValidationError as error:
         refuse(f"{MANIFEST}: target: {first_fault(error)}")
+
+
+def context_asked(manifest: Manifest) -> int:
+    """Tokens that the artifacts were exported for: the recipe's, else the target's, within the model's positions."""
+    asked = manifest.recipe.get("export", {}).get("context_tokens") or target_of(manifest).context_tokens
+    if not isinstance(asked, int):
+        refuse(f"{MANIFEST}: the recipe's export.context_tokens is {shown(asked)}")
+    return min(asked, manifest.student.shape.max_position_embeddings)
+
+
+def profile_notes(manifest: Manifest) -> list[str]:
+    """A profile of one's own may have a shipped one's name; its figures are then not those that the name tells of."""
+    if manifest.edgedistill != __version__:
+        return []
+    target = target_of(manifest)
+    ours = next((one for one in targets_list() if one.name == target.name), None)
+    if ours is None or ours == target:
+        return []
+    other = [name for name in type(ours).model_fields if getattr(ours, name) != getattr(target, name)]
+    return [f"the profile {target.name} is not the one of edgedistill {__version__}: {', '.join(other)} differ"]
 
 
 def _check_files(manifest: Manifest, listed: dict[str, FileEntry]) -> None:

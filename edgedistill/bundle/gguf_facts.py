@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from edgedistill.bundle.claims import refuse
+from edgedistill.bundle.claims import context_asked, refuse
 from edgedistill.bundle.manifest import MANIFEST, BundleArtifact, Manifest
 from edgedistill.gguf.mixes import quantizable, types_of
 from edgedistill.guards.gguf import GgufHeader, check_ggufs
@@ -30,6 +30,8 @@ FILE_TYPES = {
     "Q2_K_S": 21, "IQ3_XS": 22, "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25, "IQ3_S": 26, "IQ3_M": 27, "IQ2_S": 28,
     "IQ2_M": 29, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32,
 }  # fmt: skip
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # of a shape's family
+CONVERTED = "converted by "  # by a script of the user's: a note says so
 DERIVED = "rope_"  # factors of positions, which torch computes and does not count
 
 
@@ -62,9 +64,13 @@ def check_gguf_facts(folder: Path, manifest: Manifest, artifact: BundleArtifact,
 def _check_shape(manifest: Manifest, artifact: BundleArtifact, head: GgufHeader) -> None:
     shape, prefix = manifest.student.shape, head.values.get("general.architecture")
     context = int(head.values.get(f"{prefix}.context_length", 0))
-    if context < artifact.context_tokens:
+    family = ARCHITECTURES.get(shape.family)
+    if prefix != family and not any(note.startswith(CONVERTED) for note in artifact.notes):
+        refuse(f"{MANIFEST}: the student's family is {shown(shape.family)}, and {artifact.name} is {shown(prefix)}")
+    if context > shape.max_position_embeddings or min(context, context_asked(manifest)) != artifact.context_tokens:
         refuse(
-            f"{artifact.name}: {prefix}.context_length is {context}, not {artifact.context_tokens} as {MANIFEST} says"
+            f"{artifact.name}: {prefix}.context_length is {context}, it was made for {context_asked(manifest)}, and "
+            f"{MANIFEST} says {artifact.context_tokens}"
         )
     keys = {
         "block_count": shape.num_hidden_layers,
@@ -112,7 +118,7 @@ def _check_tokenizer(artifact: BundleArtifact, head: GgufHeader, read: Read) -> 
 
     Read, not run: a tokenizer of somebody's may hold a pattern that never ends.
     """
-    if any(note.startswith("converted by ") for note in artifact.notes):
+    if any(note.startswith(CONVERTED) for note in artifact.notes):
         return [f"preprocess/ was not compared with the tokenizer in {artifact.name}, which another script converted"]
     tree = json.loads(read("preprocess/tokenizer.json"))
     tokens = _strings(head, "tokenizer.ggml.tokens")

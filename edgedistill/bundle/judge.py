@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from edgedistill.bundle.claims import MAX_RECORD_BYTES, refuse, target_of
 from edgedistill.bundle.files import REMEDY
 from edgedistill.bundle.manifest import BundleArtifact, Manifest
+from edgedistill.bundle.plausible import check_intervals, check_ladder
 from edgedistill.records import Latency, Percentiles, Record, Retention, Rung, RungName
 from edgedistill.records_json import json_record
 from edgedistill.strict import shown
@@ -25,6 +27,10 @@ LARGEST = 1e15  # of anything that is measured: what follows from it stays finit
 MAX_RECORD_VALUES = 600_000
 MAX_PRINTED_CHARS = 10_000
 MAX_NAME_CHARS = 300
+LEAST_RSS_BYTES = 1 << 20  # no process of a runtime is smaller
+# What a token reads of an ONNX graph's files: all but tables of which a row is looked up.
+LEAST_SHARE, MOST_SHARE = 0.1, 2.0
+ONNX_CACHE_BYTES = 4  # float32 at most
 
 
 def check_records(manifest: Manifest, read: Read) -> Figures:
@@ -63,8 +69,7 @@ def check_retention(manifest: Manifest, artifact: BundleArtifact, found: Retenti
     """Raises UserError where the record is not this artifact's, did not pass, or disagrees with itself."""
     path = artifact.retention
     rungs = {rung.rung: rung for rung in found.rungs}
-    if len(rungs) != len(found.rungs) or not {"teacher", "shipped"} <= set(rungs):
-        refuse(f"{path}: the rungs are {', '.join(rung.rung for rung in found.rungs)}")
+    check_ladder(manifest, artifact, found)
     of = {"shipped": artifact.sha256, "quantized": artifact.sha256, "student": manifest.student.weights_sha256}
     if manifest.teacher is not None:
         of["teacher"] = manifest.teacher.weights_sha256
@@ -87,6 +92,7 @@ def check_retention(manifest: Manifest, artifact: BundleArtifact, found: Retenti
         refuse(f"{path}: {found.examples} tokens of {found.documents} documents")
     if found.tokenizer.mismatches > found.tokenizer.texts:
         refuse(f"{path}: {found.tokenizer.mismatches} mismatches of {found.tokenizer.texts} texts")
+    check_intervals(path, found)
     _check_gate(manifest, path, found)
 
 
@@ -152,14 +158,6 @@ def _check_rung(path: str, rung: Rung, teacher: Rung) -> None:
             refuse(f"{where} {field} is {getattr(rung, field):g}")
     if rung.kl_mean_nats < -RELATIVE or (rung.kl_p99_nats or 0) < -RELATIVE:
         refuse(f"{where} KL is negative")
-    for field in ("perplexity", "next_token_accuracy", "retention", "kl_mean_nats", "top1_agreement"):
-        _check_interval(f"{where} {field}", getattr(rung, field), getattr(rung, f"{field}_ci95"))
-
-
-def _check_interval(where: str, value: float, ci95: tuple[float, float] | None) -> None:
-    # Percentile intervals may lie beside their value, by a little; never turned around.
-    if ci95 is not None and not ci95[0] <= ci95[1]:
-        refuse(f"{where} interval is {ci95[0]:g} to {ci95[1]:g}")
 
 
 def check_latency(manifest: Manifest, artifact: BundleArtifact, found: Latency) -> None:
@@ -194,8 +192,8 @@ def check_latency(manifest: Manifest, artifact: BundleArtifact, found: Latency) 
         if not _near(getattr(found, field), value):
             refuse(f"{path}: {field} is {getattr(found, field):g}, and its samples give {value:g}")
     _check_rates(path, found, ttft_ms, token_ms)
-    if found.peak_rss_bytes < 1 or (found.energy_j or 0) < 0 or not found.load_ms > 0:
-        refuse(f"{path}: memory, energy or load time is negative or nothing")
+    if found.peak_rss_bytes < LEAST_RSS_BYTES or (found.energy_j or 0) < 0 or not found.load_ms > 0:
+        refuse(f"{path}: memory, energy or load time is negative or nothing (peak_rss_bytes {found.peak_rss_bytes:,})")
     _check_ceiling(manifest, path, found)
     _check_basis(manifest, path, found)
 
@@ -229,14 +227,43 @@ def _check_percentiles(path: str, name: str, said: Percentiles, computed: Percen
 def _check_ceiling(manifest: Manifest, path: str, found: Latency) -> None:
     """The ceiling is the target's bandwidth by the bytes that its source names."""
     bandwidth = target_of(manifest).bandwidth_bytes_per_s.value
-    read = re.search(r"÷ ([0-9,]{1,30}) bytes a token", found.ceiling.source)
     if (
         found.ceiling.basis != "derived"
         or found.ceiling.unit != "tokens/s"
-        or read is None
-        or not _near(found.ceiling.value, bandwidth / max(1, int(read[1].replace(",", ""))))
+        or not _near(found.ceiling.value, bandwidth / max(1, _bytes_a_token(found)))
     ):
         refuse(f"{path}: the ceiling of {found.ceiling.value:g} is not the target's bandwidth by the bytes a token")
+
+
+def _bytes_a_token(found: Latency) -> int:
+    """By the ceiling's source; 0 where it names none."""
+    read = re.search(r"÷ ([0-9,]{1,30}) bytes a token", found.ceiling.source)
+    digits = "" if read is None else read[1].replace(",", "")
+    return int(digits) if digits else 0
+
+
+def check_ceilings(folder: Path, manifest: Manifest, figures: Figures) -> None:
+    """The bytes a token are those of the artifact's own files, whose headers were checked before.
+
+    An ONNX graph takes a package to read, which a verifier may lack: there they lie within bounds of its files' sizes.
+    """
+    from edgedistill.bench.ceiling import bytes_read_a_token
+
+    for artifact, (_, latency) in zip(manifest.artifacts, figures, strict=True):
+        if latency is None:
+            continue
+        said, context = _bytes_a_token(latency), latency.workload.prompt_tokens
+        if artifact.format in ("gguf", "bitsandbytes"):
+            read = bytes_read_a_token(artifact, folder / artifact.folder, context_tokens=context)
+            least = most = float(read.total)
+        else:
+            shape = manifest.student.shape
+            cache = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * context
+            graphs = sum(entry.bytes for entry in artifact.files if not entry.path.endswith(".json"))
+            least, most = LEAST_SHARE * graphs, MOST_SHARE * artifact.bytes + ONNX_CACHE_BYTES * cache
+        if not least <= said <= most:
+            span = f"{least:,.0f}" if least == most else f"{least:,.0f} to {most:,.0f}"
+            refuse(f"{artifact.latency}: the ceiling is of {said:,} bytes a token, and {artifact.name} reads {span}")
 
 
 def _check_basis(manifest: Manifest, path: str, found: Latency) -> None:
