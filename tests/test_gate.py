@@ -317,7 +317,7 @@ def test_each_neighbour_fails_alone_and_names_its_tensor(record: Retention) -> N
     check = next(check for check in gate.checks if check.passed is False)
     assert (check.rung, check.tensor) == ("shipped", "kqv_out-0")
     assert failures(gate)[0].startswith("shipped: ")
-    gate = _with(record, neighbours=[neighbours("student", "quantized", 5.0), record.neighbours[1]])
+    gate = _with(record, neighbours=[neighbours("student", "quantized", 5.0, 1.01), record.neighbours[1]])
     assert failed(gate) == ["quantized against student"]
 
 
@@ -355,7 +355,9 @@ def test_a_failure_outweighs_too_few_documents(record: Retention) -> None:
     gate = _with(record, retention=unknown)
     assert gate.verdict == "too few documents to tell"
     assert "documents" in remedy(gate)
-    gate = _with(record, retention=unknown, neighbours=[neighbours("student", "quantized", 5.0), record.neighbours[1]])
+    gate = _with(
+        record, retention=unknown, neighbours=[neighbours("student", "quantized", 5.0, 1.01), record.neighbours[1]]
+    )
     assert gate.verdict == "failed"
 
 
