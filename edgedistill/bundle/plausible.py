@@ -51,7 +51,9 @@ def _check_made_of(manifest: Manifest, path: str, found: Retention) -> None:
     qad = manifest.recipe.get("distill", {}).get("qad", {}).get("tokens_share", 0)
     if found.made_of == "masters" and not (isinstance(qad, int | float) and qad > 0):
         refuse(f"{path}: made_of is 'masters', and the recipe has no quantization-aware distillation")
-    trimmed = manifest.recipe.get("student", {}).get("trim_vocabulary")
+    student = manifest.recipe.get("student", {})
+    # a student that was given may have been trimmed before
+    trimmed = student.get("trim_vocabulary") or student.get("model")
     rows = manifest.student.shape.vocab_size
     if found.kept_tokens is not None and not (trimmed and 0 < found.kept_tokens <= rows):
         refuse(f"{path}: kept_tokens is {found.kept_tokens:,}, and the student's {rows:,} are not so trimmed")
