@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 from edgedistill.bundle import golden_rules
 from edgedistill.bundle.build import _exchange, without_folders
-from edgedistill.bundle.check import verify_bundle
+from edgedistill.bundle.check import check_sealed, verify_bundle
 from edgedistill.bundle.claims import profile_notes
 from edgedistill.bundle.manifest import (
     Manifest,
@@ -43,10 +43,13 @@ from edgedistill.bundle.manifest import (
 )
 from edgedistill.bundle.names import collision, unsafe_path
 from edgedistill.bundle.npy import load_array
+from edgedistill.bundle.onnx_facts import _check_quantization, _stored, check_onnx_facts
 from edgedistill.errors import RuntimeCrashed, UserError
+from edgedistill.guards.onnx_model import check_onnx
 from edgedistill.models import tokenizer_sha256
+from edgedistill.onnx.graph import stored_weights
 from edgedistill.recipe import Recipe
-from edgedistill.records import Fallback, FurtherTeacher, Scored
+from edgedistill.records import Fallback, FileEntry, FurtherTeacher, Scored
 from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.store import files_under, sha256_of
 from edgedistill.targets import load_target
@@ -85,6 +88,33 @@ def reseal(folder: Path, change: Callable[[Manifest], Manifest] = lambda m: m) -
     (folder / "manifest.json").write_bytes(manifest_bytes(changed))
     hashes = {entry.path: entry.sha256 for entry in files} | {"manifest.json": sha256_of(folder / "manifest.json")}
     (folder / "SHA256SUMS").write_text(sums_text(hashes), encoding="utf-8", newline="\n")
+
+
+def with_files(manifest: Manifest, folder: Path) -> Manifest:
+    """The manifest lists what lies in preprocess/ now."""
+    listed = {entry.path for entry in manifest.files}
+    added = [
+        FileEntry(path=path, bytes=0, sha256="0" * 64)
+        for path in sorted(f"preprocess/{file.name}" for file in (folder / "preprocess").iterdir())
+        if path not in listed
+    ]
+    files = sorted([*manifest.files, *added], key=lambda entry: entry.path)
+    return manifest.model_copy(update={"files": files})
+
+
+def read_or_key_error(path: Path) -> bytes:
+    if not path.is_file():
+        raise KeyError(path.name)
+    return path.read_bytes()
+
+
+def swap_two_words(path: Path) -> None:
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    added = {entry["content"] for entry in tree["added_tokens"]}
+    vocab = tree["model"]["vocab"]
+    one, two = [token for token in vocab if token not in added][:2]
+    vocab[one], vocab[two] = vocab[two], vocab[one]
+    path.write_text(json.dumps(tree), encoding="utf-8")
 
 
 def refused(folder: Path, *needles: str, **options: object) -> str:
@@ -624,6 +654,72 @@ class TestLies:
         reseal(copy)
         refused(copy, "preprocess/tokenizer.json", needle)
 
+    @pytest.mark.parametrize(
+        ("name", "tree", "needle"),
+        [
+            ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": "x--y.Z"}}, "auto_map asks for code"),
+            ("tokenizer_config.json", {"x": [{"trust_remote_code": True}]}, "trust_remote_code asks for code"),
+            ("tokenizer_config.json", {"eos_token": "a"}, "tokenizer.ggml.eos_token_id is"),
+            ("tokenizer_config.json", {"eos_token": {"content": ["a"]}}, "is no text"),
+            ("tokenizer_config.json", {"added_tokens_decoder": {"5": {"content": "<|eos|>"}}}, "the id 5"),
+            ("tokenizer_config.json", {"chat_template": "{{ x }}"}, "'tokenizer.chat_template' is another"),
+            (
+                "tokenizer_config.json",
+                {"chat_template": [{"name": "default", "template": "{{ x }}"}]},
+                "'tokenizer.chat_template' is another",
+            ),
+            (
+                "tokenizer_config.json",
+                {"chat_template": [{"name": "tools", "template": "{{ x }}"}]},
+                "'tokenizer.chat_template.tools' is another",
+            ),
+            ("tokenizer_config.json", {"chat_template": [5]}, "neither a text nor a list"),
+            ("special_tokens_map.json", {"bos_token": "<|eos|>", "eos_token": "<|bos|>"}, "special_tokens_map.json"),
+            ("added_tokens.json", {"<|eos|>": 7}, "added_tokens.json gives '<|eos|>' the id 7"),
+            ("added_tokens.json", {"<|new|>": 7}, "added_tokens.json gives '<|new|>' the id 7"),
+            ("vocab.json", {"a": 5}, "lists 'preprocess/vocab.json', which is no part"),
+            ("tokenizer.model", {}, "lists 'preprocess/tokenizer.model', which is no part"),
+        ],
+    )
+    def test_words_beside_the_tokenizer(self, copy: Path, name: str, tree: dict[str, object], needle: str) -> None:
+        path = copy / "preprocess" / name
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        path.write_text(json.dumps({**before, **tree}), encoding="utf-8")
+        reseal(copy, lambda m: with_files(m, copy))
+        refused(copy, needle)
+
+    def test_a_beginning_that_the_artifact_does_not_put_there(self, copy: Path) -> None:
+        path = copy / "preprocess/tokenizer.json"
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree["post_processor"] = {"type": "BertProcessing", "cls": ["<|bos|>", 0], "sep": ["<|eos|>", 1]}
+        path.write_text(json.dumps(tree), encoding="utf-8")
+        reseal(copy)
+        refused(copy, "preprocess/ is not the tokenizer of gguf:Q4_0", "the post-processor adds")
+
+    def test_a_flag_that_transformers_ignores_is_told(self, copy: Path) -> None:
+        path = copy / "preprocess/tokenizer_config.json"
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**tree, "add_eos_token": True}), encoding="utf-8")
+        reseal(copy)
+        assert any("add_eos_token=True" in note for note in check_sealed(copy).notes)
+
+    def test_a_converter_is_no_excuse(self, copy: Path) -> None:
+        def noted(manifest: Manifest) -> Manifest:
+            notes = ["converted by convert_hf_to_gguf.py"]
+            return manifest.model_copy(
+                update={"artifacts": [manifest.artifacts[0].model_copy(update={"notes": notes})]}
+            )
+
+        def with_tool(manifest: Manifest) -> Manifest:
+            return noted(manifest).model_copy(update={"tool_versions": {**manifest.tool_versions, "converter": "x.py"}})
+
+        reseal(copy, noted)
+        refused(copy, "tool_versions names no converter")
+        reseal(copy, with_tool)
+        swap_two_words(copy / "preprocess/tokenizer.json")
+        reseal(copy)
+        refused(copy, "preprocess/ is not the tokenizer of gguf:Q4_0: token")
+
     def test_logits_that_the_runtime_does_not_compute(self, copy: Path, ingredients: Ingredients) -> None:
         path = copy / "golden/01.logits.npy"
         values = np.load(path)
@@ -1020,3 +1116,58 @@ class TestOnnx:
         )
         assert done.returncode == 0, done.stderr
         assert len(done.stdout) > len("Once upon\n")
+
+    @pytest.mark.parametrize(
+        ("change", "needle"),
+        [
+            ({"tensor_types": {"INT2": 1_000_000}}, "tensor_types of onnx:INT4"),
+            ({"bits_per_weight": 0.01}, "bits_per_weight of onnx:INT4"),
+            ({"inputs": []}, "inputs of onnx:INT4"),
+            ({"outputs": []}, "outputs of onnx:INT4"),
+            ({"fallbacks": [Fallback(tensor="x", wanted="INT4", got="FP32", why="x")]}, "fallbacks of onnx:INT4"),
+            ({"overrides": {"y": "INT1"}}, "overrides of onnx:INT4"),
+            ({"runtime": "onnxruntime"}, "runs no onnx"),
+            ({"context_tokens": 500}, "a context of 500"),
+        ],
+    )
+    def test_claims_that_lie(self, second: Path, tmp_path: Path, change: dict[str, object], needle: str) -> None:
+        copy = Path(shutil.copytree(second, tmp_path / second.name))
+        reseal(
+            copy,
+            lambda m: m.model_copy(update={"artifacts": [m.artifacts[0], m.artifacts[1].model_copy(update=change)]}),
+        )
+        refused(copy, needle)
+
+    @pytest.mark.parametrize(
+        ("quantization", "needle"),
+        [("INT8", "have [4] bits"), ("FP32", "its matrices are"), ("INT8-DYNAMIC", "which no")],
+    )
+    def test_another_quantization(self, second: Path, quantization: str, needle: str) -> None:
+        """What the gate does not ask first: whether the graph is what the label says."""
+        artifact = read_manifest(second).artifacts[1].model_copy(update={"quantization": quantization})
+        with pytest.raises(UserError) as caught:
+            check_onnx_facts(second, artifact, lambda path: read_or_key_error(second / path))
+        assert needle in caught.value.cause
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "tokenizer_config.json"])
+    def test_a_tokenizer_that_is_another(self, second: Path, tmp_path: Path, name: str) -> None:
+        """Without the GGUF beside it, whose own tokenizer would tell too."""
+        copy = Path(shutil.copytree(second, tmp_path / second.name))
+        path = copy / "preprocess" / name
+        if name == "tokenizer.json":
+            swap_two_words(path)
+        elif name == "chat_template.jinja":
+            path.write_text("{{ messages }}", encoding="utf-8")
+        else:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            path.write_text(json.dumps({**tree, "eos_token": "<|bos|>"}), encoding="utf-8")
+        artifact = read_manifest(copy).artifacts[1]
+        with pytest.raises(UserError, match="is not the tokenizer of onnx:INT4"):
+            check_onnx_facts(copy, artifact, lambda path: read_or_key_error(copy / path))
+
+    @pytest.mark.parametrize("quantization", ["INT8", "FP32"])
+    def test_counted_as_the_exporter_counts(self, ingredients: Ingredients, quantization: str) -> None:
+        one = ingredients.exported(quantization, onnx=True)
+        weights = _stored(check_onnx(one.folder / "model.onnx"))
+        assert [tuple(w) for w in weights] == [(w.name, w.type, w.rank, w.bytes) for w in stored_weights(one.folder)]
+        _check_quantization(f"onnx:{quantization}", quantization, check_onnx(one.folder / "model.onnx"), weights)

@@ -20,6 +20,7 @@ from edgedistill.bundle.npy import array_bytes
 from edgedistill.bundle.samples import sample_names
 from edgedistill.errors import UserError
 from edgedistill.kinds import ARTIFACTS, RUNTIMES_OF
+from edgedistill.models import TOKENIZER_FILES
 from edgedistill.records import FileEntry
 from edgedistill.records_json import first_fault
 from edgedistill.statistics import MIN_UNITS
@@ -27,16 +28,8 @@ from edgedistill.store import combined_sha256
 from edgedistill.strict import shown
 from edgedistill.targets import Target, targets_list
 
-PREPROCESS_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
+# What a tokenizer's hash is taken over: nothing is in preprocess/ that no hash of the student holds.
+PREPROCESS_FILES = TOKENIZER_FILES
 DOCUMENTS = ("MODEL_CARD.md", "LICENSE", "NOTICE", "sbom.cdx.json", "reports/report.html", "samples/README.md")
 MAX_DOCUMENT_BYTES = 16 << 20
 MAX_PROMPT_BYTES = 64 << 10
@@ -89,8 +82,7 @@ def _check_artifact(artifact: BundleArtifact, listed: dict[str, FileEntry]) -> N
         refuse(f"{MANIFEST}: the artifact {shown(name)} is {format_}:{shown(artifact.quantization)}")
     if artifact.quantization not in ARTIFACTS[format_]:
         refuse(f"{MANIFEST}: {format_} has no quantization {shown(artifact.quantization)}")
-    runtimes = {RUNTIMES_OF[format_], "onnxruntime" if format_ == "onnx" else ""}
-    if artifact.runtime not in runtimes or artifact.golden.runtime not in runtimes:
+    if {artifact.runtime, artifact.golden.runtime} != {RUNTIMES_OF[format_]}:
         refuse(f"{MANIFEST}: {artifact.runtime} with vectors of {shown(artifact.golden.runtime)} runs no {format_}")
     for entry in artifact.files:
         if listed.get(path := f"{artifact.folder}/{entry.path}") != entry.model_copy(update={"path": path}):

@@ -14,13 +14,13 @@ from edgedistill.bundle.files import REMEDY
 from edgedistill.bundle.gguf_facts import check_gguf_facts
 from edgedistill.bundle.manifest import BundleArtifact, Manifest
 from edgedistill.bundle.npy import array_of
+from edgedistill.bundle.onnx_facts import check_folder_facts, check_onnx_facts
+from edgedistill.bundle.tokenizer_facts import check_preprocess
 from edgedistill.records_json import json_value
 from edgedistill.strict import shown
 
 Read = Callable[[str], bytes]
 MAX_CONFIG_BYTES = 4 << 20
-# What a tokenizer's hash is taken over: see models.py.
-HASHED = PREPROCESS_FILES[:5]
 
 
 def check_contents(folder: Path, manifest: Manifest, read: Read) -> list[str]:
@@ -39,16 +39,20 @@ def check_contents(folder: Path, manifest: Manifest, read: Read) -> list[str]:
             continue
         if name.endswith(".json"):
             _check_json(path, vocab_size, read)
-        elif name != "tokenizer.model":
+        else:
             _text(path, read)
-        if name in HASHED:
-            digest.update(f"{name}\n".encode() + read(path))
+        digest.update(f"{name}\n".encode() + read(path))
     if digest.hexdigest() != manifest.student.tokenizer_sha256:
         refuse("preprocess/: the tokenizer's files are not those of student.tokenizer_sha256 in manifest.json")
+    check_preprocess(read)
     notes: list[str] = []
     for artifact in manifest.artifacts:
         if artifact.format == "gguf":
             notes += check_gguf_facts(folder, manifest, artifact, read)
+        elif artifact.format == "onnx":
+            check_onnx_facts(folder, artifact, read)
+        elif artifact.format == "bitsandbytes":
+            check_folder_facts(folder, artifact, read)
     return notes
 
 

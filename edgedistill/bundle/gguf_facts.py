@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import mmap
-import struct
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from edgedistill.bundle.claims import context_asked, refuse
 from edgedistill.bundle.manifest import MANIFEST, BundleArtifact, Manifest
+from edgedistill.bundle.tokenizer_facts import CONVERTED, check_gguf_tokenizer
 from edgedistill.gguf.mixes import quantizable, types_of
 from edgedistill.guards.gguf import GgufHeader, check_ggufs
 from edgedistill.strict import shown
@@ -31,7 +29,6 @@ FILE_TYPES = {
     "IQ2_M": 29, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32,
 }  # fmt: skip
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # of a shape's family
-CONVERTED = "converted by "  # by a script of the user's: a note says so
 DERIVED = "rope_"  # factors of positions, which torch computes and does not count
 
 
@@ -58,7 +55,7 @@ def check_gguf_facts(folder: Path, manifest: Manifest, artifact: BundleArtifact,
             refuse(f"{MANIFEST}: {field} of {artifact.name} is {shown(said)}, and the file has {shown(found)}")
     _check_shape(manifest, artifact, heads[0])
     _check_quantization(artifact, heads[0], types, kinds)
-    return _check_tokenizer(artifact, heads[0], read)
+    return check_gguf_tokenizer(manifest, artifact, heads[0], read)
 
 
 def _check_shape(manifest: Manifest, artifact: BundleArtifact, head: GgufHeader) -> None:
@@ -111,65 +108,3 @@ def _check_quantization(
         expected = {artifact.overrides.get(tensor), fallbacks.get(tensor), *(one[tensor] for one in wanted)}
         if types[tensor] not in expected:
             refuse(f"{MANIFEST}: {name} says {mix}, and its {tensor} is {types[tensor]}, not {wanted[0][tensor]}")
-
-
-def _check_tokenizer(artifact: BundleArtifact, head: GgufHeader, read: Read) -> list[str]:
-    """preprocess/ has the artifact's own tokens, merges, special tokens and chat template.
-
-    Read, not run: a tokenizer of somebody's may hold a pattern that never ends.
-    """
-    if any(note.startswith(CONVERTED) for note in artifact.notes):
-        return [f"preprocess/ was not compared with the tokenizer in {artifact.name}, which another script converted"]
-    tree = json.loads(read("preprocess/tokenizer.json"))
-    tokens = _strings(head, "tokenizer.ggml.tokens")
-    kind, vocab = head.values.get("tokenizer.ggml.model"), tree["model"]["vocab"]
-    ids = {token: number for number, (token, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
-    added = {entry["content"]: entry["id"] for entry in tree.get("added_tokens") or []}
-    # WordPiece's tokens are written otherwise in a GGUF; added ones are as they are.
-    for token, token_id in (added if kind == "bert" else ids | added).items():
-        if tokens[token_id] != token:
-            _differs(artifact, f"token {token_id} is {shown(token)}, and the artifact's {shown(tokens[token_id])}")
-    if kind == "gpt2":
-        merges = [one if isinstance(one, str) else " ".join(one) for one in tree["model"].get("merges") or []]
-        if merges != _strings(head, "tokenizer.ggml.merges"):
-            _differs(artifact, "tokenizer.ggml.merges are others")
-    _check_words(artifact, head, ids | added, read)
-    return []
-
-
-def _check_words(artifact: BundleArtifact, head: GgufHeader, ids: dict[str, int], read: Read) -> None:
-    """The special tokens and the chat template of tokenizer_config.json, or of the file beside it."""
-    try:
-        config = json.loads(read("preprocess/tokenizer_config.json"))
-    except KeyError:
-        config = {}
-    for name, role in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")):
-        token, found = config.get(name), head.values.get(f"tokenizer.ggml.{role}_token_id")
-        text = token.get("content") if isinstance(token, dict) else token
-        if text is not None and found is not None and ids.get(text) != found:
-            _differs(artifact, f"tokenizer.ggml.{role}_token_id is {found}, not {ids.get(text)} ({name} {shown(text)})")
-    try:
-        template = read("preprocess/chat_template.jinja").decode("utf-8")
-    except KeyError:
-        template = config.get("chat_template") or ""
-    if isinstance(template, str) and template != head.values.get("tokenizer.chat_template", ""):
-        _differs(artifact, "tokenizer.chat_template is another")
-
-
-def _differs(artifact: BundleArtifact, how: str) -> NoReturn:
-    refuse(f"preprocess/ is not the tokenizer of {artifact.name}: {how}")
-
-
-def _strings(head: GgufHeader, key: str) -> list[str]:
-    """The texts of an array; [] where there is none."""
-    if key not in head.arrays:
-        return []
-    start, _ = head.spans[key]
-    count = head.arrays[key][1]
-    found, at = [], start
-    with head.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for _ in range(count):
-            (length,) = struct.unpack_from("<Q", data, at)
-            found.append(data[at + 8 : at + 8 + length].decode("utf-8", errors="replace"))
-            at += 8 + length
-    return found

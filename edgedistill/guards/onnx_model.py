@@ -78,7 +78,8 @@ class OnnxModel:
     """What a file holds. `files`: names and bytes of the files beside it that hold its weights.
 
     `pieces`: a node or weight of the graph → where its bytes lie: file, first byte, how many; `weights`: name → type's
-    number and dimensions; `inputs`, `outputs`: the same, a dimension without a size as its name.
+    number and dimensions; `inputs`, `outputs`: the same, a dimension without a size as its name. `matrices`: of each
+    MatMulNBits its bits and the names of all its inputs but the first.
     """
 
     path: Path
@@ -89,6 +90,7 @@ class OnnxModel:
     weights: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
     inputs: dict[str, tuple[int, tuple[int | str, ...]]] = field(default_factory=dict)
     outputs: dict[str, tuple[int, tuple[int | str, ...]]] = field(default_factory=dict)
+    matrices: list[tuple[int, list[str]]] = field(default_factory=list)
 
     @property
     def data_bytes(self) -> int:
@@ -202,10 +204,15 @@ class _Reader:
             raise self.refused(f"the operator {shown(operator)}{shown_domain} is not among those that are allowed")
         if self.text(node, 8):
             raise self.refused(f"a node calls a function ({shown(self.text(node, 8))})")
+        bits = 0
         for inner in node.get(5, []):
             attribute = self.read(inner.value, inner.end, ATTRIBUTE, f"an attribute of {operator}")
+            if 3 in attribute and self.text(attribute, 1) == "bits":
+                bits = attribute[3][0].value
             for tensor in (*attribute.get(5, []), *attribute.get(10, [])):
                 self.tensor(tensor)
+        if operator == "MatMulNBits":
+            self.found.matrices.append((bits, [self.text({1: [one]}, 1) for one in node.get(1, [])[1:]]))
         return self.text(node, 3)
 
     def tensor(self, one: Field) -> tuple[str, list[Piece], tuple[int, tuple[int, ...]]]:
