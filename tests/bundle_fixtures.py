@@ -89,7 +89,7 @@ def rung(name: str, perplexity: float, teacher: float, sha256: str, **changes: A
     )
 
 
-def neighbours(above: str, below: str, kl: float, ratio: float) -> Neighbours:
+def neighbours(above: str, below: str, kl: float, ratio: float = 1.0) -> Neighbours:
     return Neighbours(
         above=above,
         below=below,
