@@ -325,7 +325,16 @@ def test_profiles_are_found_inside_an_installed_package_too(tmp_path: Path) -> N
     source = Path(module.__file__).parent
     package = tmp_path / "edgedistill"
     (package / "_targets").mkdir(parents=True)
-    for name in ("__init__.py", "errors.py", "records.py", "strict.py", "strict_yaml.py", "targets.py"):
+    for name in (
+        "__init__.py",
+        "errors.py",
+        "figures.py",
+        "kinds.py",
+        "records.py",
+        "strict.py",
+        "strict_yaml.py",
+        "targets.py",
+    ):
         (package / name).write_bytes((source / name).read_bytes())
     (package / "_targets" / "cpu-x86.yaml").write_bytes((targets_folder() / "cpu-x86.yaml").read_bytes())
     code = "from edgedistill.targets import targets_list; print([t.name for t in targets_list()])"
