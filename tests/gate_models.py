@@ -18,8 +18,6 @@ def trained(folder: Path, *, seed: int = 0, steps: int = 110, family: str = "lla
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from edgedistill.tasks.causal_lm import TextTokenizer, encode_blocks
-
     settings: dict[str, Any] = {
         "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "tie_word_embeddings": False,
@@ -32,8 +30,18 @@ def trained(folder: Path, *, seed: int = 0, steps: int = 110, family: str = "lla
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings | changes), dtype=torch.float32)
     byte_level_bpe(folder)
     model.save_pretrained(folder)
-    blocks = [[text] for text in tiny_text(80, seed=1).split("\n\n")]
-    stream = np.concatenate(encode_blocks(TextTokenizer.load(folder), blocks)).astype(np.int64)
+    learn(model, folder, tiny_text(80, seed=1).split("\n\n"), seed=seed, steps=steps)
+    model.save_pretrained(folder)
+    return folder
+
+
+def learn(model: Any, folder: Path, texts: list[str], *, seed: int = 0, steps: int = 110) -> None:
+    """Teach a model the texts, in the tokens of the folder's tokenizer."""
+    import torch
+
+    from edgedistill.tasks.causal_lm import TextTokenizer, encode_blocks
+
+    stream = np.concatenate(encode_blocks(TextTokenizer.load(folder), [[text] for text in texts])).astype(np.int64)
     optimizer = torch.optim.AdamW(model.parameters(), 6e-3)
     rng = np.random.default_rng(seed)
     for _ in range(steps):
@@ -44,8 +52,6 @@ def trained(folder: Path, *, seed: int = 0, steps: int = 110, family: str = "lla
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    model.save_pretrained(folder)
-    return folder
 
 
 def changed(folder: Path, source: Path, change: Callable[[str, Any], Any]) -> Path:

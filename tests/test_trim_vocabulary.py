@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from command import ROOT, Command, refused, tiny_text
+from gate_models import learn
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -272,14 +273,17 @@ def chain(tmp_path_factory) -> tuple[Command, tuple[str, ...]]:
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=ROWS, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.3,
-            bos_token_id=0, eos_token_id=1,
+            num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0,
+            eos_token_id=1,
         )
     )  # fmt: skip
+    # from more than the data, so that tokens which these do not use stand between those that they do
+    folder.mkdir()
+    train_tokenizer([*tiny_text().split("\n\n"), (ROOT / "README.md").read_text()], TOKENS, folder)
+    model.config.save_pretrained(folder)
+    learn(model, folder, tiny_text().split("\n\n"))
     model.get_input_embeddings().weight.data[TOKENS:] = 0  # padding is no model's choice
     model.save_pretrained(folder)
-    # from more than the data, so that tokens which these do not use stand between those that they do
-    train_tokenizer([*tiny_text().split("\n\n"), (ROOT / "README.md").read_text()], TOKENS, folder)
     return command, (command.recipe(), "--teacher", str(folder), *ASKED)
 
 
@@ -377,7 +381,7 @@ def test_cached_and_fresh_and_reused(chain):
     planned = command.json("plan", *words)
     assert planned["store_hits"] == {"data": True, "teacher": True, "student": True}
     assert planned["student"]["vocab_size"] == one["shape"]["vocab_size"]
-    whole = command.json("plan", *words, "--set", "student.trim_vocabulary=false")
+    whole = command.json("plan", *(word.replace("trim_vocabulary=true", "trim_vocabulary=false") for word in words))
     assert whole["student"]["vocab_size"] == ROWS
     assert whole["store_hits"]["student"] is False
 
