@@ -359,7 +359,7 @@ def test_a_trimmed_student_is_verified_alone_and_other_text_is_refused(built):
     command.json("export", "--student", student, "--quantization", "Q8_0", "--out", "alone")
     words = ("verify", "alone", "--student", student, "--teacher", str(command.folder / "teacher"),
              "--set", "verify.context_tokens=64", "--set", "verify.max_tokens=2000",
-             "--set", "verify.min_retention=0")  # fmt: skip
+             "--set", "verify.min_retention=0", "--set", "data.min_document_chars=200")  # fmt: skip
     retention = command.json(*words, "--data", str(command.folder / "text.txt"))
     assert retention["kept_tokens"] == document["student"]["shape"]["vocab_size"]
     refused(command(*words, "--data", str(ROOT / "README.md")), "other tokens", "trimmed vocabulary")
