@@ -190,8 +190,9 @@ def outcomes(
     ]  # fmt: skip
     for process in started:
         assert process.stdout is not None
-        for line in process.stdout:
-            yield Outcome(**json.loads(line))
+        with process.stdout as lines:
+            for line in lines:
+                yield Outcome(**json.loads(line))
         if process.wait() != 0:
             raise RuntimeError(f"a worker ended with {process.returncode}")
 
