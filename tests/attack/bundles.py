@@ -82,8 +82,12 @@ def change(bundle: Path, seed: int, number: int, *, replay: bool = True) -> Chan
     """Change the bundle. Without `replay`, nothing that only the runtime can tell."""
     rng = Random(f"{seed}:{number}")
     kinds = [(weight, kind) for weight, kind in KINDS if replay or kind not in NEEDS_REPLAY]
-    (kind,) = rng.choices([kind for _, kind in kinds], [weight for weight, _ in kinds])
-    return kind(bundle, rng)
+    while True:
+        (kind,) = rng.choices([kind for _, kind in kinds], [weight for weight, _ in kinds])
+        try:
+            return kind(bundle, rng)
+        except IndexError:
+            continue  # this bundle has nothing that this kind could change: no number in the text that was drawn
 
 
 def files_of(bundle: Path) -> list[str]:
