@@ -1,12 +1,11 @@
 """Training beside other work: how many tokens a second are left when other processes want the same cores.
 
-One training process (the quickstart's teacher, on random tokens), started again for every measurement, since OpenMP reads its
-settings when it is loaded. Ways of waiting:
+Three processes that train the quickstart's teacher on random tokens, in short turns: one trains, the others sleep.
   spin     OpenMP's own default, what the program had before it chose
-  ours     what edgedistill.waiting sets
+  ours     what edgedistill.waiting sets, by the load that it sees when the process starts
   passive  OMP_WAIT_POLICY=PASSIVE: waiting threads sleep at once
-Idle: alone on the machine, in rounds whose order alternates. Busy: beside as many endless loops as there are CPUs, each of
-which the scheduler owes as much as a training thread.
+Idle: nothing else on the machine, in rounds whose order alternates. Busy: beside as many endless loops as there are CPUs,
+each of which the scheduler owes as much as a training thread.
 
 Claims: idle, ours is at least 0.98 of spin (median of the rounds' ratios); busy, ours is at least 0.25 of its own idle rate.
 Run it on a machine that does nothing else.
@@ -21,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,27 +30,53 @@ from edgedistill import machine, waiting
 
 WAYS = ("spin", "ours", "passive")
 OTHERS_WORK = "while True:\n    pass"
-WARMUP_STEPS = 2
+WARMUP_STEPS = 3
 
 
-def environment(way: str) -> dict[str, str]:
-    plain = {name: value for name, value in os.environ.items() if name not in (*waiting.USERS, waiting.MARK)}
+class Training:
+    """A process that trains when it is asked to, and sleeps otherwise."""
+
+    def __init__(self, way: str) -> None:
+        plain = {name: value for name, value in os.environ.items() if name not in (*waiting.USERS, waiting.MARK)}
+        plain |= {"OMP_WAIT_POLICY": "PASSIVE"} if way == "passive" else {}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", way], env=plain, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )  # fmt: skip
+        self.spin_count = self._read()
+
+    def tokens_per_s(self, seconds: float) -> float:
+        """Of whole steps for about so many seconds."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{seconds}\n")
+        self._process.stdin.flush()
+        return float(self._read())
+
+    def _read(self) -> Any:
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def rounds(number: int, seconds: float) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Tokens a second of each way in each round, and the spin count that each process had. The order alternates."""
+    trainings = {way: Training(way) for way in WAYS}
+    found: dict[str, list[float]] = {way: [] for way in WAYS}
+    for index in range(number):
+        for way in WAYS[:: 1 if index % 2 else -1]:
+            found[way].append(trainings[way].tokens_per_s(seconds))
+    for each in trainings.values():
+        each.end()
+    return found, {way: each.spin_count for way, each in trainings.items()}
+
+
+def train(way: str) -> None:
+    """What the training process does: whole optimizer steps of the quickstart's teacher, for the seconds that a line
+    of standard input says."""
     if way == "ours":
-        return waiting.asleep(plain)
-    return plain | ({"OMP_WAIT_POLICY": "PASSIVE"} if way == "passive" else {})
-
-
-def tokens_per_s(way: str, seconds: float, *, of: Callable[[list[float]], float]) -> float:
-    """Of a training process of its own that runs for about so many seconds, from its third step on; `of` its steps'
-    seconds: the median where the machine is idle (what else it does now and then is not ours), the mean beside others."""
-    command = [sys.executable, __file__, "--worker", str(seconds)]
-    done = subprocess.run(command, env=environment(way), check=True, stdout=subprocess.PIPE, text=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    return float(found["tokens"] / of(found["step_s"]))
-
-
-def train_for(seconds: float) -> None:
-    """What the training process does: whole optimizer steps of the quickstart's teacher until the time is over."""
+        waiting.let_threads_sleep(look=True)
     import numpy as np
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -80,15 +105,23 @@ def train_for(seconds: float) -> None:
     optimizers = make_optimizers(module, settings)
     step = Step(module, None, data, optimizers, settings, ranks_here(), QUIET, "teacher")
     batches = data.batches(settings.batch_sequences, 0)
-    taken: list[float] = []
-    while len(taken) <= WARMUP_STEPS or sum(taken[WARMUP_STEPS:]) < seconds:
-        started = time.perf_counter()
+
+    def one() -> None:
         step.run(
             next(batches), rate_share=0.01, micro=settings.batch_sequences, taid_t=1.0, spike=float("inf"),
             report_kl=False,
         )  # fmt: skip
-        taken.append(time.perf_counter() - started)
-    print(json.dumps({"tokens": settings.batch_sequences * settings.context_tokens, "step_s": taken[WARMUP_STEPS:]}))
+
+    for _ in range(WARMUP_STEPS):
+        one()
+    print(json.dumps(os.environ.get("GOMP_SPINCOUNT")), flush=True)
+    for line in sys.stdin:
+        started, steps = time.perf_counter(), 0
+        while time.perf_counter() - started < float(line):
+            one()
+            steps += 1
+        seconds = time.perf_counter() - started
+        print(json.dumps(steps * settings.batch_sequences * settings.context_tokens / seconds), flush=True)
 
 
 @contextmanager
@@ -104,31 +137,29 @@ def other_work(processes: int) -> Iterator[None]:
 
 def main() -> None:
     asked = parser(__doc__)
-    asked.add_argument("--rounds", type=int, default=5, help="of the idle measurement")
-    asked.add_argument("--busy-rounds", type=int, default=2)
-    asked.add_argument("--seconds", type=float, default=8.0, help="of a measurement")
-    asked.add_argument("--worker", type=float, help=argparse.SUPPRESS)
+    asked.add_argument("--rounds", type=int, default=40, help="of the idle measurement")
+    asked.add_argument("--busy-rounds", type=int, default=10)
+    asked.add_argument("--seconds", type=float, default=1.5, help="of a measurement; where busy, four times as long")
+    asked.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
     arguments = asked.parse_args()
     if arguments.worker is not None:
-        train_for(arguments.worker)
+        train(arguments.worker)
         return
+    idle, idle_spins = rounds(arguments.rounds, arguments.seconds)
     cpus = len(machine.usable_cpus())
-    idle: dict[str, list[float]] = {way: [] for way in WAYS}
-    busy: dict[str, list[float]] = {way: [] for way in WAYS}
-    for number in range(arguments.rounds):
-        for way in WAYS[:: 1 if number % 2 else -1]:
-            idle[way].append(tokens_per_s(way, arguments.seconds, of=statistics.median))
     with other_work(cpus):
-        for number in range(arguments.busy_rounds):
-            for way in WAYS[:: 1 if number % 2 else -1]:
-                busy[way].append(tokens_per_s(way, arguments.seconds, of=statistics.mean))
-    report(arguments, idle, busy, cpus)
+        busy, busy_spins = rounds(arguments.busy_rounds, 4 * arguments.seconds)
+    report(arguments, idle, busy, {"idle": idle_spins, "busy": busy_spins}, cpus)
 
 
-def report(arguments: Any, idle: dict[str, list[float]], busy: dict[str, list[float]], cpus: int) -> None:
-    of_today = {
-        way: statistics.median(one / other for one, other in zip(idle[way], idle["spin"], strict=True)) for way in WAYS
-    }
+def ratio(some: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(one / other for one, other in zip(some, others, strict=True))
+
+
+def report(
+    arguments: Any, idle: dict[str, list[float]], busy: dict[str, list[float]], spins: dict[str, Any], cpus: int
+) -> None:
+    of_today = {way: ratio(idle[way], idle["spin"]) for way in WAYS}
     left = {way: statistics.median(busy[way]) / statistics.median(idle[way]) for way in WAYS}
     finish(
         "busy",
@@ -142,7 +173,7 @@ def report(arguments: Any, idle: dict[str, list[float]], busy: dict[str, list[fl
             }
             for way in WAYS
         }
-        | {"busy_processes": cpus, "set": waiting.OURS},
+        | {"busy_processes": cpus, "spin_counts": spins},
         header=("way of waiting", "idle (tokens/s)", "÷ spin", f"beside {cpus} others (tokens/s)", "of idle"),
         rows=[
             (

@@ -125,7 +125,7 @@ def _build_for(
 
 def distill(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress: Progress = QUIET) -> Trained:
     """Plan, data, teacher and a student that fits all targets; whatever the store has is reused."""
-    waiting.let_threads_sleep()  # for Python users; the command line did it before
+    waiting.let_threads_sleep(look=True)
     from edgedistill.distill.ranks import leave
     from edgedistill.distill.stage import distill as train_student
     from edgedistill.distill.teacher import obtain_teacher
@@ -158,7 +158,7 @@ def distill(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress
 
 def cache_teacher(recipe: Recipe, *, store: Store, progress: Progress = QUIET) -> tuple[str, SignalsResult]:
     """The teacher's signals on disk, as the recipe's `distill.cache` asks: where they lie, and how large they are."""
-    waiting.let_threads_sleep()
+    waiting.let_threads_sleep(look=True)
     from edgedistill.distill.ranks import leave
     from edgedistill.distill.stage import cache_signals
     from edgedistill.distill.teacher import obtain_teacher

@@ -312,7 +312,6 @@ class Verify(Section):
     context_tokens: int = Field(256, ge=8, description="window of the evaluation")
     stride_tokens: int | None = Field(None, ge=1, description="step between windows; default: the window (disjoint)")
     max_tokens: int = Field(60_000, ge=64, description="at most so many held-out tokens, whole documents")
-    bootstrap_samples: int = Field(2000, ge=100, le=1_000_000, description="draws of documents for the intervals")
 
 
 class Bench(Section):

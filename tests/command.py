@@ -37,7 +37,7 @@ distill:
   learning_rate: 4.0e-3
   evaluate_every_share: 0.5
   checkpoint_every_s: 0.2
-verify: {{context_tokens: 64, max_tokens: 3_000, min_retention: 0.1, bootstrap_samples: 200}}
+verify: {{context_tokens: 64, max_tokens: 3_000, min_retention: 0.1}}
 bench: {{prompt_tokens: 8, new_tokens: 8, warmup: 0, repeats: 1}}
 """
 

@@ -576,7 +576,7 @@ def test_bundle_verify_refuses_and_leaves_nothing(
     name, change, said = BUNDLES[what]
     (path,) = changed.rglob(name)
     change(path, str(so))
-    reseal(changed)
+    reseal(changed, documents=True)
     before, beside = listing(changed), listing(so.parent)
     refused(command("bundle", "verify", str(changed)), said)
     assert listing(changed) == before and listing(so.parent) == beside and not mark.exists()
@@ -586,4 +586,5 @@ def test_the_honest_bundle_passes_within_its_bounds(bundle: tuple[Command, Path]
     command, place = bundle
     before = listing(place)
     check = command.json("bundle", "verify", str(place))
-    assert check["golden_replayed"] == 5 and listing(place) == before
+    assert check["golden_replayed"] == sum(path.endswith(".prompt.txt") for path in before) > 0
+    assert listing(place) == before

@@ -24,6 +24,7 @@ from edgedistill.targets import load_target
 NAMES = (*waiting.USERS, waiting.MARK)
 SHOW = {"OMP_DISPLAY_ENV": "VERBOSE"}  # libgomp prints what it read when it is loaded
 SPINS = waiting.OURS["GOMP_SPINCOUNT"]
+BUSY_SPINS = waiting.BESIDE_OTHERS["GOMP_SPINCOUNT"]
 
 
 def without_a_word(**said: str) -> dict[str, str]:
@@ -82,8 +83,32 @@ def test_what_the_user_says_is_left_alone() -> None:
         assert waiting.asleep(once) == once
         assert waiting.spinning(once) == said
     assert waiting.spinning(waiting.asleep({"A": "b"})) == {"A": "b"}
+    assert waiting.spinning(waiting.asleep({"A": "b"}) | waiting.BESIDE_OTHERS) == {"A": "b"}
     # set again by somebody after us: that is no longer ours
     assert waiting.spinning(waiting.asleep({}) | {"GOMP_SPINCOUNT": "7"}) == {"GOMP_SPINCOUNT": "7"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how many threads run")
+def test_other_work_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        assert waiting.others_run()
+    finally:
+        for each in others:
+            each.kill()
+            each.wait()
+    loadavg = tmp_path / "loadavg"
+    monkeypatch.setattr(waiting, "LOADAVG", loadavg)
+    for text, seen in (
+        ("0.38 1.57 2.23 1/81 6950", False),
+        ("0.00 0.00 0.00 2/81 6950", True),
+        ("", False),
+        ("x", False),
+    ):
+        loadavg.write_text(text)
+        assert waiting.others_run() is seen, text
+    loadavg.unlink()
+    assert not waiting.others_run()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch bundles GNU's OpenMP on Linux")
@@ -100,7 +125,8 @@ def test_the_training_process_has_it(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stderr
 
-    assert set(re.findall(r"GOMP_SPINCOUNT = '(\w+)'", shown())) == {SPINS}
+    found = set(re.findall(r"GOMP_SPINCOUNT = '(\w+)'", shown()))
+    assert len(found) == 1 and found <= {SPINS, BUSY_SPINS}, "by what else runs at the time"
     # the second run finds the student in the store and loads torch all the same
     own = shown(OMP_WAIT_POLICY="ACTIVE", GOMP_SPINCOUNT="777")
     assert set(re.findall(r"GOMP_SPINCOUNT = '(\w+)'", own)) == {"777"}
@@ -124,7 +150,7 @@ def test_python_users_get_it_with_the_first_call_of_the_pipeline(tmp_path: Path)
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60,
         env=without_a_word(EDGEDISTILL_STORE=str(tmp_path)),
     )  # fmt: skip
-    assert done.stdout.strip() == SPINS, done.stderr
+    assert done.stdout.strip() in (SPINS, BUSY_SPINS), done.stderr
 
 
 @pytest.mark.parametrize("runtime", ["llama.cpp", "onnxruntime", "onnxruntime-genai"])

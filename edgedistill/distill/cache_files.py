@@ -89,6 +89,8 @@ def cache_exists(url: str) -> bool:
 
 def read_record(folder: Path, url: str) -> dict[str, Any]:
     """cache.json, its shape checked. UserError where it is missing, of another version, or names paths."""
+    if not (folder / "cache.json").exists():
+        raise _no_cache(url, FileNotFoundError("cache.json is missing"))
     try:
         return _checked(read_json(folder / "cache.json", what="cache.json"))
     except (OSError, ValueError, KeyError, TypeError) as error:

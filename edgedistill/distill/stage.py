@@ -15,6 +15,7 @@ from edgedistill.distill.student import start_student
 from edgedistill.distill.teacher import mixture_key
 from edgedistill.distill.text import Text, training_text
 from edgedistill.errors import UserError
+from edgedistill.generation import GENERATION_FILE
 from edgedistill.models import (
     ModelFolder,
     copy_tokenizer,
@@ -27,7 +28,7 @@ from edgedistill.models import (
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Cache, Distill, Recipe
 from edgedistill.records import DataResult, Shape, SignalsResult, StudentResult, TeacherResult, VocabularyResult
-from edgedistill.store import Store, Stored, Work, versions, write_durably
+from edgedistill.store import Store, Stored, Work, sha256_of, versions, write_durably
 
 if TYPE_CHECKING:
     from edgedistill.distill.losses import LossSpec
@@ -57,6 +58,12 @@ def student_inputs(
         "further_teachers": mixture_key(teacher),
         "teacher_precision": recipe.teacher.precision,
         "tokenizer": teacher.tokenizer_sha256,
+        # rotary base, norms, stop tokens: the student takes them over
+        "teacher_settings": {
+            name: sha256_of(Path(teacher.path) / name)
+            for name in ("config.json", GENERATION_FILE)
+            if (Path(teacher.path) / name).is_file()
+        },
         "data": data.sha256,
         "seed": recipe.seed,
         "device": device_kind(),
@@ -206,6 +213,9 @@ def _train(
     save_model(model, folder, ranks)
     if ranks.main:
         copy_tokenizer(tokenizer_folder if pretrained is None else pretrained.path, folder)
+        if pretrained is None and (tokenizer_folder / GENERATION_FILE).is_file():
+            # Where generation stops and how it samples is the teacher's, also where config.json says less.
+            (folder / GENERATION_FILE).write_bytes((tokenizer_folder / GENERATION_FILE).read_bytes())
     ranks.barrier()
     return StudentResult(
         path="model",

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from edgedistill.data.prepare import read_part
 from edgedistill.data.split import PARTS
 from edgedistill.errors import UserError
+from edgedistill.generation import GENERATION_FILE
 from edgedistill.gguf.tokenizer import BYTES
 from edgedistill.models import copy_tokenizer, kept_tokens, tokenizer_sha256, vocabulary
 from edgedistill.progress import QUIET, Progress
@@ -57,6 +58,7 @@ def obtain_vocabulary(
     inputs = {
         "tokenizer": tokenizer_sha256(teacher),
         "config": sha256_of(teacher / "config.json"),
+        "generation": sha256_of(teacher / GENERATION_FILE) if (teacher / GENERATION_FILE).is_file() else None,
         "data": data.result.sha256,
         "versions": versions("tokenizers", "edgedistill"),
     }
@@ -261,9 +263,15 @@ def _write(tree: dict[str, Any], teacher: Path, new: Mapping[int, int], out: Pat
     if added.is_file():
         listed = read_json(added, what=added.name)
         _write_json(added, {token: new[index] for token, index in listed.items() if index in new})
-    config = read_json(teacher / "config.json", what="config.json")
-    ids = {key: _renumbered(value, new) for key, value in config.items() if key.endswith("_token_id")}
-    _write_json(out / "config.json", {**config, **ids, "vocab_size": len(new)})
+    config = _with_new_ids(read_json(teacher / "config.json", what="config.json"), new)
+    _write_json(out / "config.json", {**config, "vocab_size": len(new)})
+    if (teacher / GENERATION_FILE).is_file():
+        generation = read_json(teacher / GENERATION_FILE, what=GENERATION_FILE)
+        _write_json(out / GENERATION_FILE, _with_new_ids(generation, new))
+
+
+def _with_new_ids(settings: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any]:
+    return {key: _renumbered(value, new) if key.endswith("_token_id") else value for key, value in settings.items()}
 
 
 def _renumbered(value: Any, new: Mapping[int, int]) -> Any:

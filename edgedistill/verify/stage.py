@@ -44,7 +44,7 @@ def verify_artifact(
         "masters": None if masters is None else masters.weights_sha256,
         "teacher": teacher.weights_sha256,
         "held_out": hashlib.sha256(canonical_json(held_out).encode()).hexdigest(),
-        "settings": settings.model_dump(mode="json", exclude={"min_retention", "bootstrap_samples"}),
+        "settings": settings.model_dump(mode="json", exclude={"min_retention"}),
         "intervals": statistics.METHOD,
         "gate": RECORD_VERSION,
         "tokenizers": [teacher.tokenizer_sha256, student.tokenizer_sha256],

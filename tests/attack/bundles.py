@@ -501,7 +501,7 @@ def _document(bundle: Path, rng: Random) -> Changed:
     else:
         text = text[: len(text) // 2]
     (bundle / name).write_text(text, encoding="utf-8", newline="\n")
-    reseal(bundle)
+    _reseal_any(bundle)  # `reseal` writes the bill of materials itself
     return Changed(f"{name}: {how}, sealed")
 
 

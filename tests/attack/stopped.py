@@ -55,7 +55,7 @@ def outcomes(bundle: Path, work: Path, store: Store, *, seed: int = 0, every: in
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(bundle, copy)
             fault.apply(copy / model.relative_to(bundle), seeded(fault, seed))
-            reseal(copy)
+            reseal(copy, documents=True)
             said = ""
             try:
                 verify_bundle(copy, store=store)
