@@ -312,10 +312,14 @@ def report(
 @targets_app.command("list")
 def targets_list(as_json: Json = False) -> None:
     """The device profiles."""
-    from edgedistill import show, targets
+    from edgedistill import show, target_files
 
-    found = targets.targets_list()
-    emit(as_json, [t.model_dump(mode="json") for t in found], show.targets_text(found))
+    if as_json:
+        from edgedistill import targets
+
+        emit(as_json, [t.model_dump(mode="json") for t in targets.targets_list()], "")
+    else:
+        emit(as_json, None, show.targets_text(target_files.target_rows()))
 
 
 @targets_app.command("show")

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from edgedistill.pipeline import Built, Trained
     from edgedistill.plan import Plan
     from edgedistill.records import Artifact, Gate, Latency, Retention, Sensitivity, SignalsResult
-    from edgedistill.targets import Target
 
 WIDTH = 140
 
@@ -306,17 +305,11 @@ def check_text(check: BundleCheck) -> str:
     return "\n".join([*lines, *check.notes])
 
 
-def targets_text(targets: Sequence[Target]) -> str:
+def targets_text(targets: Sequence[tuple[str, list[str], str, list[str], float, float]]) -> str:
+    """A table of `target_files.target_rows`."""
     rows = [
-        (
-            target.name,
-            ", ".join(target.aliases),
-            target.title,
-            ", ".join(target.default_artifacts),
-            human_bytes(target.usable_memory_bytes.value),
-            f"{target.bandwidth_bytes_per_s.value / 1e9:,.0f} GB/s",
-        )
-        for target in targets
+        (name, ", ".join(aliases), title, ", ".join(artifacts), human_bytes(memory), f"{bandwidth / 1e9:,.0f} GB/s")
+        for name, aliases, title, artifacts, memory, bandwidth in targets
     ]
     return table("", ("name", "alias", "device", "default artifact", "usable memory", "bandwidth"), rows)
 

@@ -1,7 +1,6 @@
 """Device profiles: what a target has, what it runs best, and how to tell that a machine is one.
 
-One YAML file a device: `targets/` beside the package in a checkout or sdist, `edgedistill/_targets`
-inside a wheel. A user's own file is loaded the same way: `--target my-board.yaml`.
+A user's own file is loaded as a shipped one is: `--target my-board.yaml`. Where those lie: target_files.py.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from edgedistill.figures import Figure
 from edgedistill.kinds import ARTIFACTS, ENCODER_RUNTIMES_OF, RUNTIMES_OF
 from edgedistill.strict import compiled_pattern, local_path, read_text, shown
 from edgedistill.strict_yaml import dump_yaml, parse_yaml
+from edgedistill.target_files import MAX_PROFILE_BYTES, target_files
 
-MAX_PROFILE_BYTES = 1 << 18
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 # Names as systems give them. A pattern found in two of these names a kind of machine, not a device.
 UNLIKE_DEVICES = (
@@ -200,27 +199,17 @@ def parse_artifact(artifact: str) -> tuple[str, str]:
     return format_, quantization
 
 
-def targets_folder() -> Path:
-    """Where the profiles lie: inside the installed package, else beside it (checkout, editable install, sdist)."""
-    package = Path(__file__).resolve().parent
-    inside = package / "_targets"
-    return inside if inside.is_dir() else package.parent / "targets"
-
-
 def load_targets() -> dict[str, Target]:
     """Every profile that ships with edgedistill, by name."""
-    folder = targets_folder()
     targets: dict[str, Target] = {}
     taken: dict[str, str] = {}
-    for path in sorted(folder.glob("*.yaml")):
+    for path in target_files():
         target = targets_check(path)
         for name in (target.name, *target.aliases):
             if name in taken:
                 raise UserError(f"target name '{name}' is taken by {taken[name]} and {path.name}", "rename one")
             taken[name] = path.name
         targets[target.name] = target
-    if not targets:
-        raise UserError(f"no device profiles in {folder}", "install edgedistill again: its targets are missing")
     return targets
 
 

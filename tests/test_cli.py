@@ -18,7 +18,7 @@ from rich.table import Table
 
 from edgedistill.cli import QUICK_GROUPS
 from edgedistill.show import table
-from edgedistill.targets import targets_folder
+from edgedistill.target_files import targets_folder
 
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "llama_cpp", "datasets", "matplotlib", "numpy")
 

@@ -22,7 +22,8 @@ from edgedistill import errors
 from edgedistill.cli import app
 from edgedistill.recipe import Recipe, builtin_recipes, load_recipe, parse_recipe
 from edgedistill.reference import reference_pages, write_reference
-from edgedistill.targets import load_target, load_targets, targets_folder
+from edgedistill.target_files import targets_folder
+from edgedistill.targets import load_target, load_targets
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -276,7 +277,7 @@ def test_wheel(distributions: tuple[Path, Path], tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    where = run("-c", "import edgedistill.targets as t; print(t.targets_folder())").strip()
+    where = run("-c", "import edgedistill.target_files as t; print(t.targets_folder())").strip()
     assert Path(where) == tmp_path / "edgedistill" / "_targets"
     listed = run("-m", "edgedistill", "targets", "list")
     for name in load_targets():

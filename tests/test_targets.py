@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
+from edgedistill import target_files
 from edgedistill import targets as module
 from edgedistill.errors import UserError
 from edgedistill.records import Figure
 from edgedistill.sizes import ONNX_FLOAT_BYTES, ONNX_MATMUL_BYTES
+from edgedistill.target_files import target_rows, targets_folder
 from edgedistill.targets import (
     ARTIFACTS,
     Target,
@@ -24,7 +26,6 @@ from edgedistill.targets import (
     parse_target,
     target_yaml,
     targets_check,
-    targets_folder,
     targets_list,
     targets_show,
     why_not,
@@ -311,7 +312,7 @@ def test_a_profile_that_names_no_device_matches_no_machine(pattern: str | None) 
 def test_names_taken_twice_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(_tree() | {"name": name}), encoding="utf-8")
-    monkeypatch.setattr(module, "targets_folder", lambda: tmp_path)
+    monkeypatch.setattr(target_files, "targets_folder", lambda: tmp_path)
     with pytest.raises(UserError, match=r"'jetson' is taken by a\.yaml and b\.yaml"):
         load_targets()
     for path in tmp_path.iterdir():
@@ -333,6 +334,7 @@ def test_profiles_are_found_inside_an_installed_package_too(tmp_path: Path) -> N
         "records.py",
         "strict.py",
         "strict_yaml.py",
+        "target_files.py",
         "targets.py",
     ):
         (package / name).write_bytes((source / name).read_bytes())
@@ -340,6 +342,32 @@ def test_profiles_are_found_inside_an_installed_package_too(tmp_path: Path) -> N
     code = "from edgedistill.targets import targets_list; print([t.name for t in targets_list()])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['cpu-x86']"
+
+
+def test_the_list_says_what_the_profiles_say() -> None:
+    assert target_rows() == [
+        (
+            t.name, t.aliases, t.title, t.default_artifacts, t.usable_memory_bytes.value, t.bandwidth_bytes_per_s.value,
+        )
+        for t in targets_list()
+    ]  # fmt: skip
+
+
+def test_a_damaged_profile_is_named_by_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_files, "targets_folder", lambda: tmp_path)
+    for text in ("name: x\n", "[]\n", "1\n", yaml.safe_dump(_tree() | {"usable_memory_bytes": {"value": "x"}})):
+        (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=r"x\.yaml is damaged"):
+            target_rows()
+
+
+def test_listing_targets_loads_no_models() -> None:
+    code = (
+        "import sys; from edgedistill.cli import run\n"
+        "try:\n    run(['targets', 'list'])\nfinally:\n    print(sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "cpu-x86" in done.stdout and "'pydantic'" not in done.stdout, "that alone takes half of the time"
 
 
 def test_importing_targets_and_plan_is_light() -> None:
