@@ -24,7 +24,7 @@ Sets = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, o
 TeacherOption = Annotated[str | None, typer.Option("--teacher", help="folder or hub id of the large model")]
 StudentOption = Annotated[str | None, typer.Option("--student", help="folder or hub id of a pretrained student")]
 DataOption = Annotated[
-    str | None, typer.Option("--data", help="text file, folder, .jsonl, .csv, .parquet, or a hub id")
+    str | None, typer.Option("--data", help="text file, folder, .jsonl, .csv, .tsv, .parquet, or a hub id")
 ]
 EvalData = Annotated[str | None, typer.Option("--eval-data", help="held-out text of its own")]
 Separator = Annotated[str | None, typer.Option("--document-separator", help="what ends a document in a text file")]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgedistill import machine, waiting
-from edgedistill.data.prepare import prepare_data
+from edgedistill.data.prepare import find_data, prepare_data
 from edgedistill.errors import EdgedistillError, LimitBroken, RuntimeCrashed, UserError
 from edgedistill.export_options import ExportOptions
 from edgedistill.fit import artifacts_of
@@ -166,7 +166,7 @@ def cache_teacher(recipe: Recipe, *, store: Store, progress: Progress = QUIET) -
     used = recipe.distill.model_copy(update={"teacher_signals": "cached"})  # as `distill` will, whatever it says here
     recipe = recipe.model_copy(update={"distill": used})
     refuse_signals(recipe)
-    require_usable_cache(recipe, store)
+    require_usable_cache(recipe, store, find_data(recipe.data, store=store))
     require_loadable_models(recipe)
     refuse_mixture(recipe, caching=True)
     refuse_trimming(recipe)

@@ -24,7 +24,7 @@ from edgedistill.fit import (
 )
 from edgedistill.gguf.mixes import BASE_TYPES, GGML_BLOCKS
 from edgedistill.recipe import Recipe
-from edgedistill.records import Figure, Record, Shape
+from edgedistill.records import Figure, Record, Shape, SourceRead
 from edgedistill.refusals import (
     refuse_importance,
     refuse_mixed,
@@ -88,6 +88,7 @@ class Plan(Record):
     disk_bytes: Figure
     free_disk_bytes: int | None
     store_hits: dict[str, bool]
+    data: list[SourceRead]
     warnings: list[str]
 
 
@@ -102,6 +103,7 @@ def plan(
     trimmed_tokens: int | None = None,
     training_tokens: int | None = None,
     store_hits: Mapping[str, bool] | None = None,
+    data: Sequence[SourceRead] = (),
     free_disk_bytes: int | None = None,
     machine_memory_bytes: int | None = None,
     machine_cores: int | None = None,
@@ -112,8 +114,8 @@ def plan(
     student's trimmed vocabulary: what it saves of the embedding goes into the layers. `training_tokens` are about those
     that a signal cache holds; None: not known.
     `student` is a given shape (pretrained, or a folder); without it one is designed. `store_hits` says by stage
-    ("teacher", "student", ...) what is already in the store. `free_disk_bytes` is that of the store's disk,
-    `machine_memory_bytes` and `machine_cores` this machine's; None: not checked.
+    ("teacher", "student", ...) what is already in the store, `data` what of the text was read. `free_disk_bytes` is
+    that of the store's disk,     `machine_memory_bytes` and `machine_cores` this machine's; None: not checked.
 
     Raises UserError (cause, value, remedy) for an artifact that a target cannot run, a student larger than its
     teacher or than a target's limits, a speed that not even the ceiling reaches, and too little memory or disk here.
@@ -176,6 +178,7 @@ def plan(
         disk_bytes=disk,
         free_disk_bytes=free_disk_bytes,
         store_hits=hits,
+        data=list(data),
         warnings=[
             *([f"the student's start is {start}: {because}"] if because not in ("the recipe", MEASURED_BEST) else []),
             *_warnings(recipe, targets, wanted, shape, teacher, parameters, student is None, machine_cores),

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 from edgedistill import machine
-from edgedistill.data.prepare import prepare_data
+from edgedistill.data.prepare import Texts, find_data, prepare_data, read_part, read_texts
 from edgedistill.errors import UserError
 from edgedistill.fit import artifacts_of
 from edgedistill.models import locate, open_model, require_loadable, require_same_tokenizer
 from edgedistill.plan import NF4_MULTIPLE, Plan, plan
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
-from edgedistill.records import Shape, StudentResult
+from edgedistill.records import DataResult, Shape, StudentResult
 from edgedistill.refusals import refuse_trimming
-from edgedistill.store import Store
-from edgedistill.strict import local_path
+from edgedistill.store import Store, Stored
 from edgedistill.targets import Target, parse_artifact
 
 # English with a vocabulary of 2,048 (the quickstart's); larger vocabularies give fewer.
 TOKENS_A_BYTE = 0.33
 SAMPLE_CHARS = 200_000
+SAMPLE_DOCUMENTS = 10_000
 
 
 def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress: Progress = QUIET) -> Plan:
@@ -38,11 +38,13 @@ def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store, progre
     tokens = _trimmed_tokens(recipe, store, progress)
     student = _given_student_shape(recipe)
     _require_exportable(recipe, targets)
-    require_usable_cache(recipe, store)
     sizes_only = plan(
         recipe, targets, teacher=teacher, teacher_parameters=parameters, student=student, trimmed_tokens=tokens
     )
     _require_widths(sizes_only)
+    texts = read_texts(recipe.data)
+    data = find_data(recipe.data, store=store, texts=texts)
+    require_usable_cache(recipe, store, data)
     return plan(
         recipe,
         targets,
@@ -51,8 +53,9 @@ def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store, progre
         student=student,
         further_teachers=_further_shapes(recipe),
         trimmed_tokens=tokens,
-        training_tokens=_training_tokens(recipe, store),
-        store_hits=_store_hits(with_start(recipe, sizes_only), sizes_only.student, store),
+        training_tokens=_training_tokens(recipe, data, texts),
+        store_hits=_store_hits(with_start(recipe, sizes_only), sizes_only.student, store, data),
+        data=texts.read,
         free_disk_bytes=shutil.disk_usage(room).free,
         machine_memory_bytes=machine.describe()["memory_bytes"],
         machine_cores=len(machine.usable_cpus()),
@@ -126,16 +129,14 @@ def require_loadable_models(recipe: Recipe) -> None:
             require_loadable(locate(model, revision=revision, role=role)[0], role)
 
 
-def require_usable_cache(recipe: Recipe, store: Store) -> None:
+def require_usable_cache(recipe: Recipe, store: Store, data: Stored[DataResult] | None) -> None:
     """A finished cache at the recipe's URL is looked into now, not after the teacher was trained. UserError."""
-    from edgedistill.data.prepare import find_data
     from edgedistill.distill.cache_files import refuse_other_cache
     from edgedistill.distill.teacher import find_teacher
 
     refuse_other_cache(recipe, {})
     if recipe.distill.teacher_signals != "cached" or recipe.distill.cache.url is None:
         return
-    data = find_data(recipe.data, store=store)
     teacher = find_teacher(recipe, data=data, store=store)
     known = {} if data is None else {"data_sha256": data.result.sha256}
     if teacher is not None:
@@ -183,31 +184,19 @@ def with_start(recipe: Recipe, planned: Plan) -> Recipe:
     return recipe.model_copy(update={"student": recipe.student.model_copy(update={"start": planned.start})})
 
 
-def _training_tokens(recipe: Recipe, store: Store) -> int | None:
+def _training_tokens(recipe: Recipe, data: Stored[DataResult] | None, texts: Texts) -> int | None:
     """About how many tokens a signal cache would hold; None where none is asked for or the text is not known yet."""
     if recipe.distill.teacher_signals != "cached":
         return None
-    from edgedistill.data.prepare import find_data, read_part
-
-    data = find_data(recipe.data, store=store)
     if data is not None:
         size = data.result.parts["train"].bytes
         sample = "\n".join(text for block in read_part(data.directory, "calibration") for text in block)
+    elif texts.documents is not None:
+        size = sum(len(text.encode()) for text in texts.documents.texts)
+        sample = "\n".join(itertools.islice(texts.documents.texts, SAMPLE_DOCUMENTS))
     else:
-        found = _text_files(recipe.data.source)
-        if not found:
-            return None
-        size = sum(path.stat().st_size for path in found)
-        with found[0].open(encoding="utf-8", errors="replace") as file:
-            sample = file.read(SAMPLE_CHARS)
+        return None
     return round(size * recipe.distill.documents_share * _tokens_a_byte(recipe, sample[:SAMPLE_CHARS]))
-
-
-def _text_files(source: str) -> list[Path]:
-    from edgedistill.data.documents import data_files
-
-    path = local_path(source.removeprefix("file://"), what="data")
-    return [path] if path.is_file() else [p for p in data_files(path) if p.is_file()] if path.is_dir() else []
 
 
 def _tokens_a_byte(recipe: Recipe, sample: str) -> float:
@@ -220,14 +209,12 @@ def _tokens_a_byte(recipe: Recipe, sample: str) -> float:
     return len(TextTokenizer.load(folder.path).encode([sample])[0]) / len(sample.encode())
 
 
-def _store_hits(recipe: Recipe, shape: Shape, store: Store) -> dict[str, bool]:
+def _store_hits(recipe: Recipe, shape: Shape, store: Store, data: Stored[DataResult] | None) -> dict[str, bool]:
     """Which stages the store already has, as far as that can be told without doing any."""
-    from edgedistill.data.prepare import find_data
     from edgedistill.distill.stage import student_inputs
     from edgedistill.distill.teacher import find_teacher
     from edgedistill.models import weights_sha256
 
-    data = find_data(recipe.data, store=store)
     hits = {"data": data is not None, "teacher": False, "student": False}
     teacher = find_teacher(recipe, data=data, store=store)
     hits["teacher"] = teacher is not None

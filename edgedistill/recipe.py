@@ -155,7 +155,7 @@ class Data(Section):
 
     source: str = Field("python-docs", description="python-docs, a file, a folder, or a hub id")
     subset: str | None = Field(None, description="configuration of a hub dataset")
-    text_column: str = Field("text", description="column of .jsonl, .csv, .parquet and hub data that holds the text")
+    text_column: str = Field("text", description="column of .jsonl, .csv, .tsv, .parquet and hub data: the text")
     streaming: bool = Field(False, description="read a dataset row by row up to max_documents, without downloading it")
     max_documents: int | None = Field(None, ge=1, description="the first so many documents; required with streaming")
     document_separator: str | None = Field(

@@ -81,11 +81,15 @@ def human_bytes(count: float) -> str:
 
 
 def plan_text(plan: Plan) -> str:
+    from edgedistill.data.report import HEADER, remarks, source_rows
     from edgedistill.plan import plan_rows
 
     lines = [
         table(f"plan of {plan.recipe}", ("what", "value", "basis", "from"), plan_rows(plan), fold=("value", "from"))
     ]
+    if plan.data:
+        lines.append("\n" + table("", HEADER, [row for read in plan.data for row in source_rows(read)]) + "\n")
+        lines += [line for read in plan.data for line in remarks(read)]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in plan.warnings)])
 
 

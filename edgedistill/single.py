@@ -10,8 +10,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from edgedistill.data.documents import in_pieces, read_documents
-from edgedistill.data.split import blocks_of
+from edgedistill.data.documents import read_source
+from edgedistill.data.report import tell
+from edgedistill.data.split import blocks_of_groups
 from edgedistill.errors import UserError
 from edgedistill.export_options import ExportOptions
 from edgedistill.models import kept_tokens, locate, open_model, require_loadable
@@ -72,7 +73,7 @@ def export(
             f"context of {context:,} tokens, but the model has {positions:,} positions",
             f"give --context-tokens of 8 to {positions:,}",
         )
-    options = _options(recipe or Recipe(), calibration, converter, task)
+    options = _options(recipe or Recipe(), calibration, converter, task, progress)
     out = local_path(out, what="--out").absolute()
     if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder", "name a new folder with --out")
@@ -101,7 +102,9 @@ def export(
     return artifact
 
 
-def _options(recipe: Recipe, calibration: str | None, converter: Path | None, task: str | None) -> ExportOptions:
+def _options(
+    recipe: Recipe, calibration: str | None, converter: Path | None, task: str | None, progress: Progress
+) -> ExportOptions:
     from edgedistill.export import options_of
 
     blocks = None
@@ -111,7 +114,10 @@ def _options(recipe: Recipe, calibration: str | None, converter: Path | None, ta
         if not arrays.is_file():
             raise UserError(f"no calibration file {arrays}", "check the path given with --calibration")
     elif calibration is not None:
-        blocks = [[text] for text in read_documents(calibration, recipe.data)]
+        documents = read_source(calibration, recipe.data)
+        if documents.read is not None:
+            tell(documents.read, progress)
+        blocks = [[text] for text in documents.texts]
     options = options_of(recipe.export, blocks, calibration or "", recipe.seed)
     return replace(options, converter=converter, task=task, calibration_path=arrays)
 
@@ -155,9 +161,10 @@ def verify(
     for folder in (student_folder, teacher_folder):
         require_loadable(folder.path, "model")
     kept_tokens(teacher_folder.path, student_folder.path)  # refused now rather than after the text was read
-    documents = read_documents(recipe.data.source, recipe.data)
-    running = in_pieces(recipe.data.source, recipe.data)
-    blocks = blocks_of(documents, recipe.data.min_document_chars) if running else [[text] for text in documents]
+    documents = read_source(recipe.data.source, recipe.data)
+    if documents.read is not None:
+        tell(documents.read, progress)
+    blocks = blocks_of_groups(documents.groups, recipe.data.min_document_chars)
     return verify_artifact(
         exported,
         student=given_student(student_folder, store),

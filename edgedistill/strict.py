@@ -75,7 +75,8 @@ def local_path(text: str | Path, *, what: str) -> Path:
             f"a path has at most {MAX_PATH_BYTES:,} bytes, a part of it {MAX_COMPONENT_BYTES}",
         )
     try:
-        return Path(name).expanduser()
+        # a file whose name begins with a tilde is that file
+        return Path(name) if os.path.lexists(name) else Path(name).expanduser()
     except RuntimeError as error:  # ~nobody/…
         raise UserError(f"{what} {shown(name)}: no such user's folder", "write the path out") from error
 
@@ -241,16 +242,19 @@ def read_json_value(path: Path, *, what: str, max_bytes: int = MAX_JSON_BYTES, m
         raise UserError(f"{what} {path}: {error}", f"replace it with a whole {what}") from error
 
 
-def parse_json(raw: bytes | str, *, max_depth: int = MAX_JSON_DEPTH) -> Any:
+def parse_json(raw: bytes | str, *, max_depth: int = MAX_JSON_DEPTH, constants: bool = False) -> Any:
     """JSON text → value. NotJson (a ValueError) for a key that stands twice, NaN, infinity (1e999 too), a number of
-    more than 100 characters, nesting beyond `max_depth`, half of a surrogate pair, and whatever else is no JSON."""
+    more than 100 characters, nesting beyond `max_depth`, half of a surrogate pair, and whatever else is no JSON.
+
+    `constants`: NaN and Infinity, as Python writes them, are numbers; for rows whose numbers nobody reads.
+    """
     text = _decoded(raw) if isinstance(raw, bytes) else raw
     if _deeper_than(raw if isinstance(raw, bytes) else raw.encode("utf-8", "surrogatepass"), max_depth):
         raise NotJson(f"nested more than {max_depth} deep")
     if _HALF_PAIR.search(text):
         _refuse_half_pairs(text)
     try:
-        return _DECODER.decode(text)
+        return (_DECODER_OF_ROWS if constants else _DECODER).decode(text)
     except json.JSONDecodeError as error:
         raise NotJson(f"it is not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from error
     except RecursionError as error:
@@ -305,3 +309,4 @@ def _constant(text: str) -> float:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant)
+_DECODER_OF_ROWS = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_float)

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgedistill.data.documents import decode_text, in_pieces, read_documents, split_text
+from edgedistill.data.documents import Group, read_documents, read_source
 from edgedistill.data.prepare import prepare_data, read_part
 from edgedistill.data.python_docs import _documented, python_docs
 from edgedistill.data.split import blocks_of, overlap, split_documents
+from edgedistill.data.text import cut_text
 from edgedistill.errors import UserError
 from edgedistill.recipe import Data
 from edgedistill.store import Store
@@ -34,7 +35,7 @@ from edgedistill.store import Store
     ],
 )
 def test_documents_of_a_text(text, separator, expected):
-    assert split_text(text, separator) == expected
+    assert cut_text(text, separator).documents == expected
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_files_that_are_no_text(tmp_path, content, cause):
     path = tmp_path / "data.txt"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        decode_text(path)
+        read_documents(str(path), Data())
     assert cause in error.value.cause
     assert str(path) in error.value.cause
     assert error.value.remedy
@@ -98,7 +99,9 @@ def documents(count: int = 200) -> list[str]:
 @pytest.mark.parametrize("split", ["hash", "tail"])
 def test_parts_are_disjoint_and_whole(split):
     texts = documents()
-    made = split_documents(texts, Data(split=split, min_document_chars=0, eval_share=0.1, calibration_share=0.1))
+    made = split_documents(
+        [Group(texts)], Data(split=split, min_document_chars=0, eval_share=0.1, calibration_share=0.1)
+    )
     together = [t for part in made.parts.values() for block in part for t in block]
     assert sorted(together) == sorted(texts)
     assert made.overlap["documents_in_both"] == 0
@@ -108,14 +111,14 @@ def test_parts_are_disjoint_and_whole(split):
 
 def test_hash_split_moves_no_document_when_others_are_added():
     ask = Data(min_document_chars=0, eval_share=0.2)
-    small, large = split_documents(documents(150), ask), split_documents(documents(200), ask)
+    small, large = (split_documents([Group(documents(count))], ask) for count in (150, 200))
     for name in small.parts:
         assert {b[0] for b in small.parts[name]} <= {b[0] for b in large.parts[name]}
 
 
 def test_tail_holds_out_the_end_and_never_more_lines_than_its_share():
     texts = ["one line"] * 0 + [f"line {i}\nsecond {i}" if i % 3 else f"line {i}" for i in range(100)]
-    made = split_documents(texts, Data(split="tail", min_document_chars=0, eval_share=0.1))
+    made = split_documents([Group(texts)], Data(split="tail", min_document_chars=0, eval_share=0.1))
     held = [t for block in made.parts["held_out"] for t in block]
     assert texts[-len(held) :] == held
     lines = sum(t.count("\n") + 1 for t in texts)
@@ -127,7 +130,7 @@ def test_duplicates_are_dropped_and_shared_text_is_reported():
     shared = " ".join(f"common{j}" for j in range(30))
     held_out = [documents()[3], f"only here {shared}", "quite new " + " ".join(f"z{j}" for j in range(30))]
     train = [*documents(), documents()[0], f"in training {shared}"]
-    made = split_documents(train, Data(min_document_chars=0), held_out)
+    made = split_documents([Group(train)], Data(min_document_chars=0), [Group(held_out)])
     assert made.duplicates_dropped == 1
     assert made.parts["held_out"] == [[text] for text in held_out]
     assert made.overlap["documents_sharing_13_words"] >= 1
@@ -138,7 +141,7 @@ def test_duplicates_are_dropped_and_shared_text_is_reported():
 @pytest.mark.parametrize("texts", [[], ["only one"], ["same"] * 50, ["a", "b"]])
 def test_too_few_documents(texts):
     with pytest.raises(UserError, match="document"):
-        split_documents(texts, Data())
+        split_documents([Group(texts)], Data())
 
 
 @given(st.lists(st.text(min_size=1, max_size=50), max_size=40), st.integers(0, 200))
@@ -188,8 +191,9 @@ def test_tinystories_tail_is_after_the_teachers_training_lines(test_data):
     path = test_data / "text_lm" / "tinystories" / "tinystories_lowercase_4MB.txt"
     lines = [line for line in path.read_text().split("\n") if line.strip()]
     seen = set(lines[: int(0.95 * len(lines))])
-    assert in_pieces(str(path), Data())
-    made = split_documents(read_documents(str(path), Data()), Data(source=str(path), split="tail"), pieces=True)
+    groups = read_source(str(path), Data()).groups
+    assert [group.running for group in groups] == [True]
+    made = split_documents(groups, Data(source=str(path), split="tail"))
     held = [line for block in made.parts["held_out"] for line in block]
     assert len(held) > 1000
     assert sum(line in seen for line in held) / len(held) < 0.02  # only lines that stand twice in the file itself
@@ -199,13 +203,14 @@ def test_tinystories_tail_is_after_the_teachers_training_lines(test_data):
 def test_hash_split_keeps_neighbouring_lines_together():
     """A held-out line between two training lines would be half known."""
     lines = [f"line {i} " + "word " * 10 for i in range(600)]
-    made = split_documents(lines, Data(source="lines.txt", min_document_chars=500, eval_share=0.2), pieces=True)
+    ask = Data(source="lines.txt", min_document_chars=500, eval_share=0.2)
+    made = split_documents([Group(lines, running=True)], ask)
     for blocks in made.parts.values():
         for block in blocks:
             first = lines.index(block[0])
             assert block == lines[first : first + len(block)]
             assert len(block) >= 5
-    rows = split_documents(lines, Data(source="lines.txt", min_document_chars=500, eval_share=0.2))
+    rows = split_documents([Group(lines)], ask)
     assert all(len(block) == 1 for blocks in rows.parts.values() for block in blocks)
 
 

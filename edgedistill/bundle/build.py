@@ -37,7 +37,7 @@ from edgedistill.bundle.manifest import (
     sums_text,
 )
 from edgedistill.bundle.names import unsafe_path
-from edgedistill.data.documents import LOADERS, TEXT_SUFFIXES
+from edgedistill.data.files import kind_of
 from edgedistill.errors import UserError
 from edgedistill.models import locate
 from edgedistill.recipe import Recipe
@@ -336,7 +336,7 @@ def without_folders(source: str) -> str:
     """
     path = PurePath(source.partition("?")[0] if "://" in source else source)
     # what has the suffix of a file that is read as text is a file, also where it is gone by now
-    a_file = path.suffix.lower() in TEXT_SUFFIXES | set(LOADERS) or Path(source).expanduser().exists()
+    a_file = kind_of(path.name) is not None or os.path.lexists(source) or Path(source).expanduser().exists()
     if not a_file and HUB_ID.fullmatch(source) and not path.name.startswith("."):
         return source
     return path.name if path.name not in ("", "..") else "local files"

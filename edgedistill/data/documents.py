@@ -1,4 +1,8 @@
-"""Where text comes from: python-docs, a text file, a table's rows, a folder of them, a URL, or a hub id."""
+"""Where text comes from: python-docs, a text file, a table's rows, a folder of them, a URL, or a hub id.
+
+Local files are read here, anew each time, by the names that they have. What was found, kept, dropped and left out is
+counted on the way.
+"""
 
 from __future__ import annotations
 
@@ -6,74 +10,80 @@ import hashlib
 import itertools
 import os
 import tempfile
-from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
-from edgedistill.data.rows import MAX_LINE_BYTES, read_rows, require_room
+from edgedistill.data.files import Kind, folder_files, kind_of, printable, read_suffixes
+from edgedistill.data.opened import require_room
+from edgedistill.data.rows import BLANK, NO_TEXT, read_rows
+from edgedistill.data.table import Table, no_column
+from edgedistill.data.text import read_text_file, refuse_rows_as_text
 from edgedistill.errors import UserError
 from edgedistill.recipe import Data
-from edgedistill.strict import local_path, open_regular, shown, unescape
+from edgedistill.records import FileRead, LeftOut, SourceRead
+from edgedistill.strict import local_path, shown
 
 PYTHON_DOCS = "python-docs"
-TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst"})
-LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-READ = TEXT_SUFFIXES | set(LOADERS)
-MAX_CONTROL_SHARE = 0.001
-CONTROLS = bytes(code for code in range(32) if code not in (9, 10, 12, 13))
-CHUNK_BYTES = 1 << 22
-MAX_FILES = 1_000_000
+MAX_LISTED = 1000
+LOADERS = {"jsonl": "json", "json": "json", "csv": "csv", "tsv": "csv", "parquet": "parquet"}  # of `datasets`
 
 
-def in_pieces(source: str, data: Data) -> bool:
-    """Whether the documents are lines or paragraphs of running text, whose neighbours belong together."""
-    path = local_path(source.removeprefix("file://"), what="data")
-    files = [path] if path.is_file() else data_files(path) if path.is_dir() else []
-    return data.document_separator is None and any(p.suffix.lower() not in LOADERS for p in files)
+@dataclass(frozen=True)
+class Group:
+    """The documents of one file. `running`: lines or paragraphs of a text, whose neighbours belong together."""
+
+    texts: list[str]
+    running: bool = False
 
 
-def data_files(folder: Path) -> list[Path]:
-    """The files of a data folder that are read, sorted. Links to folders are not followed; what has a text's name and
-    is no file (a FIFO, a device, a link to nothing) is a UserError when it is opened."""
-    found: list[Path] = []
-    seen = 0
+@dataclass(frozen=True)
+class Documents:
+    """All documents of a source, file by file, and what was read; None: nothing was (python-docs)."""
 
-    def refuse(error: OSError) -> None:
-        raise UserError(f"data folder {error.filename} cannot be read: {error.strerror}", "check its permissions")
+    groups: list[Group]
+    read: SourceRead | None = None
 
-    for place, folders, files in os.walk(folder, onerror=refuse):
-        seen += len(files) + len(folders)
-        if seen > MAX_FILES:
-            raise UserError(f"data folder {folder} holds more than {MAX_FILES:,} files", "name a smaller folder")
-        found += [Path(place, name) for name in files if Path(name).suffix.lower() in READ]
-    return sorted(found)
+    @property
+    def texts(self) -> list[str]:
+        return [text for group in self.groups for text in group.texts]
 
 
 def read_documents(source: str, data: Data) -> list[str]:
-    """All documents of `source`, in order, none of them empty.
+    """All documents of `source`, in order, none of them empty. Raises UserError as `read_source`."""
+    return read_source(source, data).texts
+
+
+def read_source(source: str, data: Data) -> Documents:
+    """All documents of `source`, none of them empty, and what was read, kept and left out.
 
     Raises UserError naming the source: missing, empty, binary, another encoding, no such column.
     """
     if source == PYTHON_DOCS:
         from edgedistill.data.python_docs import python_docs
 
-        return python_docs()
-    source = source.removeprefix("file://")
-    path = local_path(source, what="data")
+        return Documents([Group(python_docs()[: data.max_documents])])
+    name = source.removeprefix("file://")
+    path = local_path(name, what="data")
     if path.is_dir():
-        documents = _read_folder(path, data)
+        files, left_out = folder_files(path)
+        if not files:
+            raise _nothing_in(path, left_out)
+        made = _read_files(source, files, data, left_out)
     elif os.path.lexists(path):
-        documents = _read_file(path, data)
-    elif "://" in source:
-        documents = _read_url(source, data)
-    elif path.suffix or source.startswith((".", "/", "~")):
-        raise UserError(f"no data file {source}", "check the path given with --data")
+        made = _read_files(source, [path], data, [])
+    elif "://" in name:
+        made = _read_url(name, data)
+    elif path.suffix or name.startswith((".", "/", "~")):
+        raise UserError(f"no data file {name}", "check the path given with --data")
     else:
-        documents = _load(source, None, data)
-    documents = documents[: data.max_documents]
-    if not documents:
-        raise UserError(f"data {source} holds no text", "give a file with at least a few thousand words")
-    return documents
+        made = _load(name, None, data)
+    if not any(group.texts for group in made.groups):
+        raise _no_text(source, made)
+    return made
 
 
 def source_hash(documents: Iterable[str]) -> str:
@@ -86,114 +96,123 @@ def source_hash(documents: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _read_folder(folder: Path, data: Data) -> list[str]:
-    files = data_files(folder)
-    if not files:
-        raise UserError(f"data folder {folder} holds no text", f"put files of {', '.join(sorted(READ))} there")
-    documents: list[str] = []
-    size = 0
-    for file in files:
-        found = _read_file(file, data)
-        documents += found
-        size += sum(map(len, found))
-        require_room(size, folder)
-        if data.max_documents is not None and len(documents) >= data.max_documents:
+def _nothing_in(folder: Path, left_out: list[LeftOut]) -> UserError:
+    held = "; ".join(f"{entry.count:,} {entry.why}" for entry in left_out)
+    nameless = any("no suffix" in entry.why for entry in left_out)
+    return UserError(
+        f"data folder {folder} holds no text{f': {held}' if held else ''}",
+        f"it takes files of {read_suffixes()}"
+        + ("; a text without a suffix is read where --data names the file itself" if nameless else ""),
+    )
+
+
+def _no_text(source: str, made: Documents) -> UserError:
+    read = made.read
+    if read is None or not read.rows:
+        return UserError(f"data {source} holds no text: it is empty", "give a file with at least a few thousand words")
+    why = ", ".join(f"{count:,} {reason}" for reason, count in read.dropped.items())
+    return UserError(f"data {source} holds no text: of its {read.rows:,} rows {why}", "check data.text_column")
+
+
+def _read_files(source: str, paths: list[Path], data: Data, left_out: list[LeftOut]) -> Documents:
+    groups: list[Group] = []
+    files: list[FileRead] = []
+    size = count = 0
+    whole = True
+    for path in paths:
+        most = None if data.max_documents is None else data.max_documents - count
+        if most == 0:
+            whole = False
             break
-    return documents
+        group, file = _read_file(path, kind_of(path.name), data, most, printable(path), alone=len(paths) == 1)
+        groups.append(group)
+        files.append(file)
+        count += len(group.texts)
+        whole &= most is None or len(group.texts) < most
+        size += sum(map(len, group.texts))
+        require_room(size, source)
+    return _made(source, groups, files, left_out, whole)
 
 
-def _read_file(path: Path, data: Data) -> list[str]:
-    if path.suffix.lower() in LOADERS:
-        return read_rows(path, data)
-    return split_text(decode_text(path, data.document_separator), data.document_separator)
+def _made(
+    source: str, groups: list[Group], files: list[FileRead], left_out: list[LeftOut], whole: bool, *, local: bool = True
+) -> Documents:
+    dropped: Counter[str] = Counter()
+    for file in files:
+        dropped.update(file.dropped)
+    documents = [text for group in groups for text in group.texts]
+    read = SourceRead(
+        source=printable(source),
+        file_count=len(files) if local else 0,
+        files=files[:MAX_LISTED] if local else [],
+        rows=sum(file.rows for file in files),
+        documents=len(documents),
+        dropped=dict(dropped),
+        duplicates=len(documents) - len(set(documents)),
+        left_out=left_out,
+        whole=whole,
+    )
+    return Documents(groups, read)
 
 
-def _read_url(url: str, data: Data) -> list[str]:
-    """A file at a URL: fetched once and kept, then read as any other; `data.streaming`: as `datasets` streams it."""
-    suffix = PurePosixPath(url.partition("://")[2]).suffix.lower()
-    if suffix not in LOADERS:
-        raise UserError(f"data {shown(url)} ends in {shown(suffix)}", f"a URL names a file of {', '.join(LOADERS)}")
+def _read_file(
+    path: Path, kind: Kind | None, data: Data, most: int | None, where: str, *, alone: bool
+) -> tuple[Group, FileRead]:
+    """One file's documents. `where` names it in errors; `alone`: no other was named, so it must hold something."""
+    notes = []
+    if kind is None:
+        refuse_rows_as_text(path, where)
+        notes.append("its name says no kind that is known: read as text")
+        kind = Kind("text")
+    if kind.format == "text":
+        pieces = read_text_file(path, data.document_separator, kind.compression, where)
+        texts = pieces.documents[:most]
+        rows = len(texts) + pieces.blank if most is None else len(texts)
+        dropped = {BLANK: pieces.blank} if pieces.blank and most is None else {}
+        notes += pieces.notes
+    else:
+        table = Table(path, where, data, most)
+        texts = read_rows(table, kind)
+        rows, dropped = table.rows, dict(table.dropped)
+        notes += table.notes
+    if alone and not texts and not rows:
+        size = path.stat().st_size
+        raise UserError(f"data file {where} is empty ({size:,} bytes, no row or line)", "give a file with text")
+    file = FileRead(path=where, format=kind.name, rows=rows, documents=len(texts), dropped=dropped, notes=notes)
+    return Group(texts, running=kind.format == "text" and data.document_separator is None), file
+
+
+def _read_url(url: str, data: Data) -> Documents:
+    """A file at a URL: fetched, then read as any other; `data.streaming`: as `datasets` streams it."""
+    name = Path(urlsplit(url).path).name
+    kind = kind_of(name)
+    if kind is None:
+        raise UserError(f"data {shown(url)} ends in {shown(name)}", f"a URL names a file of {read_suffixes()}")
     if data.streaming:
-        return _load(LOADERS[suffix], url, data)
+        if kind.format not in LOADERS:
+            raise UserError(f"data {shown(url)} is {kind.name}, which is not streamed", "leave data.streaming away")
+        return _load(LOADERS[kind.format], url, data)
     from datasets import DownloadConfig, DownloadManager
 
-    try:
-        fetched = Path(DownloadManager(download_config=DownloadConfig(disable_tqdm=True)).download(url))
-    except Exception as error:  # each protocol's library has errors of its own
-        raise _not_loaded(url, error) from error
-    with tempfile.TemporaryDirectory() as folder:  # the copy's name is a hash: its kind is the URL's
-        named = Path(folder, f"rows{suffix}")
-        named.symlink_to(fetched.absolute())
-        return read_rows(named, data)
-
-
-def decode_text(path: Path, separator: str | None = None) -> str:
-    """The text of a UTF-8 file (a byte order mark is fine). UserError for a binary, another encoding, a document (a
-    line, where no `separator` is named) of more than 64 MiB, and more text than this machine has memory for."""
-    with open_regular(path, what="data file") as file:
-        size = os.fstat(file.fileno()).st_size
-        require_room(2 * size, path)
+    with tempfile.TemporaryDirectory() as folder:
+        # a cache of its own: what lies at a URL may change, and not every server says so
+        config = DownloadConfig(cache_dir=folder, disable_tqdm=True)
         try:
-            _scan(file, path, size, unescape(separator).encode() if separator else b"\n")
-            file.seek(0)
-            raw = file.read()
-        except OSError as error:
-            raise UserError(f"data file {path} cannot be read: {error.strerror}", "check its disk") from error
-    if not raw.strip():
-        raise UserError(f"data file {path} is empty ({len(raw)} bytes)", "give a file with text")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"data file {path} is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}",
-            f"convert it, e.g. iconv -f LATIN1 -t UTF-8 {path}",
-        ) from error
-    return text.replace("\r\n", "\n")
+            fetched = Path(DownloadManager(download_config=config).download(url))
+        except Exception as error:  # each protocol's library has errors of its own
+            raise _not_loaded(url, error) from error
+        group, file = _read_file(fetched, kind, data, data.max_documents, _without_secrets(url), alone=True)
+    whole = data.max_documents is None or len(group.texts) < data.max_documents
+    return _made(_without_secrets(url), [group], [file], [], whole)
 
 
-def _scan(file: BinaryIO, path: Path, size: int, separator: bytes) -> None:
-    """One pass in chunks before the text is held whole: what is no text is refused early."""
-    controls = run = 0
-    tail = b""
-    while chunk := file.read(CHUNK_BYTES):
-        if not tail and chunk[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise UserError(f"data file {path} is UTF-16", f"convert it: iconv -f UTF-16 -t UTF-8 {path}")
-        controls += len(chunk) - len(chunk.translate(None, CONTROLS))
-        if controls > MAX_CONTROL_SHARE * size:
-            zero = chunk.find(0)
-            what = f"byte {file.tell() - len(chunk) + zero} is 0" if zero >= 0 else f"{controls:,} control characters"
-            raise UserError(
-                f"data file {path} is binary: {what}", "give text in UTF-8, or .jsonl, .csv, .parquet, not compressed"
-            )
-        run = 0 if separator in tail + chunk else run + len(chunk)
-        if run > MAX_LINE_BYTES:
-            raise UserError(
-                f"data file {path}: {run:,} bytes without {shown(separator.decode())}",
-                f"a document has at most {MAX_LINE_BYTES:,} bytes: say what ends one with --document-separator",
-            )
-        tail = chunk[-max(len(separator) - 1, 1) :]
+def _without_secrets(url: str) -> str:
+    """A URL as reports show it: without a password, and without a query, which may be a key."""
+    parts = urlsplit(url)
+    return printable(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")
 
 
-def split_text(text: str, separator: str | None) -> list[str]:
-    """Documents of a text: split at `separator`; else at blank lines; else, and where most paragraphs are one
-    line anyway, a line each."""
-    if separator is not None:
-        pieces = text.split(unescape(separator))
-    else:
-        lines = text.split("\n")
-        paragraphs: list[list[str]] = [[]]
-        for line in lines:
-            if line.strip():
-                paragraphs[-1].append(line)
-            elif paragraphs[-1]:
-                paragraphs.append([])
-        single = sum(len(paragraph) == 1 for paragraph in paragraphs)
-        one_by_one = not any(not line.strip() for line in lines[:-1]) or 2 * single > len(paragraphs)
-        pieces = lines if one_by_one else ["\n".join(paragraph) for paragraph in paragraphs]
-    return [stripped for piece in pieces if (stripped := piece.strip("\n")).strip()]
-
-
-def _load(name: str, file: str | None, data: Data) -> list[str]:
+def _load(name: str, file: str | None, data: Data) -> Documents:
     """Documents through `datasets`: a hub id, or a URL that is streamed by its loader.
 
     With `data.streaming` rows are read one after another, no more of them than `data.max_documents`, and nothing
@@ -204,26 +223,38 @@ def _load(name: str, file: str | None, data: Data) -> list[str]:
 
     where = file or name
     options: dict[str, Any] = {"data_files": file} if file else ({"name": data.subset} if data.subset else {})
-    if file and file.lower().endswith(".tsv"):
-        options["sep"] = "\t"
+    if name == "csv":
+        options |= {"keep_default_na": False, "sep": "\t" if ".tsv" in (file or "").lower() else ","}
+    table = Table(Path(where), where, data, data.max_documents)
     try:
-        table = load_dataset(name, split="train", streaming=data.streaming, **options)
+        found = load_dataset(name, split="train", streaming=data.streaming, **options)
         # a stream may not know its columns before its first row
-        columns = table.column_names or list(next(iter(table), {}))
+        columns = found.column_names or list(next(iter(found), {}))
         if data.text_column not in columns:
-            raise UserError(
-                f"data {where} has no column '{data.text_column}': it has {', '.join(columns)}",
-                "name it with --set data.text_column=NAME",
-            )
-        texts = _texts(table, data)
+            raise no_column(table, columns)
+        texts = list(itertools.islice(_texts(found, table), data.max_documents))
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, DatasetsError) as error:
         raise _not_loaded(where, error) from error
-    wrong = next((row for row in texts if not isinstance(row, str)), None)
-    if wrong is not None:
-        raise UserError(
-            f"data {where}: column '{data.text_column}' holds {type(wrong).__name__}", "name a column of text"
-        )
-    return texts
+    whole = data.max_documents is None or len(texts) < data.max_documents
+    read = FileRead(path=where, format="datasets", rows=table.rows, documents=len(texts), dropped=dict(table.dropped))
+    return _made(where, [Group(texts)], [read], [], whole, local=False)
+
+
+def _texts(found: Any, table: Table) -> Iterator[str]:
+    """The rows' texts that are not empty; the others are counted. UserError for what is no text."""
+    column = table.data.text_column
+    for value in (row[column] for row in found) if table.data.streaming else iter(found[column]):
+        table.rows += 1
+        if value is None:
+            table.dropped[NO_TEXT] += 1
+        elif not isinstance(value, str):
+            raise UserError(
+                f"data {table.where}: column '{column}' holds {type(value).__name__}", "name a column of text"
+            )
+        elif not value.strip():
+            table.dropped[BLANK] += 1
+        else:
+            yield value
 
 
 def _not_loaded(where: str, error: Exception) -> UserError:
@@ -232,10 +263,3 @@ def _not_loaded(where: str, error: Exception) -> UserError:
         f"data {shown(where)} cannot be loaded: {reason[0][:300] if reason else type(error).__name__}",
         "give a local file (.txt, .jsonl, .csv, .parquet), a folder, or a dataset id that can be reached from here",
     )
-
-
-def _texts(table: Any, data: Data) -> list[Any]:
-    """The rows' texts that are not empty, at most `max_documents` of them."""
-    rows = (row[data.text_column] for row in table) if data.streaming else iter(table[data.text_column])
-    kept = (row for row in rows if row is not None and (not isinstance(row, str) or row.strip()))
-    return list(itertools.islice(kept, data.max_documents))

@@ -5,18 +5,18 @@
 
 A part is a list of blocks, and a block a list of documents: the block is what intervals resample. Lines and
 paragraphs of running text belong together: neighbours make a block, and blocks are hashed, or a held-out line
-would stand between two lines of the training part. Each line stays a document of its own for the model. The
-quickstart's short documents (a topic, a docstring) are joined to one text after the split. Rows of a table
-are blocks of one.
+would stand between two lines of the training part. A block ends with its file. Each line stays a document of
+its own for the model. The quickstart's short documents (a topic, a docstring) are joined to one text after the
+split. Rows of a table are blocks of one.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from edgedistill.data.documents import PYTHON_DOCS, source_hash
+from edgedistill.data.documents import PYTHON_DOCS, Group, source_hash
 from edgedistill.errors import UserError
 from edgedistill.recipe import Data
 from edgedistill.records import SplitPart
@@ -48,38 +48,25 @@ class Split:
         }
 
 
-def split_documents(
-    documents: list[str],
-    data: Data,
-    held_out: list[str] | None = None,
-    *,
-    pieces: bool = False,
-    held_out_pieces: bool = False,
-) -> Split:
+def split_documents(documents: Sequence[Group], data: Data, held_out: Sequence[Group] | None = None) -> Split:
     """Split by the recipe. `held_out`: a text of its own; then nothing is split off for it.
-
-    `pieces`: the documents are lines or paragraphs of running text (see above).
 
     Exact duplicates are dropped first (the first stays). Raises UserError where a part would be empty.
     """
-    unique = list(dict.fromkeys(documents))
-    dropped = len(documents) - len(unique)
-    if held_out is not None:
-        held_out = list(dict.fromkeys(held_out))
-    if len(unique) < MIN_DOCUMENTS:
+    unique = _unique(documents)
+    count = sum(len(group.texts) for group in unique)
+    dropped = sum(len(group.texts) for group in documents) - count
+    if count < MIN_DOCUMENTS:
         raise UserError(
-            f"the data holds {len(unique)} document(s); {MIN_DOCUMENTS} are needed to train, calibrate and hold out",
+            f"the data holds {count} document(s); {MIN_DOCUMENTS} are needed to train, calibrate and hold out",
             "give more text, or say what ends a document with --document-separator",
         )
     eval_share = 0.0 if held_out is not None else data.eval_share
-    if pieces:
-        blocks = blocks_of(unique, data.min_document_chars)
-    else:
-        blocks = [[text] for text in unique]
+    blocks = blocks_of_groups(unique, data.min_document_chars)
     cut = _by_hash if data.split == "hash" else _by_tail
     train, calibration, tail = cut(blocks, eval_share, data.calibration_share)
     if held_out is not None:
-        tail = blocks_of(held_out, data.min_document_chars) if held_out_pieces else [[text] for text in held_out]
+        tail = blocks_of_groups(_unique(held_out), data.min_document_chars)
     parts = {"train": train, "calibration": calibration, "held_out": tail}
     shared = overlap([t for block in train for t in block], [t for block in tail for t in block])
     if data.source == PYTHON_DOCS:
@@ -90,10 +77,21 @@ def split_documents(
     for name, texts in parts.items():
         if len(texts) < (MIN_HELD_OUT_DOCUMENTS if name == "held_out" else 1):
             raise UserError(
-                f"the {name.replace('_', '-')} part got {len(texts)} document(s) of {len(unique)}",
+                f"the {name.replace('_', '-')} part got {len(texts)} document(s) of {count}",
                 "give more text, a smaller data.min_document_chars, or --eval-data a file of its own",
             )
     return Split(parts=parts, duplicates_dropped=dropped, overlap=shared)
+
+
+def _unique(groups: Sequence[Group]) -> list[Group]:
+    """Each document where it stands first."""
+    seen: set[str] = set()
+    made = []
+    for group in groups:
+        texts = [text for text in dict.fromkeys(group.texts) if text not in seen]
+        seen.update(texts)
+        made.append(Group(texts, group.running))
+    return made
 
 
 def _by_hash(blocks: list[Block], eval_share: float, calibration_share: float) -> tuple[list[Block], ...]:
@@ -128,6 +126,15 @@ def _first_at(lines: list[int], start: float) -> int:
             return index
         before += count
     return len(lines)
+
+
+def blocks_of_groups(groups: Iterable[Group], min_chars: int) -> list[Block]:
+    """Rows as blocks of one, running text as blocks of neighbours within its own file: another file beside it, of
+    whatever kind, moves no block."""
+    blocks: list[Block] = []
+    for group in groups:
+        blocks += blocks_of(group.texts, min_chars) if group.running else [[text] for text in group.texts]
+    return blocks
 
 
 def blocks_of(texts: list[str], min_chars: int) -> list[Block]:

@@ -1,0 +1,148 @@
+"""Data files opened: regular ones alone, gzip and zstd inflated as they are read, within bounds."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import shlex
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from edgedistill.errors import UserError
+from edgedistill.strict import open_regular
+
+MAX_LINE_BYTES = 1 << 26  # of a line and of a document; the longest books have 10 MB
+MIN_INFLATION_BYTES, MAX_INFLATION = 1 << 28, 200  # text beyond both, beside the file's size, is a bomb
+BUFFER_BYTES = 1 << 20
+# how a compressed file begins, and what takes it apart
+COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip"), b"PK\x03\x04": ("zip", "unzip"), b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"\xfd7zXZ": ("xz", "unxz"), b"\x04\x22\x4d\x18": ("lz4", "unlz4"),
+    **{b"BZh%d1AY" % level: ("bzip2", "bunzip2") for level in range(1, 10)},
+}  # fmt: skip
+MAGIC_BYTES = max(map(len, COMPRESSED))
+ENDINGS = {"gzip": ".gz", "zstd": ".zst"}
+
+
+@contextmanager
+def open_data(path: Path, compression: str | None, where: str) -> Iterator[BinaryIO]:
+    """A data file's bytes, inflated; it can be read again from its start. `where` names it in errors.
+
+    Raises UserError: what is no regular file, what is not so compressed, cut off, or inflates without end.
+    """
+    with open_regular(path, what="data file") as file:
+        if compression is None:
+            yield file
+            return
+        with io.BufferedReader(_Inflated(file, compression, where), BUFFER_BYTES) as inflated:
+            yield cast(BinaryIO, inflated)
+
+
+class _Inflated(io.RawIOBase):
+    """The content of a compressed file. Seeks to its start alone."""
+
+    def __init__(self, file: BinaryIO, compression: str, where: str) -> None:
+        self._file, self._compression, self._where = file, compression, where
+        self._most = max(MIN_INFLATION_BYTES, MAX_INFLATION * os.fstat(file.fileno()).st_size)
+        self._start()
+
+    def _start(self) -> None:
+        self._stream: Any = None  # the last one, before the file's position is moved
+        self._file.seek(0)
+        self._read = 0
+        if self._compression == "gzip":
+            self._stream = gzip.GzipFile(fileobj=self._file, mode="rb")
+        else:
+            import pyarrow
+
+            own = io.FileIO(os.dup(self._file.fileno()))  # which arrow closes with its stream
+            self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(own, mode="r"), self._compression)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        if (offset, whence) != (0, 0):
+            raise io.UnsupportedOperation("seeks to its start alone")
+        self._start()
+        return 0
+
+    def tell(self) -> int:
+        return self._read
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            chunk = self._stream.read(len(buffer))
+        except (OSError, EOFError, zlib.error) as error:
+            reason = str(error).rstrip(".")
+            raise UserError(
+                f"data file {self._where} cannot be read as {self._compression}: {reason}",
+                "copy or write it again; if it is not compressed so, give it the name of what it is",
+            ) from error
+        self._read += len(chunk)
+        if self._read > self._most:
+            raise UserError(
+                f"data file {self._where} inflates to more than {self._most:,} bytes",
+                f"more than {MAX_INFLATION} times a file's size is taken for a bomb: decompress it first",
+            )
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
+
+
+def shell_path(path: Path) -> str:
+    """A path as it stands in a command that a remedy names."""
+    return shlex.quote(str(path))
+
+
+def refuse_compressed(start: bytes, path: Path, where: str) -> None:
+    """Refuse a file that begins as a compressed one, and whose name does not say so. UserError."""
+    for magic, (name, tool) in COMPRESSED.items():
+        if start.startswith(magic):
+            ending = ENDINGS.get(name)
+            decompress = f"decompress it first ({tool}); .gz and .zst are read"
+            raise UserError(
+                f"data file {where} is compressed ({name})",
+                f"rename it to {path.name}{ending}" if ending else decompress,
+            )
+
+
+def require_room(text_bytes: int, where: str | Path) -> None:
+    """Refuse text that does not fit in half of this machine's memory: a document in it is a Python text."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if text_bytes > memory // 2:
+        raise UserError(
+            f"data {where} holds at least {text_bytes:,} bytes of text, this machine has {memory:,} bytes of memory",
+            "read the first of it with --set data.max_documents=N (.jsonl, .csv, .parquet), or give a smaller file",
+        )
+
+
+def utf16_of(sample: bytes) -> str | None:
+    """The UTF-16 that bytes without a byte order mark look like: of most characters one byte, the same, is zero."""
+    half = len(sample) // 2
+    even, odd = sample[::2].count(0), sample[1::2].count(0)
+    if min(even, odd) > 0.1 * half or max(even, odd) < 0.5 * half:
+        return None
+    return "UTF-16LE" if odd > even else "UTF-16BE"
+
+
+def encoding_remedy(sample: bytes, path: Path) -> str:
+    """The command that makes UTF-8 of a file in the encoding that a sample of it looks like."""
+    if sample[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        encoding, what = "UTF-16", "convert it"
+    elif utf16 := utf16_of(sample):
+        encoding, what = utf16, f"convert it, from {utf16} where that is what it is"
+    else:
+        # which says Latin-1 too: the characters that Latin-1 has in the place of its quotes and dashes are never meant
+        encoding, what = "WINDOWS-1252", "convert it, from Latin-1 or Windows-1252 where that is what it is"
+    old, new = shell_path(path), shell_path(path.with_name(f"utf8-{path.name}"))
+    tool = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+    if tool is None:
+        return f"{what}: iconv -f {encoding} -t UTF-8 {old} > {new}"
+    return f"{what}: {tool} -dc {old} | iconv -f {encoding} -t UTF-8 | {tool} > {new}"
