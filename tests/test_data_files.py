@@ -266,3 +266,23 @@ def test_a_separator_that_is_not_there_is_said(tmp_path):
     (tmp_path / "t.txt").write_text("one\n\ntwo")
     found = read_source(str(tmp_path / "t.txt"), Data(document_separator="§")).read
     assert found is not None and "does not stand in it" in found.files[0].notes[0]
+
+
+def test_a_url_is_read_as_it_is_now(monkeypatch):
+    """A file system that gives no ETag: what was fetched once is not what lies there now."""
+    import fsspec
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    files = fsspec.filesystem("memory")
+    for word in ("FIRST", "OTHER"):
+        texts = [f"{word} {text}" for text in ("None", "NA", "x")]
+        for suffix in (".csv", ".jsonl", ".tsv.gz", ".parquet"):
+            url = f"memory://edgedistill/t{suffix}"
+            files.pipe(url, written(texts, suffix))
+            assert read_documents(url, Data(source=url)) == texts
+            if not suffix.endswith(".gz"):
+                found = read_source(url, Data(source=url, streaming=True, max_documents=2))
+                assert found.texts == texts[:2] and found.read is not None and not found.read.whole
+    with pytest.raises(UserError, match=r"tsv \(gzip\), and jsonl, csv, parquet are streamed"):
+        read_source(url := "memory://edgedistill/t.tsv.gz", Data(source=url, streaming=True, max_documents=2))

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from pathlib import Path
 
 import pytest
-from attack.command_server import Ended, Server
 from command import tiny_text
 
 from edgedistill.data.documents import read_source
 from edgedistill.data.prepare import prepare_data, read_part
-from edgedistill.data.report import MAX_FILES_LISTED
 from edgedistill.errors import UserError
 from edgedistill.recipe import Data
 from edgedistill.records import DataResult
 from edgedistill.store import Store, Stored
-
-PLAN = ["plan", "-t", "phone"]
 
 
 def rows(count: int = 60, word: str = "story") -> str:
@@ -165,68 +160,3 @@ def test_a_folder_without_text(tmp_path, names, cause, remedy):
     with pytest.raises(UserError) as error:
         read_source(str(tmp_path), Data())
     assert cause in error.value.cause and remedy in error.value.remedy
-
-
-@pytest.fixture(scope="module")
-def server():
-    with Server() as running:
-        yield running
-
-
-@pytest.fixture
-def run(server, tmp_path):
-    """A command in the folder above the data."""
-
-    def command(*words: str) -> Ended:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("EDGEDISTILL", "PYTHON"))}
-        given = {**kept, "HF_HUB_OFFLINE": "1", "EDGEDISTILL_STORE": str(tmp_path / "store")}
-        return server(list(words), tmp_path, given, wall_s=120)
-
-    return command
-
-
-class TestCommands:
-    def test_plan_lists_what_is_read_and_what_is_not(self, run, folder):
-        (folder / "b.csv").write_text('text\none\n""\none\n')
-        stray(folder, "picture")
-        stray(folder, "git")
-        (folder / "held.out").mkdir()
-        (folder.parent / "held.tsv").write_text("text\nonly\nhere\n")
-        words = [*PLAN, "--data", "texts", "--eval-data", "held.tsv"]
-        done = run(*words)
-        assert done.code == 0, done.err
-        lines = [" ".join(line.split()) for line in done.out.splitlines()]
-        for said in (
-            "texts 2 files 63 62 1 with a blank text",
-            "texts/b.csv csv 3 2 1 with a blank text",
-            "texts/t.jsonl jsonl 60 60",
-            "held.tsv tsv 2 2",
-            "texts: 1 of the documents stood in it before, word for word",
-            "texts: left out: 1 hidden: .git",
-            "texts: left out: 1 of a kind that is not read (.jpg): a.jpg",
-        ):
-            assert any(said in line for line in lines), (said, done.out)
-        data = json.loads(run(*words, "--json").out)["data"]
-        assert [(each["source"], each["rows"], each["documents"]) for each in data] == [
-            ("texts", 63, 62),
-            ("held.tsv", 2, 2),
-        ]
-        assert data[0]["left_out"][0] == {"why": "hidden", "count": 1, "paths": [".git"]}
-
-    def test_many_files_are_not_all_printed(self, run, tmp_path):
-        (tmp_path / "many").mkdir()
-        for i in range(MAX_FILES_LISTED + 7):
-            (tmp_path / "many" / f"{i:03}.txt").write_text(f"text {i}")
-        done = run(*PLAN, "--data", "many")
-        assert done.code == 0 and "and 7 more files" in done.out and "026.txt" not in done.out
-        assert len(json.loads(run(*PLAN, "--data", "many", "--json").out)["data"][0]["files"]) == MAX_FILES_LISTED + 7
-
-    def test_a_build_says_what_it_read(self, run, folder):
-        """Before anything is trained: this one is refused there."""
-        stray(folder, "archive")
-        (folder / "t.jsonl").write_text(rows(2))
-        for quiet in ([], ["-q"]):
-            done = run("build", "-t", "phone", "--data", "texts", *quiet)
-            assert done.code == 2 and "3 are needed" in done.err
-            assert "left out: 1 of a kind that is not read (.bz2): more.jsonl.bz2" in done.err
-            assert ("texts: 1 file, 2 rows, 2 documents" in done.err) == (not quiet)

@@ -7,6 +7,7 @@ counted on the way.
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import os
 import tempfile
@@ -14,12 +15,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 from edgedistill.data.files import Kind, folder_files, kind_of, printable, read_suffixes
 from edgedistill.data.opened import require_room
-from edgedistill.data.rows import BLANK, NO_TEXT, read_rows
+from edgedistill.data.rows import BLANK, NO_TEXT, read_rows, rows_of
 from edgedistill.data.table import Table, no_column
 from edgedistill.data.text import read_text_file, refuse_rows_as_text
 from edgedistill.errors import UserError
@@ -29,7 +30,8 @@ from edgedistill.strict import local_path, shown
 
 PYTHON_DOCS = "python-docs"
 MAX_LISTED = 1000
-LOADERS = {"jsonl": "json", "json": "json", "csv": "csv", "tsv": "csv", "parquet": "parquet"}  # of `datasets`
+STREAMED = ("jsonl", "csv", "parquet")  # a .tsv is read twice, a list in .json is read whole
+STREAM_BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def read_source(source: str, data: Data) -> Documents:
     elif path.suffix or name.startswith((".", "/", "~")):
         raise UserError(f"no data file {name}", "check the path given with --data")
     else:
-        made = _load(name, None, data)
+        made = _load(name, data)
     if not any(group.texts for group in made.groups):
         raise _no_text(source, made)
     return made
@@ -189,9 +191,7 @@ def _read_url(url: str, data: Data) -> Documents:
     if kind is None:
         raise UserError(f"data {shown(url)} ends in {shown(name)}", f"a URL names a file of {read_suffixes()}")
     if data.streaming:
-        if kind.format not in LOADERS:
-            raise UserError(f"data {shown(url)} is {kind.name}, which is not streamed", "leave data.streaming away")
-        return _load(LOADERS[kind.format], url, data)
+        return _stream_url(url, kind, data)
     from datasets import DownloadConfig, DownloadManager
 
     with tempfile.TemporaryDirectory() as folder:
@@ -206,14 +206,38 @@ def _read_url(url: str, data: Data) -> Documents:
     return _made(_without_secrets(url), [group], [file], [], whole)
 
 
+def _stream_url(url: str, kind: Kind, data: Data) -> Documents:
+    """Rows of a file at a URL while it comes, no more of them than `data.max_documents`."""
+    if kind.format not in STREAMED or kind.compression is not None:
+        raise UserError(
+            f"data {shown(url)} is {kind.name}, and {', '.join(STREAMED)} are streamed", "leave data.streaming away"
+        )
+    import fsspec
+
+    where = _without_secrets(url)
+    table = Table(Path(where), where, data, data.max_documents)
+    try:
+        with fsspec.open(url, "rb") as remote, io.BufferedReader(remote, STREAM_BUFFER_BYTES) as file:
+            texts = rows_of(cast(BinaryIO, file), table, kind)
+    except UserError:
+        raise
+    except Exception as error:  # each protocol's library has errors of its own
+        raise _not_loaded(url, error) from error
+    read = FileRead(
+        path=where, format=kind.name, rows=table.rows, documents=len(texts), dropped=dict(table.dropped),
+        notes=table.notes,
+    )  # fmt: skip
+    return _made(where, [Group(texts)], [read], [], data.max_documents is None or len(texts) < data.max_documents)
+
+
 def _without_secrets(url: str) -> str:
     """A URL as reports show it: without a password, and without a query, which may be a key."""
     parts = urlsplit(url)
     return printable(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")
 
 
-def _load(name: str, file: str | None, data: Data) -> Documents:
-    """Documents through `datasets`: a hub id, or a URL that is streamed by its loader.
+def _load(name: str, data: Data) -> Documents:
+    """Documents of a data set on a hub, through `datasets`.
 
     With `data.streaming` rows are read one after another, no more of them than `data.max_documents`, and nothing
     is downloaded whole.
@@ -221,23 +245,20 @@ def _load(name: str, file: str | None, data: Data) -> Documents:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    where = file or name
-    options: dict[str, Any] = {"data_files": file} if file else ({"name": data.subset} if data.subset else {})
-    if name == "csv":
-        options |= {"keep_default_na": False, "sep": "\t" if ".tsv" in (file or "").lower() else ","}
-    table = Table(Path(where), where, data, data.max_documents)
+    table = Table(Path(name), name, data, data.max_documents)
     try:
+        options = {"name": data.subset} if data.subset else {}
         found = load_dataset(name, split="train", streaming=data.streaming, **options)
         # a stream may not know its columns before its first row
         columns = found.column_names or list(next(iter(found), {}))
         if data.text_column not in columns:
             raise no_column(table, columns)
         texts = list(itertools.islice(_texts(found, table), data.max_documents))
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, DatasetsError) as error:
-        raise _not_loaded(where, error) from error
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, DatasetsError) as error:
+        raise _not_loaded(name, error) from error
     whole = data.max_documents is None or len(texts) < data.max_documents
-    read = FileRead(path=where, format="datasets", rows=table.rows, documents=len(texts), dropped=dict(table.dropped))
-    return _made(where, [Group(texts)], [read], [], whole, local=False)
+    read = FileRead(path=name, format="datasets", rows=table.rows, documents=len(texts), dropped=dict(table.dropped))
+    return _made(name, [Group(texts)], [read], [], whole, local=False)
 
 
 def _texts(found: Any, table: Table) -> Iterator[str]:

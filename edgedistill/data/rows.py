@@ -35,20 +35,25 @@ def read_rows(table: Table, kind: Kind) -> list[str]:
     """The texts in the column that `data` names, at most `most` of them. UserError with file, line and cause."""
     with open_data(table.path, kind.compression, table.where) as file:
         try:
-            if kind.format == "parquet":
-                return _kept(_parquet(file, table), table)
-            if kind.compression is None:
+            if kind.compression is None and kind.format != "parquet":
                 refuse_compressed(file.read(MAGIC_BYTES), table.path, table.where)
                 file.seek(0)
-            if kind.format in ("csv", "tsv"):
-                rows = delimited_rows(file, table, "\t" if kind.format == "tsv" else ",")
-            else:
-                rows = _json(file, table, kind)
-            return _kept(_column(rows, table), table)
+            return rows_of(file, table, kind)
         except OSError as error:
             raise UserError(
                 f"data file {table.where} cannot be read: {error.strerror or error}", "check its disk"
             ) from error
+
+
+def rows_of(file: BinaryIO, table: Table, kind: Kind) -> list[str]:
+    """As `read_rows`, of an open file whose content is `kind`'s format."""
+    if kind.format == "parquet":
+        return _kept(_parquet(file, table), table)
+    if kind.format in ("csv", "tsv"):
+        rows = delimited_rows(file, table, "\t" if kind.format == "tsv" else ",")
+    else:
+        rows = _json(file, table, kind)
+    return _kept(_column(rows, table), table)
 
 
 def _kept(values: Iterable[tuple[Any, int]], table: Table) -> list[str]:
@@ -203,7 +208,7 @@ def _json_list(file: BinaryIO, table: Table) -> Iterator[tuple[dict[str, Any], i
 
 
 def _parquet(file: BinaryIO, table: Table) -> Iterator[tuple[Any, int]]:
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
     again = "copy or write it again"
     tail = file.seek(max(size - 8, 0)) and file.read(8)
     if size < 12 or not tail or tail[4:] != b"PAR1":

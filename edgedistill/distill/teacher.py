@@ -71,7 +71,8 @@ def find_teacher(recipe: Recipe, *, data: Stored[DataResult] | None, store: Stor
     if recipe.teacher.model is not None:
         return _given(recipe, store)
     stored = None if data is None else store.find("teacher", teacher_inputs(recipe, data), TeacherResult)
-    return None if stored is None else stored.result
+    # by its folder, as obtain_teacher names it: the student's key reads its settings
+    return None if stored is None else stored.result.model_copy(update={"path": str(stored.directory / "model")})
 
 
 def teacher_inputs(recipe: Recipe, data: Stored[DataResult]) -> dict[str, Any]:
