@@ -197,6 +197,10 @@ def test_every_row_is_a_document_or_counted(tmp_path):
         ("t.jsonl", b'{"Text": "a"}', "no column 'text'", "data.text_column='Text'"),
         ("t.json", b'{\n "data": [\n {"text": "a"}]}', "rows stand under 'data'", "jq .data t.json"),
         ("t.json", b'{"text": {"0": "a", "1": "b"}}', "holds dict", "orient='records'"),
+        ("t.csv", b'{"text": "a"}\n', "no column 'text'", "name it .jsonl"),
+        ("t.xlsx", b"PK\x03\x04more", "an Excel table", "as .csv"),
+        ("t.pdf", b"%PDF-1.7\n", "is a PDF", "pdftotext"),
+        ("rows.pq", b"PAR1 more", "is Parquet", "rename it to rows.pq.parquet"),
         ("t.csv", b"id;text\n1;a\n", "no column 'text'", "separated by ';'"),
         ("t.csv", b"text\ra\rb", "CR alone", "tr '\\r' '\\n' < "),
         ("t.csv", b'text\nfine\n"never closed\nmore\n', "line 3: unexpected end", "written twice"),
@@ -286,3 +290,13 @@ def test_a_url_is_read_as_it_is_now(monkeypatch):
                 assert found.texts == texts[:2] and found.read is not None and not found.read.whole
     with pytest.raises(UserError, match=r"tsv \(gzip\), and jsonl, csv, parquet are streamed"):
         read_source(url := "memory://edgedistill/t.tsv.gz", Data(source=url, streaming=True, max_documents=2))
+
+
+def test_line_ends_and_marks_of_other_systems(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbfid,text\r\r\n1,one\r\r\n2,two\r\r\n")
+    assert read(tmp_path / "t.csv") == ["one", "two"]
+    part = b"\xef\xbb\xbf" + written(["one", "two"], ".jsonl") + b"\r\n"
+    (tmp_path / "t.jsonl").write_bytes(part + part)
+    assert read(tmp_path / "t.jsonl") == ["one", "two"] * 2
+    (tmp_path / "t.txt").write_bytes(b"one\r\rtwo\rlines\r\rthree\rmore\r")
+    assert read(tmp_path / "t.txt") == ["one", "two\nlines", "three\nmore"]

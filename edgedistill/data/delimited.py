@@ -21,6 +21,7 @@ from edgedistill.strict import shown
 # Python's reader takes a CR for a line's end wherever it stands: those within a line pass through it as two characters
 # that begin with this one, and so does this one itself
 MASK = "\ufdd0"
+LINE_ENDS = ("\r\r\n", "\r\n", "\n")  # the first is what Python on Windows writes where newline="" was forgotten
 # a field as it is written: quoted, or bare
 FIELD = re.compile(r'(?:"((?:[^"]|"")*)"|([^\t]*))(?:\t|$)')
 LONG_SPAN_LINES, LONG_SPAN_SHARE = 50, 0.1
@@ -90,7 +91,7 @@ def _lines(file: BinaryIO, table: Table) -> Iterator[str]:
     for raw, number in lines_of(file, table):
         line = decoded_line(raw, number, table)
         if "\r" in line or MASK in line:
-            end = "\r\n" if line.endswith("\r\n") else "\n" if line.endswith("\n") else ""
+            end = next((end for end in LINE_ENDS if line.endswith(end)), "")
             line = line.removesuffix(end).replace(MASK, f"{MASK}1").replace("\r", f"{MASK}2") + end
         yield line
 

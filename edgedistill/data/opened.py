@@ -24,7 +24,17 @@ COMPRESSED = {
     b"\xfd7zXZ": ("xz", "unxz"), b"\x04\x22\x4d\x18": ("lz4", "unlz4"),
     **{b"BZh%d1AY" % level: ("bzip2", "bunzip2") for level in range(1, 10)},
 }  # fmt: skip
-MAGIC_BYTES = max(map(len, COMPRESSED))
+# what else has no text on its outside
+DOCUMENTS = {
+    b"%PDF-": ("a PDF", "take its text out, e.g. with pdftotext"),
+    b"PAR1": ("Parquet", "rename it to {name}.parquet"),
+    b"ARROW1": ("an Arrow file", "write it as Parquet; of `datasets`: load_from_disk(...).to_parquet(...)"),
+}
+OFFICE = {
+    ".xlsx": "an Excel table", ".ods": "a table", ".docx": "a Word document", ".odt": "a text document",
+    ".pptx": "a presentation", ".epub": "an e-book",
+}  # fmt: skip
+MAGIC_BYTES = max(map(len, [*COMPRESSED, *DOCUMENTS]))
 ENDINGS = {"gzip": ".gz", "zstd": ".zst"}
 
 
@@ -102,7 +112,14 @@ def shell_path(path: Path) -> str:
 
 
 def refuse_compressed(start: bytes, path: Path, where: str) -> None:
-    """Refuse a file that begins as a compressed one, and whose name does not say so. UserError."""
+    """Refuse a file that begins as a compressed one, or as a document of an office. UserError."""
+    for magic, (name, remedy) in DOCUMENTS.items():
+        if start.startswith(magic):
+            raise UserError(f"data file {where} is {name}", remedy.format(name=path.name))
+    if start.startswith(b"PK\x03\x04") and path.suffix.lower() in OFFICE:
+        raise UserError(
+            f"data file {where} is {OFFICE[path.suffix.lower()]}", "save its text as .txt, or its table as .csv"
+        )
     for magic, (name, tool) in COMPRESSED.items():
         if start.startswith(magic):
             ending = ENDINGS.get(name)

@@ -124,7 +124,7 @@ def _json(file: BinaryIO, table: Table, kind: Kind) -> Iterator[tuple[dict[str, 
         return
     file.seek(0)
     for line, number in lines_of(file, table):
-        text = decoded_line(line, number, table)
+        text = decoded_line(line, number, table).removeprefix("\ufeff")  # of files that were put one behind the other
         if not text.strip():
             continue
         try:

@@ -41,7 +41,9 @@ def no_column(table: Table, names: list[str]) -> UserError:
     remedy = "name it with --set data.text_column=NAME"
     alike = [name for name in names if name.strip().lower() == wanted.lower()]
     separator = next((mark for mark in ";\t|," if len(names) == 1 and wanted in names[0].split(mark)), None)
-    if alike:
+    if names and names[0].lstrip().startswith(("{", "[")):
+        remedy = "it looks like JSON: name it .jsonl, or .json where it is one list"
+    elif alike:
         remedy = f"name it: --set data.text_column={shown(alike[0])}"
     elif separator is not None:
         remedy = f"its columns are separated by {shown(separator)}: write it with commas, or with tabs as .tsv"
