@@ -300,3 +300,18 @@ def test_line_ends_and_marks_of_other_systems(tmp_path):
     assert read(tmp_path / "t.jsonl") == ["one", "two"] * 2
     (tmp_path / "t.txt").write_bytes(b"one\r\rtwo\rlines\r\rthree\rmore\r")
     assert read(tmp_path / "t.txt") == ["one", "two\nlines", "three\nmore"]
+
+
+def test_two_marks_in_a_csv_are_a_warning(tmp_path):
+    """By its format they quote what stands between them; that this may be a mistake is said."""
+    path = tmp_path / "t.csv"
+    for at, warned in ((9, True), (6, False)):
+        lines = list(TEXTS)
+        lines[5], lines[at] = f'"{lines[5]}', f'{lines[at]}"'
+        path.write_text("\n".join(["text", *lines]))
+        found = read_source(str(path), Data()).read
+        assert found is not None and found.rows == 40 - (at - 5)
+        assert [f"from line 7 to {at + 2}" in note for note in found.files[0].notes] == [True] * warned
+    path.write_bytes(written(["two\n\nlines and more"] * 9 + TEXTS, ".csv"))
+    found = read_source(str(path), Data()).read
+    assert found is not None and not found.files[0].notes

@@ -24,7 +24,8 @@ MASK = "\ufdd0"
 LINE_ENDS = ("\r\r\n", "\r\n", "\n")  # the first is what Python on Windows writes where newline="" was forgotten
 # a field as it is written: quoted, or bare
 FIELD = re.compile(r'(?:"((?:[^"]|"")*)"|([^\t]*))(?:\t|$)')
-LONG_SPAN_LINES, LONG_SPAN_SHARE = 50, 0.1
+# a text over several lines is looked at twice where so few others are, or where it is a good part of the file
+FEW_SPANNING, LONG_SPAN_LINES, LONG_SPAN_SHARE = 0.05, 50, 0.1
 
 
 def delimited_rows(file: BinaryIO, table: Table, separator: str) -> Iterator[tuple[dict[str, Any], int]]:
@@ -40,7 +41,7 @@ def delimited_rows(file: BinaryIO, table: Table, separator: str) -> Iterator[tup
         else csv.reader(lines, delimiter=separator, strict=True)
     )
     names: list[str] | None = None
-    line = longest = longest_at = 0
+    line = longest = longest_at = rows = spanning = 0
     try:
         while True:
             line = reader.line_num + 1
@@ -54,6 +55,8 @@ def delimited_rows(file: BinaryIO, table: Table, separator: str) -> Iterator[tup
                 if table.data.text_column not in names:
                     raise no_column(table, names)
                 continue
+            rows += 1
+            spanning += reader.line_num > line
             if reader.line_num - line > longest:
                 longest, longest_at = reader.line_num - line, line
             if not fields:  # a blank line
@@ -69,7 +72,8 @@ def delimited_rows(file: BinaryIO, table: Table, separator: str) -> Iterator[tup
             f"data file {table.where}, line {line:,}: {error}",
             'a field that begins with " ends with one, and a " within it is written twice: mend it, or write .jsonl',
         ) from error
-    if longest >= LONG_SPAN_LINES and longest > LONG_SPAN_SHARE * reader.line_num:
+    rare = longest > 1 and spanning <= FEW_SPANNING * rows
+    if rare or (longest >= LONG_SPAN_LINES and longest > LONG_SPAN_SHARE * reader.line_num):
         table.notes.append(
             f"one text in quotes goes from line {longest_at:,} to {longest_at + longest:,}: if that is not one text, a"
             " quotation mark is too many"

@@ -7,6 +7,7 @@ message that prints, and nothing left behind.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -216,7 +217,9 @@ def _model_files(good: Good, rng: random.Random, number: int) -> Case:
 
 
 def _data(good: Good, rng: random.Random, number: int) -> Case:
-    suffix = rng.choice([".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".md"])
+    suffix = rng.choice(
+        [".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".md", ".ndjson.gz", ".tsv.zst", ".log"]
+    )
     kind = rng.randrange(4)
     name = f"data{suffix}"
     if kind == 0:
@@ -229,6 +232,8 @@ def _data(good: Good, rng: random.Random, number: int) -> Case:
         content = mutate_bytes(rows if suffix.startswith(".json") else b"text,n\n" + b'"a, b",1\n' * 30, rng)
     else:
         content = BYTES[rng.choice(list(BYTES))](rng)
+    if suffix.endswith(".gz") and rng.random() < 0.7:
+        content = mutate_bytes(gzip.compress(content), rng) if rng.random() < 0.3 else gzip.compress(content)
 
     def setup(folder: Path) -> None:
         place = folder / "many" if kind == 3 else folder
