@@ -13,6 +13,7 @@ R = TypeVar("R", bound=BaseModel)
 MAX_DEPTH = 32
 MAX_VALUES = 1_000_000
 INTEGERS = range(-(2**63), 2**63)
+MAX_STRING = 100_000  # characters: nothing that a record says is longer
 FAULT_CHARS = 300
 
 
@@ -38,9 +39,12 @@ def json_value(
 def json_record(
     kind: type[R], data: bytes, *, what: str, remedy: str, max_bytes: int, max_values: int = MAX_VALUES
 ) -> R:
-    """A record of one of our schemas, its integers of 64 bits. Raises UserError naming the file and the field."""
+    """A record of one of our schemas, integers of 64 bits, strings of at most `MAX_STRING`.
+
+    Raises UserError naming the file and the field.
+    """
     value = json_value(data, what=what, remedy=remedy, max_bytes=max_bytes, max_values=max_values)
-    _check_integers(value, what, remedy)
+    _check_values(value, what, remedy)
     try:
         # As JSON's types are: "1" is no number and 1.5 no integer.
         return kind.model_validate_json(data, strict=True)
@@ -55,13 +59,16 @@ def first_fault(error: ValidationError) -> str:
     return f"{where + ': ' if where else ''}{first['msg']}"[:FAULT_CHARS]
 
 
-def _check_integers(value: Any, what: str, remedy: str) -> None:
+def _check_values(value: Any, what: str, remedy: str) -> None:
     left = [value]
     while left:
         one = left.pop()
         if isinstance(one, dict):
+            left.extend(one)
             left.extend(one.values())
         elif isinstance(one, list):
             left.extend(one)
         elif isinstance(one, int) and one not in INTEGERS:
             raise UserError(f"{what}: the integer {one} does not fit in 64 bits", remedy)
+        elif isinstance(one, str) and len(one) > MAX_STRING:
+            raise UserError(f"{what}: a string of {len(one):,} characters, more than {MAX_STRING:,}", remedy)

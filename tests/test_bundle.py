@@ -30,9 +30,11 @@ from hypothesis import strategies as st
 
 from edgedistill.bundle import golden_rules
 from edgedistill.bundle.build import _exchange, without_folders
+from edgedistill.bundle.card import DIGEST_STARTS, digest_line
 from edgedistill.bundle.check import check_sealed, verify_bundle
 from edgedistill.bundle.claims import profile_notes
 from edgedistill.bundle.manifest import (
+    CARD,
     Manifest,
     manifest_bytes,
     parse_manifest,
@@ -77,14 +79,22 @@ def copy(made: Path, tmp_path: Path) -> Path:
 def reseal(folder: Path, change: Callable[[Manifest], Manifest] = lambda m: m) -> None:
     """What a liar does: hashes of whatever lies there now, all of them right."""
     manifest = change(read_manifest(folder))
-    files = [
-        entry.model_copy(
-            update={"bytes": (folder / entry.path).stat().st_size, "sha256": sha256_of(folder / entry.path)}
-        )
-        for entry in manifest.files
-    ]
+
+    def listed() -> list[FileEntry]:
+        return [
+            entry.model_copy(
+                update={"bytes": (folder / entry.path).stat().st_size, "sha256": sha256_of(folder / entry.path)}
+            )
+            for entry in manifest.files
+        ]
+
     student = manifest.student.model_copy(update={"tokenizer_sha256": tokenizer_sha256(folder / "preprocess")})
-    changed = manifest.model_copy(update={"files": files, "student": student})
+    changed = manifest.model_copy(update={"files": listed(), "student": student})
+    card = (folder / CARD).read_text(encoding="utf-8").splitlines()
+    card = [digest_line(changed) if line.startswith(DIGEST_STARTS) else line for line in card]
+    (folder / CARD).write_text("\n".join(card) + "\n", encoding="utf-8", newline="\n")
+    files = listed()
+    changed = changed.model_copy(update={"files": files})
     (folder / "manifest.json").write_bytes(manifest_bytes(changed))
     hashes = {entry.path: entry.sha256 for entry in files} | {"manifest.json": sha256_of(folder / "manifest.json")}
     (folder / "SHA256SUMS").write_text(sums_text(hashes), encoding="utf-8", newline="\n")

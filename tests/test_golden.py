@@ -407,7 +407,7 @@ def named(bundle: Path, which: int, ingredients: Ingredients, said: str) -> None
 
 def refused(bundle: Path, ingredients: Ingredients, said: str, change: Callable[[Any], Any] = lambda m: None) -> None:
     """Sealed again as a liar would, the bundle is refused with these words."""
-    reseal(bundle, change)
+    reseal(bundle, change, documents=True)
     with pytest.raises(UserError) as caught:
         verify_bundle(bundle, store=ingredients.store)
     assert said in caught.value.cause, caught.value.cause

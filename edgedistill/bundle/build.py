@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from edgedistill import __version__, machine
-from edgedistill.bundle.card import HUB_ID
+from edgedistill.bundle.card import HUB_ID, model_card
 from edgedistill.bundle.check import verify_bundle
 from edgedistill.bundle.claims import PREPROCESS_FILES, signature_of
 from edgedistill.bundle.documents import REPORT, REPORT_PACKAGES, documents
@@ -23,6 +23,7 @@ from edgedistill.bundle.golden_make import make_golden
 from edgedistill.bundle.judge import basis_notes
 from edgedistill.bundle.licenses import Source, source_of
 from edgedistill.bundle.manifest import (
+    CARD,
     MANIFEST,
     SUMS,
     BundleArtifact,
@@ -119,8 +120,7 @@ def bundle(
             _preprocess(temporary, student_dir)
             sources = _sources(recipe, student, teacher, student_dir)
             manifest = _manifest(folder.name, bundled, artifacts, recipe, target, student, teacher, sources, data)
-            _documents(temporary, manifest, artifacts, sources)
-            _seal(temporary, manifest)
+            _seal(temporary, manifest, _documents(temporary, manifest, artifacts, sources))
             # Read back as the one who gets it will.
             verify_bundle(temporary, replay=False)
             fsync_tree(temporary)
@@ -395,17 +395,25 @@ def _sources(recipe: Recipe, student: StudentResult, teacher: TeacherResult | No
     return found
 
 
-def _documents(root: Path, manifest: Manifest, artifacts: Sequence[BundledArtifact], sources: Sequence[Source]) -> None:
+def _documents(
+    root: Path, manifest: Manifest, artifacts: Sequence[BundledArtifact], sources: Sequence[Source]
+) -> list[FileEntry]:
+    """Write what a person reads; all files that are there then."""
     figures = [(one.retention, one.latency) for one in artifacts]
     texts = documents(manifest, figures, sources) | {REPORT: render(manifest, figures)}
     for path, text in texts.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text, encoding="utf-8", newline="\n")
+    # last: it holds a hash of all others
+    others = file_entries(root)
+    card = model_card(manifest.model_copy(update={"files": others}), figures, sources)
+    (root / CARD).write_text(card, encoding="utf-8", newline="\n")
+    entry = FileEntry(path=CARD, bytes=(root / CARD).stat().st_size, sha256=sha256_of(root / CARD))
+    return sorted([*others, entry], key=lambda one: one.path)
 
 
-def _seal(root: Path, manifest: Manifest) -> None:
+def _seal(root: Path, manifest: Manifest, files: list[FileEntry]) -> None:
     """manifest.json over every other file, then SHA256SUMS over all."""
-    files = file_entries(root, skip=frozenset({MANIFEST, SUMS}))
     (root / MANIFEST).write_bytes(manifest_bytes(manifest.model_copy(update={"files": files})))
     hashes = {entry.path: entry.sha256 for entry in files} | {MANIFEST: sha256_of(root / MANIFEST)}
     write_durably(root / SUMS, sums_text(hashes))

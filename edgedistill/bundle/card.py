@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import yaml
 
 from edgedistill.bundle.licenses import Source, plain, whose
-from edgedistill.bundle.manifest import Manifest
+from edgedistill.bundle.manifest import Manifest, claims_digest
 from edgedistill.records import Latency, Retention
 from edgedistill.statistics import too_few
 
@@ -71,9 +71,19 @@ def _body(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]
     else:
         parts.append("Unknown: no licence was found beside the weights. See LICENSE.")
     parts += ["", "## Check it", "", "    edgedistill bundle verify .", ""]
+    parts.append(digest_line(manifest))
     return "\n".join(parts)
 
 
+def digest_line(manifest: Manifest) -> str:
+    """What ties the card to the manifest, and by it to every other file."""
+    return (
+        f"{DIGEST_STARTS}, the hashes of all other files among it: `{claims_digest(manifest)}`."
+        " Compare it with what the maker published."
+    )
+
+
+DIGEST_STARTS = "sha256 of all that manifest.json says"
 OUTCOMES = {True: "passed", False: "FAILED", None: "cannot tell"}
 
 

@@ -14,6 +14,7 @@ from edgedistill.bundle.claims import check_claims, profile_notes
 from edgedistill.bundle.contents import check_contents
 from edgedistill.bundle.documents import check_documents
 from edgedistill.bundle.files import REMEDY, hash_file, read_bounded, read_sealed, refuse_holes, sizes_in
+from edgedistill.bundle.golden import check_fingerprint
 from edgedistill.bundle.golden import replay as replay_golden
 from edgedistill.bundle.judge import check_ceilings, check_records
 from edgedistill.bundle.manifest import (
@@ -142,6 +143,8 @@ def _check_sealed(folder: Path) -> Sealed:
     figures = check_records(manifest, read)
     notes = profile_notes(manifest) + check_contents(folder, manifest, read)
     check_ceilings(folder, manifest, figures)
+    for artifact in manifest.artifacts:
+        check_fingerprint(folder, artifact)
     notes += check_documents(manifest, figures, read)
     return Sealed(folder=folder, manifest=manifest, sizes=sizes, figures=figures, notes=notes)
 

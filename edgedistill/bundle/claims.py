@@ -8,7 +8,7 @@ bytes in `contents.py`.
 from __future__ import annotations
 
 import math
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
@@ -224,9 +224,19 @@ def target_of(manifest: Manifest) -> Target:
         refuse(f"{MANIFEST}: target: {first_fault(error)}")
 
 
+def recipe_part(manifest: Manifest, *names: str) -> dict[str, Any]:
+    """A section of the recipe as the manifest has it; empty where it has none. UserError where it is no mapping."""
+    part: Any = manifest.recipe
+    for name in names:
+        part = part.get(name, {})
+        if not isinstance(part, dict):
+            refuse(f"{MANIFEST}: recipe.{'.'.join(names)} is {shown(part)}, which is no mapping")
+    return dict(part)
+
+
 def context_asked(manifest: Manifest) -> int:
     """Tokens that the artifacts were exported for: the recipe's, else the target's, within the model's positions."""
-    asked = manifest.recipe.get("export", {}).get("context_tokens") or target_of(manifest).context_tokens
+    asked = recipe_part(manifest, "export").get("context_tokens") or target_of(manifest).context_tokens
     if not isinstance(asked, int):
         refuse(f"{MANIFEST}: the recipe's export.context_tokens is {shown(asked)}")
     return min(asked, manifest.student.shape.max_position_embeddings)

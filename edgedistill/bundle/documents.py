@@ -12,10 +12,10 @@ from importlib import metadata, util
 from typing import Any
 
 from edgedistill import __version__
-from edgedistill.bundle.card import model_card
+from edgedistill.bundle.card import DIGEST_STARTS, digest_line, model_card
 from edgedistill.bundle.claims import refuse
 from edgedistill.bundle.licenses import Source, license_text, notice_text
-from edgedistill.bundle.manifest import Manifest
+from edgedistill.bundle.manifest import CARD, MANIFEST, Manifest
 from edgedistill.bundle.samples import sample_texts
 from edgedistill.bundle.sbom import sbom_text
 from edgedistill.records import Latency, Retention
@@ -32,9 +32,8 @@ _SVG = re.compile(r"<svg .*?</svg>", re.DOTALL)
 
 
 def documents(manifest: Manifest, figures: Figures, sources: Sequence[Source]) -> dict[str, str]:
-    """Path → text of every document but the report. `sources`: whose licences and notices are in it."""
+    """Path → text of every document but the card and the report. `sources`: whose licences and notices are in it."""
     return {
-        "MODEL_CARD.md": model_card(manifest, figures, sources),
         "LICENSE": license_text(sources, manifest),
         "NOTICE": notice_text(sources, manifest),
         "sbom.cdx.json": sbom_text(manifest),
@@ -47,6 +46,14 @@ def check_documents(manifest: Manifest, figures: Figures, read: Read) -> list[st
 
     Another version of edgedistill words them otherwise: its documents are not compared, and the note says so.
     """
+    notes = _check_documents(manifest, figures, read)
+    # Last, since it names no file; of whatever version, since a card of another says it in the same words.
+    if digest_line(manifest) not in read(CARD).decode("utf-8", errors="replace").splitlines():
+        refuse(f"{CARD} was written for another {MANIFEST}, or for other files: its sha256 of them is not theirs")
+    return notes
+
+
+def _check_documents(manifest: Manifest, figures: Figures, read: Read) -> list[str]:
     if manifest.edgedistill != __version__:
         return [
             f"written by edgedistill {manifest.edgedistill}: this version, {__version__}, did not compare its card, "
@@ -63,11 +70,19 @@ def check_documents(manifest: Manifest, figures: Figures, read: Read) -> list[st
             continue
         if path == "NOTICE" and any(each.notice for each in sources):
             own = notice_text([Source(each.role, each.name, each.license, None) for each in sources], manifest)
-            if found.startswith(own.encode()):
+            if found.startswith(own.encode()) and len(found) > len(own.encode()):
                 continue
         if found != text.encode():
             refuse(f"{path} is not what manifest.json and the records say{_first_difference(found, text)}")
-    return _check_report(manifest, figures, read)
+    notes = _check_report(manifest, figures, read)
+    card, made = read(CARD), model_card(manifest, figures, sources)
+    if _without_digest(card) != _without_digest(made.encode()):
+        refuse(f"{CARD} is not what {MANIFEST} and the records say{_first_difference(card, made)}")
+    return notes
+
+
+def _without_digest(card: bytes) -> list[bytes]:
+    return [line for line in card.split(b"\n") if not line.startswith(DIGEST_STARTS.encode())]
 
 
 def _check_report(manifest: Manifest, figures: Figures, read: Read) -> list[str]:

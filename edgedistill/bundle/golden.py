@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill import machine
-from edgedistill.bundle.fingerprint import Fingerprint, fingerprint, first_difference
+from edgedistill.bundle.fingerprint import fingerprint, first_difference
 from edgedistill.bundle.golden_chat import chat_differs, check_rendering
 from edgedistill.bundle.golden_make import compared, kernels, rows_compared, vocabulary_of
 from edgedistill.bundle.golden_record import Golden, GoldenCase
@@ -91,7 +91,7 @@ def replay(root: Path, artifact: BundleArtifact, *, store: Store | None = None) 
     cases = [_read(root, golden, case) for case in golden.cases]
     check_record(artifact, cases)
     model = root / artifact.folder / artifact.entry
-    check_fingerprint(root, artifact, fingerprint(artifact.format, model))
+    check_fingerprint(root, artifact)
     # A small model gains nothing from more threads, which on a busy machine wait for each other.
     threads = 1 if artifact.bytes < SMALL_BYTES else min(REPLAY_THREADS, len(machine.usable_cpus()))
     # Prompt and continuation twice: token by token, and in one batch.
@@ -197,9 +197,10 @@ def _check_case(golden: Golden, case: _Case, least_damage: float) -> None:
         raise _refused(f"the prompt {record.prompt} does not tell damaged tokens from whole ones: {record.damaged}")
 
 
-def check_fingerprint(root: Path, artifact: BundleArtifact, found: Fingerprint) -> None:
+def check_fingerprint(root: Path, artifact: BundleArtifact) -> None:
     """Raises UserError naming the first setting or tensor of the artifact that is not the recorded one."""
     golden = artifact.golden
+    found = fingerprint(artifact.format, root / artifact.folder / artifact.entry)
     where = f"{artifact.folder}/{artifact.entry}" if artifact.entry != "." else artifact.folder
     for what, recorded, now in (
         ("settings", golden.settings, found.settings),

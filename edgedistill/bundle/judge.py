@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from edgedistill.bundle.claims import MAX_RECORD_BYTES, refuse, target_of
+from edgedistill.bundle.claims import MAX_RECORD_BYTES, recipe_part, refuse, target_of
 from edgedistill.bundle.files import REMEDY
 from edgedistill.bundle.manifest import BundleArtifact, Manifest
 from edgedistill.bundle.plausible import check_intervals, check_ladder
@@ -124,7 +124,7 @@ def _check_gate(manifest: Manifest, path: str, found: Retention) -> None:
     from edgedistill.verify.gate import judge
 
     gate = found.gate
-    asked = manifest.recipe.get("verify", {}).get("min_retention")
+    asked = recipe_part(manifest, "verify").get("min_retention")
     if gate.min_retention != asked:
         refuse(f"{path}: the gate is at {gate.min_retention:g}, and the recipe asks for {shown(asked)}")
     again = judge(found, gate.min_retention)

@@ -36,6 +36,7 @@ from edgedistill.records_json import json_record
 from edgedistill.strict import shown
 
 MANIFEST = "manifest.json"
+CARD = "MODEL_CARD.md"
 SUMS = "SHA256SUMS"
 SIGNATURE = "model.sig"
 MAX_MANIFEST_BYTES = 2 << 20
@@ -254,6 +255,13 @@ def json_text(record: Record, *, what: str) -> str:
         raise UserError(
             f"{what} holds a figure that is not a finite number", "the artifact is broken: look at its retention"
         ) from error
+
+
+def claims_digest(manifest: Manifest) -> str:
+    """sha256 of all that a manifest says, the hashes of all files but the card among it: the card carries it."""
+    files = [entry for entry in manifest.files if entry.path != CARD]
+    blank = manifest.model_copy(update={"manifest_sha256": UNSET_HASH, "files": files})
+    return hashlib.sha256(json_text(blank, what=MANIFEST).encode()).hexdigest()
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:

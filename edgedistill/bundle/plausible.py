@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from edgedistill import __version__, statistics
-from edgedistill.bundle.claims import refuse
+from edgedistill.bundle.claims import recipe_part, refuse
 from edgedistill.bundle.manifest import BundleArtifact, Manifest
 from edgedistill.records import Interval, Retention, Rung, RungName
 from edgedistill.strict import shown
@@ -48,10 +48,10 @@ def check_ladder(manifest: Manifest, artifact: BundleArtifact, found: Retention)
 
 
 def _check_made_of(manifest: Manifest, path: str, found: Retention) -> None:
-    qad = manifest.recipe.get("distill", {}).get("qad", {}).get("tokens_share", 0)
+    qad = recipe_part(manifest, "distill", "qad").get("tokens_share", 0)
     if found.made_of == "masters" and not (isinstance(qad, int | float) and qad > 0):
         refuse(f"{path}: made_of is 'masters', and the recipe has no quantization-aware distillation")
-    student = manifest.recipe.get("student", {})
+    student = recipe_part(manifest, "student")
     # a student that was given may have been trimmed before
     trimmed = student.get("trim_vocabulary") or student.get("model")
     rows = manifest.student.shape.vocab_size
@@ -62,7 +62,7 @@ def _check_made_of(manifest: Manifest, path: str, found: Retention) -> None:
 def _check_text(manifest: Manifest, path: str, found: Retention) -> None:
     from edgedistill.tasks.causal_lm import stride_of
 
-    asked = manifest.recipe.get("verify", {})
+    asked = recipe_part(manifest, "verify")
     context, stride = asked.get("context_tokens"), asked.get("stride_tokens")
     if found.context_tokens != context:
         refuse(f"{path}: context_tokens is {found.context_tokens}, and the recipe's verify.context_tokens {context}")

@@ -14,12 +14,12 @@ MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
 Tree = dict[str, Any]
 
 
-def reseal(bundle: Path, change: Callable[[Tree], None] = lambda manifest: None, *, documents: bool = False) -> None:
+def reseal(bundle: Path, change: Callable[[Tree], None] = lambda manifest: None, *, documents: bool = False) -> bool:
     """Recompute sizes and hashes of files, artifacts, records, the manifest and SHA256SUMS.
 
     `change` gets the manifest first. It knows JSON and hashes, no schema: what it writes may be anything. Files that
     were added are listed, those that are gone are not. `documents`: card, notices, samples and report are written
-    anew as well, as somebody with this program would; then manifest and records must be valid.
+    anew as well, as somebody with this program would; False where manifest or records are not valid, so that they cannot.
     """
     manifest: Tree = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
     change(manifest)
@@ -28,8 +28,7 @@ def reseal(bundle: Path, change: Callable[[Tree], None] = lambda manifest: None,
         renamed |= _artifact(bundle, artifact)
     _records(bundle, renamed)
     _bill(bundle, manifest)
-    if documents:
-        _documents(bundle, manifest)
+    made = documents and _documents(bundle, manifest)
     paths = sorted(path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file())
     manifest["files"] = [_entry(bundle, path) for path in paths if path not in (MANIFEST, SUMS)]
     data = _sealed(manifest)
@@ -38,6 +37,7 @@ def reseal(bundle: Path, change: Callable[[Tree], None] = lambda manifest: None,
     hashes[MANIFEST] = hashlib.sha256(data).hexdigest()
     lines = "".join(f"{hashes[path]}  {path}\n" for path in sorted(hashes))
     (bundle / SUMS).write_text(lines, encoding="utf-8", newline="\n")
+    return made
 
 
 def _artifact(bundle: Path, artifact: Tree) -> dict[str, str]:
@@ -83,21 +83,27 @@ def _bill(bundle: Path, manifest: Tree) -> None:
         (bundle / "sbom.cdx.json").write_text(text, encoding="utf-8", newline="\n")
 
 
-def _documents(bundle: Path, manifest: Tree) -> None:
+def _documents(bundle: Path, manifest: Tree) -> bool:
+    from pydantic import ValidationError
+
+    from edgedistill.bundle.card import model_card
     from edgedistill.bundle.documents import REPORT, documents
     from edgedistill.bundle.licenses import Source
-    from edgedistill.bundle.manifest import Manifest
+    from edgedistill.bundle.manifest import CARD, Manifest
     from edgedistill.records import Latency, Retention
     from edgedistill.report.html import render
 
-    made = Manifest.model_validate(manifest)
-    figures = [
-        (
-            Retention.model_validate_json((bundle / one.retention).read_bytes()),
-            Latency.model_validate_json((bundle / one.latency).read_bytes()) if one.latency else None,
-        )
-        for one in made.artifacts
-    ]
+    try:
+        made = Manifest.model_validate(manifest)
+        figures = [
+            (
+                Retention.model_validate_json((bundle / one.retention).read_bytes()),
+                Latency.model_validate_json((bundle / one.latency).read_bytes()) if one.latency else None,
+            )
+            for one in made.artifacts
+        ]
+    except (ValidationError, OSError):
+        return False
     sources = [
         Source(each.role, each.name, "?" if each.has_license else None, "?" if each.has_notice else None)
         for each in made.sources
@@ -105,6 +111,12 @@ def _documents(bundle: Path, manifest: Tree) -> None:
     for path, text in {**documents(made, figures, sources), REPORT: render(made, figures)}.items():
         if path not in ("LICENSE", "NOTICE"):  # the words of others are in these
             (bundle / path).write_text(text, encoding="utf-8", newline="\n")
+    paths = sorted(path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file())
+    manifest["files"] = [_entry(bundle, path) for path in paths if path not in (MANIFEST, SUMS)]
+    (bundle / CARD).write_text(
+        model_card(Manifest.model_validate(manifest), figures, sources), encoding="utf-8", newline="\n"
+    )
+    return True
 
 
 def _entry(folder: Path, path: str) -> Tree:
