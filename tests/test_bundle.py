@@ -713,6 +713,25 @@ class TestLies:
         reseal(copy)
         assert any("add_eos_token=True" in note for note in check_sealed(copy).notes)
 
+    @pytest.mark.parametrize("place", [("machine", "cpu"), ("recipe", "seed_note"), ("target", "title")])
+    def test_a_claim_that_nothing_contradicts(self, copy: Path, place: tuple[str, str]) -> None:
+        """Changed with every hash right again but the card's: what a JSON editor and sha256sum can do."""
+
+        def lie(tree: dict[str, Any]) -> None:
+            tree[place[0]][place[1]] = "a better one"
+
+        reseal_all(copy, lie)
+        refused(copy, "MODEL_CARD.md")
+
+    @pytest.mark.parametrize("part", ["verify", "student", "distill", "export"])
+    def test_a_recipe_whose_parts_are_none(self, copy: Path, part: str) -> None:
+        reseal(copy, lambda m: m.model_copy(update={"recipe": {**m.recipe, part: "x"}}))
+        refused(copy, f"recipe.{part}")
+
+    def test_a_string_that_is_too_long(self, copy: Path) -> None:
+        reseal(copy, lambda m: m.model_copy(update={"machine": {**m.machine, "cpu": "x" * 200_000}}))
+        refused(copy, "a string of 200,000 characters")
+
     def test_a_converter_is_no_excuse(self, copy: Path) -> None:
         def noted(manifest: Manifest) -> Manifest:
             notes = ["converted by convert_hf_to_gguf.py"]

@@ -19,7 +19,7 @@ def reseal(bundle: Path, change: Callable[[Tree], None] = lambda manifest: None,
 
     `change` gets the manifest first. It knows JSON and hashes, no schema: what it writes may be anything. Files that
     were added are listed, those that are gone are not. `documents`: card, notices, samples and report are written
-    anew as well, as somebody with this program would; False where manifest or records are not valid, so that they cannot.
+    anew as well, as somebody with this program would; False where manifest or records are not valid for that.
     """
     manifest: Tree = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
     change(manifest)
