@@ -713,7 +713,7 @@ class TestLies:
         reseal(copy)
         assert any("add_eos_token=True" in note for note in check_sealed(copy).notes)
 
-    @pytest.mark.parametrize("place", [("machine", "cpu"), ("recipe", "seed_note"), ("target", "title")])
+    @pytest.mark.parametrize("place", [("machine", "cpu"), ("recipe", "seed_note"), ("machine", "os")])
     def test_a_claim_that_nothing_contradicts(self, copy: Path, place: tuple[str, str]) -> None:
         """Changed with every hash right again but the card's: what a JSON editor and sha256sum can do."""
 
