@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from edgedistill.data.documents import read_documents, read_source
 from edgedistill.data.prepare import prepare_data, read_part
 from edgedistill.errors import UserError
-from edgedistill.recipe import Data
+from edgedistill.recipe import Data, load_recipe
 from edgedistill.store import Store
 
 RNG = random.Random(0)
@@ -194,7 +195,8 @@ def test_every_row_is_a_document_or_counted(tmp_path):
         ("t.jsonl", b'{\n"text": "a"\n}', "line 1", "over several lines"),
         ("t.jsonl", b'{"text": [{"role": "user", "content": "hi"}]}', "holds list", "chat template"),
         ("t.jsonl", b'{"messages": [{"role": "user", "content": "hi"}]}', "it has messages", "chat template"),
-        ("t.jsonl", b'{"Text": "a"}', "no column 'text'", "data.text_column='Text'"),
+        ("t.jsonl", b'{"Text": "a"}', "no column 'text'", "--set data.text_column=Text"),
+        ("t.csv", b"id,text \n1,a\n", "no column 'text'", """--set 'data.text_column="text "'"""),
         ("t.json", b'{\n "data": [\n {"text": "a"}]}', "rows stand under 'data'", "jq .data t.json"),
         ("t.json", b'{"text": {"0": "a", "1": "b"}}', "holds dict", "orient='records'"),
         ("t.csv", b'{"text": "a"}\n', "no column 'text'", "name it .jsonl"),
@@ -232,6 +234,13 @@ def test_a_remedy_that_is_a_command_works(tmp_path):
     packed.write_bytes(gzip.compress("text\nglücklich\n".encode("latin-1")))
     subprocess.run(refusal(packed).remedy.partition(": ")[2], shell=True, check=True)
     assert read(tmp_path / "utf8-t.csv.gz") == ["glücklich"]
+    (tmp_path / "log.txt").write_text("\x1b[31mred\x1b[0m")
+    subprocess.run(refusal(tmp_path / "log.txt").remedy.partition(": ")[2], shell=True, check=True)
+    assert read(tmp_path / "clean-log.txt") == ["[31mred[0m"]
+    spaced = tmp_path / "spaced.csv"
+    spaced.write_text("id,text \n1,a\n")
+    words = shlex.split(refusal(spaced).remedy.removeprefix("name it: "))
+    assert read_documents(str(spaced), load_recipe("own", words[1:]).data) == ["a"]
     rows = tmp_path / "ro ws"
     rows.write_bytes(written(["a", "b"], ".jsonl"))
     subprocess.run(refusal(rows).remedy.partition(": ")[2], shell=True, check=True)
@@ -315,3 +324,9 @@ def test_two_marks_in_a_csv_are_a_warning(tmp_path):
     path.write_bytes(written(["two\n\nlines and more"] * 9 + TEXTS, ".csv"))
     found = read_source(str(path), Data()).read
     assert found is not None and not found.files[0].notes
+
+
+def test_a_separator_does_nothing_to_rows_and_that_is_said(tmp_path):
+    (tmp_path / "t.csv").write_bytes(written(TEXTS, ".csv"))
+    found = read_source(str(tmp_path / "t.csv"), Data(document_separator="ran")).read
+    assert found is not None and found.documents == len(TEXTS) and "changes nothing" in found.files[0].notes[0]

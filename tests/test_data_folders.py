@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from command import tiny_text
 
 from edgedistill.data.documents import read_source
 from edgedistill.data.prepare import prepare_data, read_part
+from edgedistill.data.report import warnings
 from edgedistill.errors import UserError
 from edgedistill.recipe import Data
 from edgedistill.records import DataResult
@@ -160,3 +162,34 @@ def test_a_folder_without_text(tmp_path, names, cause, remedy):
     with pytest.raises(UserError) as error:
         read_source(str(tmp_path), Data())
     assert cause in error.value.cause and remedy in error.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("names", "warned"),
+    [
+        (("train.jsonl", "test.jsonl"), "test.jsonl"),
+        (("train-0.jsonl", "train-1.jsonl", "validation-0.jsonl"), "validation-0.jsonl"),
+        (("train/a.jsonl", "dev/a.jsonl"), "dev/a.jsonl"),
+        (("train.jsonl", "latest.jsonl", "evaluation-of-trains.jsonl"), None),
+        (("test-a.jsonl", "test-b.jsonl"), None),
+    ],
+)
+def test_a_test_part_beside_a_training_part_is_a_warning(tmp_path, names, warned):
+    """All of a folder is one text: what is called a test would be trained on."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(rows(3, name))
+    found = read_source(str(tmp_path), Data()).read
+    assert found is not None
+    said = [warning for warning in warnings(found) if "--eval-data" in warning]
+    assert len(said) == (warned is not None) and all(f"({warned})" in warning for warning in said)
+
+
+def test_names_that_are_no_text(tmp_path):
+    """Bytes of another encoding, and control characters, in names: read, and shown as any terminal prints it."""
+    for name in (b"caf\xe9.txt", b"\x1b[31m.txt", b"a\nb.txt"):
+        Path(os.fsdecode(bytes(tmp_path) + b"/" + name)).write_text(f"words {len(name)}")
+    found = read_source(str(tmp_path), Data()).read
+    assert found is not None and found.documents == 3
+    assert all(file.path.isprintable() and file.path.encode() for file in found.files)
+    assert found.model_dump_json()

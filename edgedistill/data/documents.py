@@ -135,6 +135,9 @@ def _read_files(source: str, paths: list[Path], data: Data, left_out: list[LeftO
         whole &= most is None or len(group.texts) < most
         size += sum(map(len, group.texts))
         require_room(size, source)
+    if data.document_separator is not None and files and not any(file.format.startswith("text") for file in files):
+        unused = "--document-separator ends documents of running text; a row is one already: it changes nothing here"
+        files[0] = files[0].model_copy(update={"notes": [*files[0].notes, unused]})
     return _made(source, groups, files, left_out, whole)
 
 

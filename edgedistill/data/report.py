@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from edgedistill.progress import Progress
 from edgedistill.records import LeftOut, SourceRead
 
 MAX_FILES_LISTED = 20
+# how the parts of a data set are called, in a file's or a folder's name
+PART = re.compile(r"(?:^|[^a-z])(?:(train|training)|(test|valid|validation|val|dev|eval|heldout|held[-_]out))(?![a-z])")
 EXPECTED = ("hidden", "describes")  # left out as everybody expects: said, but no warning
 
 
@@ -36,10 +39,27 @@ def left_out(entry: LeftOut) -> str:
 def warnings(read: SourceRead) -> list[str]:
     """What the user should look at: notes of files, and files without any text."""
     found = [f"{file.path}: {note}" for file in read.files for note in file.notes]
+    tested = _tested(read)
+    if tested:
+        found.append(
+            f"{read.source} has a training part and another ({', '.join(tested[:5])}), and all of it is read as one:"
+            " name the files, or folders of their own, with --data and --eval-data"
+        )
     empty = [file.path for file in read.files if not file.documents]
     if empty and read.whole:
         found.append(f"{len(empty):,} of the files hold no text: {', '.join(empty[:5])}")
     return found
+
+
+def _tested(read: SourceRead) -> list[str]:
+    """Files that are called as what is held out, beside files that are called as what is trained on."""
+    parts: dict[bool, list[str]] = {True: [], False: []}
+    for file in read.files if read.file_count > 1 else ():
+        name = file.path.removeprefix(read.source)
+        found = PART.search(name.lower())
+        if found is not None:
+            parts[found[1] is not None].append(name.lstrip("/"))
+    return parts[False] if parts[True] else []
 
 
 HEADER = ("data", "read as", "rows", "documents", "dropped")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -44,7 +47,7 @@ def no_column(table: Table, names: list[str]) -> UserError:
     if names and names[0].lstrip().startswith(("{", "[")):
         remedy = "it looks like JSON: name it .jsonl, or .json where it is one list"
     elif alike:
-        remedy = f"name it: --set data.text_column={shown(alike[0])}"
+        remedy = f"name it: --set {_assigned('data.text_column', alike[0])}"
     elif separator is not None:
         remedy = f"its columns are separated by {shown(separator)}: write it with commas, or with tabs as .tsv"
     elif CHAT_COLUMNS & set(names):
@@ -52,6 +55,12 @@ def no_column(table: Table, names: list[str]) -> UserError:
     elif names:
         remedy = f"{remedy}; {did_you_mean(wanted, names)}"
     return UserError(f"data {table.where} has no column {shown(wanted)}: it has {listed}", remedy)
+
+
+def _assigned(field: str, text: str) -> str:
+    """`field=text` as a shell and YAML take it for that text."""
+    plain = re.fullmatch(r"[A-Za-z][\w.-]*", text) and text.lower() not in ("true", "false", "null")
+    return shlex.quote(f"{field}={text if plain else json.dumps(text)}")
 
 
 def lines_of(file: BinaryIO, table: Table) -> Iterator[tuple[bytes, int]]:
@@ -70,7 +79,8 @@ def lines_of(file: BinaryIO, table: Table) -> Iterator[tuple[bytes, int]]:
 def decoded_line(line: bytes, number: int, table: Table) -> str:
     """A line's text. UserError where it is not UTF-8, with the encoding that it looks like."""
     try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+        text = line.decode()
+        return text.lstrip("\ufeff") if number == 1 else text
     except UnicodeDecodeError as error:
         raise UserError(
             f"data file {table.where}, line {number:,} is not UTF-8: byte {error.start} is 0x{line[error.start]:02x}",

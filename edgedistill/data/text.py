@@ -74,14 +74,8 @@ def _scanned(file: BinaryIO, path: Path, where: str, separator: bytes) -> bytes:
         if not chunks and chunk[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise UserError(f"data file {where} is UTF-16", encoding_remedy(chunk[:2], path))
         controls += len(chunk) - len(chunk.translate(None, CONTROLS))
-        zero = chunk.find(0)
         if controls > MAX_CONTROL_SHARE * (size + len(chunk)):
-            what = f"byte {size + zero} is 0" if zero >= 0 else f"{controls:,} control characters"
-            sample = chunk[: 1 << 12]
-            raise UserError(
-                f"data file {where} is binary: {what}",
-                encoding_remedy(sample, path) if utf16_of(sample) else "give text in UTF-8, or .jsonl, .csv, .parquet",
-            )
+            raise _binary(chunk, size, controls, path, where)
         run = 0 if separator in tail + chunk else run + len(chunk)
         if run > MAX_LINE_BYTES:
             raise UserError(
@@ -93,6 +87,21 @@ def _scanned(file: BinaryIO, path: Path, where: str, separator: bytes) -> bytes:
         size += len(chunk)
         require_room(2 * size, where)
     return b"".join(chunks)
+
+
+def _binary(chunk: bytes, before: int, controls: int, path: Path, where: str) -> UserError:
+    zero = chunk.find(0)
+    if zero < 0:
+        old, new = shell_path(path), shell_path(path.with_name(f"clean-{path.name}"))
+        return UserError(
+            f"data file {where} is binary: {controls:,} control characters",
+            rf"give text; if it is, take them out: tr -d '\000-\010\013\016-\037' < {old} > {new}",
+        )
+    sample = chunk[: 1 << 12]
+    return UserError(
+        f"data file {where} is binary: byte {before + zero} is 0",
+        encoding_remedy(sample, path) if utf16_of(sample) else "give text in UTF-8, or .jsonl, .csv, .parquet",
+    )
 
 
 def is_json_row(line: str) -> bool:
