@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgedistill.companions import TOKENIZER_NAMES
 from edgedistill.errors import UserError
 from edgedistill.records import Shape
 from edgedistill.shapes import shape_from_config
@@ -32,7 +33,7 @@ READ_SUFFIXES = frozenset({".json", ".jinja", ".safetensors", ".txt", ".model"})
 SMALL_JSON = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
 MAX_SMALL_JSON_BYTES = 1 << 25
 ADAPTER_FILE = "adapter_config.json"  # transformers would change the weights by it as it loads them
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "LICENSE*", "NOTICE*"]
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "LICENSE*", "NOTICE*", *TOKENIZER_NAMES]
 
 
 @dataclass(frozen=True)

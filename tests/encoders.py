@@ -46,14 +46,19 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def tiny_encoder(folder: Path, kind: str, *, tokenizer: bool = True, seed: int = 0) -> Path:
-    """A random checkpoint of `MODELS`, whose biases and norms are no zeros and ones: what is lost of them is seen."""
+def tiny_encoder(
+    folder: Path, kind: str, *, tokenizer: bool = True, seed: int = 0, head: dict[str, Any] | None = None
+) -> Path:
+    """A random checkpoint of `MODELS`, whose biases and norms are no zeros and ones: what is lost of them is seen.
+
+    `head`: what its configuration says instead.
+    """
     import torch
     import transformers
 
     config_class, model_class, sizes = MODELS[kind]
     torch.manual_seed(seed)
-    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**sizes)).eval()
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**{**sizes, **(head or {})})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:

@@ -77,7 +77,8 @@ def test_the_graph_is_fused_and_computes_what_torch_does(tmp_path: Path, kind: s
 
 def test_the_texts_of_the_caller_are_what_it_is_compared_on(tmp_path: Path, bert: Path) -> None:
     made = export(bert, tmp_path / "out", calibration=(("the fox jumps",), ("a girl",)), calibration_source="mine.txt")
-    assert made.parity is not None and made.parity.inputs == "2 texts of mine.txt" and made.parity.values == 6
+    assert made.parity is not None and made.parity.inputs.startswith("2 texts of mine.txt, 2 pairs, and of ")
+    assert made.parity.values == 3 * (2 + 2 + 3)  # labels of texts, pairs and lengths
 
 
 def test_an_embedding_is_pooled_and_normalised_in_the_graph(tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ def test_ort_format_runs_and_names_its_operators(tmp_path: Path, bert: Path) -> 
     assert "model.ort" in names and "required_operators.config" in names
     text = (tmp_path / "out" / "required_operators.config").read_text()
     assert "com.microsoft;1;" in text and "Attention" in text and str(tmp_path) not in text
-    assert made.parity is not None and made.parity.values == 2 * 3 * 8  # both files, 3 labels, 8 texts
+    assert made.parity is not None and made.parity.values == 2 * 3 * (8 + 2 + 3)  # both files; texts, pairs, lengths
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(tmp_path: Path, bert: Path) -> None:

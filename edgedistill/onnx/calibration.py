@@ -45,14 +45,15 @@ def text_samples(
     At most `calibration_samples` of them, drawn with the seed, cut to `calibration_tokens`. Raises UserError for fewer
     than 2 different sequences and where there is no tokenizer.
     """
-    from transformers import AutoTokenizer
+    from edgedistill.onnx.processors import open_tokenizer
 
-    if not (checkpoint / "tokenizer.json").is_file():
+    tokenizer = open_tokenizer(checkpoint)
+    if tokenizer is None:
         raise UserError(
-            f"{checkpoint} has no tokenizer.json, so that text cannot calibrate it", "give its inputs as an .npz file"
+            f"{checkpoint} has no tokenizer that can be opened, so that text cannot calibrate it",
+            "give its inputs as an .npz file",
         )
     order = np.random.default_rng(options.seed).permutation(len(texts))[: options.calibration_samples]
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
     longest = min(options.calibration_tokens, max_tokens)
     made = (
         tokenizer([texts[i] for i in order], truncation=True, max_length=longest) if len(order) else {"input_ids": []}

@@ -20,10 +20,19 @@ from edgedistill.errors import UserError, did_you_mean
 from edgedistill.export_options import DEFAULT_OPTIONS, ExportOptions
 from edgedistill.onnx.calibration import Samples, file_samples, given_samples, text_samples
 from edgedistill.onnx.float_export import FloatExport, export_graphs, module_graph, trace
-from edgedistill.onnx.inputs import LONGEST_TOKENS, Batch, greedy_text2text, parity_batches
+from edgedistill.onnx.inputs import (
+    LONGEST_TOKENS,
+    TEXTS,
+    Batch,
+    Compared,
+    greedy_text2text,
+    longest_compared,
+    parity_batches,
+)
 from edgedistill.onnx.ort_format import to_ort
 from edgedistill.onnx.parity import LIMITS, check_parity
 from edgedistill.onnx.precision import NOTES, convert
+from edgedistill.onnx.processors import open_tokenizer, require_same_tokens, ship
 from edgedistill.onnx.quantizable import STATIC
 from edgedistill.onnx.quantize import require_static
 from edgedistill.onnx.tasks import TaskModel, open_task
@@ -42,11 +51,6 @@ from edgedistill.store import combined_sha256, file_entries, fsync_tree, version
 QUANTIZERS: dict[str, str] = dict.fromkeys(
     ("INT8", "INT8-DYNAMIC", "INT8-WEIGHTS", "INT4"), "edgedistill.onnx.quantize:quantize"
 )
-PREPROCESS_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm", "preprocessor_config.json", "config.json",
-    "generation_config.json", "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json",
-)  # fmt: skip
 FOLDER = "."
 
 
@@ -63,7 +67,7 @@ def export_encoder(
     """Write model.onnx (text2text: encoder.onnx, decoder.onnx) and what preprocesses for it into the folder `out`.
 
     The same checkpoint gives the same bytes, but for model.ort, which onnxruntime writes as it likes.
-    `context_tokens` caps the longest text that the record names. Raises
+    `context_tokens` is the longest text that the record names and that the graph is compared on. Raises
     UserError for what cannot be exported and for a graph that does not compute what torch does; on failure `out` is as
     it was.
     """
@@ -81,30 +85,36 @@ def export_encoder(
         opset = options.opset or (TENSORRT_OPSET if options.tensorrt else None)
         exports = export_graphs(opened, scratch / "float", opset=opset, standard=options.tensorrt)
         progress.say(f"export: {opened.task}, {', '.join(export.path.name for export in exports)} traced", level=2)
-        batches, said = parity_batches(checkpoint, opened, exports, texts, options.calibration_source)
-        needed = quantization == STATIC or options.mixed_retention is not None
-        samples = _samples(checkpoint, opened, exports[0], texts, options) if needed else None
-        timed = [_timing_batch(batch[0], opened.max_tokens) for batch in batches]
+        longest, notes = longest_compared(opened, context_tokens) if opened.reads_text else (0, [])
         built = scratch / "built"
+        built.mkdir()
+        # First, for what is compared comes through the files that ship.
+        ship([opened.folder, checkpoint], built, tokenizer=opened.tokenizer, max_tokens=longest)
+        shipped = open_tokenizer(built) if opened.tokenizer is not None else None
+        require_same_tokens(opened.tokenizer, shipped, TEXTS, checkpoint)
+        compared, said = parity_batches(
+            built, opened, exports, texts, options.calibration_source, tokenizer=shipped, longest=longest
+        )
+        needed = quantization == STATIC or options.mixed_retention is not None
+        samples = _samples(built, opened, exports[0], texts, options, longest) if needed else None
+        timed = [_timing_batch(part.batches[0], longest) for part in compared]
         fields = _finish(
-            exports, built, batches, said, samples=samples, timed=timed, quantization=quantization, threads=threads,
+            exports, built, compared, said, samples=samples, timed=timed, quantization=quantization, threads=threads,
             options=options, progress=progress,
         )  # fmt: skip
+        fields["notes"] = [*fields["notes"], *opened.notes, *notes]
         if opened.task == "text2text":
-            fields["parity"] = _with_greedy(fields["parity"], exports, built, batches[0][0], opened.model, threads)
-        for name in PREPROCESS_FILES:
-            if (checkpoint / name).is_file():
-                shutil.copyfile(checkpoint / name, built / name)
+            source = compared[0].batches[0]
+            fields["parity"] = _with_greedy(fields["parity"], exports, built, source, opened.model, threads)
         if options.tensorrt:
             parity = fields["parity"]
             write_engine_script(
                 built, built / exports[0].path.name, inputs=exports[0].inputs, outputs=exports[0].outputs,
-                batches=batches[0], longest=opened.max_tokens, limit=parity.limit, threads=threads,
+                batches=compared[0].batches, longest=longest, limit=parity.limit, threads=threads,
             )  # fmt: skip
-            fields["notes"] = [*fields.get("notes", []), TENSORRT_NOTE]
-        context = min(context_tokens or opened.max_tokens, opened.max_tokens)
+            fields["notes"] = [*fields["notes"], TENSORRT_NOTE]
         artifact = _describe(
-            built, exports, quantization=quantization, task=opened.task, context=context,
+            built, exports, quantization=quantization, task=opened.task, context=longest,
             vocab_size=opened.vocab_size, fields=fields,
         )  # fmt: skip
         _move(built, out)
@@ -151,8 +161,9 @@ def export_module(
         elif needed:
             samples = given_samples(given, export.inputs, options=options)
         built = scratch / "built"
+        built.mkdir()
         fields = _finish(
-            [export], built, [given], said, samples=samples, timed=[given[0]], quantization=quantization,
+            [export], built, [Compared(given)], said, samples=samples, timed=[given[0]], quantization=quantization,
             threads=threads, options=options, progress=progress,
         )  # fmt: skip
         artifact = _describe(
@@ -180,18 +191,19 @@ def _require_quantization(quantization: str, options: ExportOptions) -> None:
 
 
 def _samples(
-    checkpoint: Path, opened: TaskModel, export: FloatExport, texts: Sequence[str] | None, options: ExportOptions
-) -> Samples:
+    folder: Path, opened: TaskModel, export: FloatExport, texts: Sequence[str] | None, options: ExportOptions,
+    longest: int,
+) -> Samples:  # fmt: skip
     """What static INT8 is calibrated on: a file of inputs, else the texts. UserError."""
     if options.calibration_path is not None:
         return file_samples(options.calibration_path, export.inputs, options=options)
-    if opened.vocab_size == 0:
+    if not opened.reads_text:
         raise UserError(
             f"{options.calibration_source or 'text'} cannot calibrate a model of images",
             f"give an .npz or .npy of {export.inputs[0].name} {export.inputs[0].shape}, preprocessed",
         )
     names = [spec.name for spec in export.inputs]
-    return text_samples(checkpoint, texts or (), names, max_tokens=opened.max_tokens, options=options)
+    return text_samples(folder, texts or (), names, max_tokens=longest, options=options)
 
 
 def _timing_batch(batch: Batch, max_tokens: int) -> Batch:
@@ -214,7 +226,7 @@ def _scratch(out: Path) -> Iterator[Path]:
 def _finish(
     exports: Sequence[FloatExport],
     built: Path,
-    batches: Sequence[Sequence[Batch]],
+    compared: Sequence[Compared],
     said: str,
     *,
     samples: Samples | None,
@@ -225,7 +237,6 @@ def _finish(
     progress: Progress,
 ) -> dict[str, Any]:
     """The graphs as they ship, in `built`, each held to torch. Gives fields of the record: parity, notes, ..."""
-    built.mkdir()
     fields: dict[str, Any] = {"notes": [NOTES[quantization]] if quantization in NOTES else []}
     if quantization in QUANTIZERS:
         module, _, name = QUANTIZERS[quantization].partition(":")
@@ -246,8 +257,16 @@ def _finish(
     if options.ort_format:
         shipped = dict(zip(sorted(shipped), (path.name for path in to_ort(built)), strict=True))
     checked = [
-        check_parity(export, built / file, batch, quantization=quantization, inputs=said, threads=threads)
-        for export, batch in zip(exports, batches, strict=True)
+        check_parity(
+            export,
+            built / file,
+            part.batches,
+            lengths=part.lengths,
+            quantization=quantization,
+            inputs=said,
+            threads=threads,
+        )
+        for export, part in zip(exports, compared, strict=True)
         for file in dict.fromkeys((export.path.name, shipped[export.path.name]))
     ]
     fields["parity"] = _together(checked)

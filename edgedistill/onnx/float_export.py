@@ -8,7 +8,7 @@ import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,14 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 @dataclass(frozen=True)
 class FloatExport:
-    """A float32 graph on disk and the torch module that it must agree with."""
+    """A float32 graph on disk and the torch module that it must agree with. `meanings`: see tasks.Graph."""
 
     path: Path
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     module: Any
     parameters: int
+    meanings: Mapping[str, str] = field(default_factory=dict)
 
     def reference(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The module's outputs for named inputs, computed by torch in float32."""
@@ -108,6 +109,7 @@ def trace(
         outputs=tuple(_spec(value) for value in program.graph.outputs),
         module=graph.module,
         parameters=parameters,
+        meanings=graph.meanings,
     )
 
 

@@ -45,6 +45,7 @@ def check_parity(
     graph: Path,
     batches: Sequence[Arrays],
     *,
+    lengths: Sequence[Arrays] = (),
     quantization: str,
     inputs: str,
     limit: float | None = None,
@@ -52,16 +53,18 @@ def check_parity(
 ) -> Parity:
     """Compare `graph` with the module of `export` on every batch; `inputs` says what they are, for the record.
 
+    `lengths`: further batches, from short to long, that have to agree by themselves: in a sum with the others a text
+    that is wrong beyond a window would be one of many.
     Raises UserError where an output's relative difference is over `limit`, naming the first tensor that departs.
     """
     limit = LIMITS[quantization] if limit is None else limit
     values, largest, total = 0, 0.0, 0.0
-    # Of all batches together: two logits of a single text have hardly a spread to hold a difference to.
-    pairs: dict[str, tuple[list[NDArray[Any]], list[NDArray[Any]]]] = {}
-    worst_batch: dict[str, tuple[float, Arrays]] = {}
+    # Of all usual batches together: two logits of a single text have hardly a spread to hold a difference to.
+    usual = _Differences()
+    each = [_Differences() for _ in lengths]
     with GraphProcess(graph, threads=threads) as process:
         version = str(process.info["runtime_version"])
-        for batch in batches:
+        for batch, kept in [*((batch, usual) for batch in batches), *zip(lengths, each, strict=True)]:
             expected, found = export.reference(batch), process.run(batch)
             for name, reference in expected.items():
                 ours, theirs = _real(found[name], batch), _real(reference, batch)
@@ -69,33 +72,87 @@ def check_parity(
                 values += difference.size
                 largest = max(largest, float(difference.max(initial=0.0)))
                 total += float(difference.sum())
-                kept = pairs.setdefault(name, ([], []))
-                kept[0].append(ours.ravel())
-                kept[1].append(theirs.ravel())
-                error = relative_rms(ours, theirs)
-                if name not in worst_batch or not error <= worst_batch[name][0]:
-                    worst_batch[name] = (error, batch)
-    errors = {
-        name: relative_rms(np.concatenate(ours), np.concatenate(theirs)) for name, (ours, theirs) in pairs.items()
-    }
-    where = next((name for name, error in errors.items() if not error <= limit), None)
-    if where is not None:
-        first = first_departure(export, graph, worst_batch[where][1], limit=limit, threads=threads)
-        named = (
-            "; without the runtime's own optimizations it does"
-            if first is None
-            else f"; the first tensor that departs is {first.tensor} of {first.module or 'the whole model'},"
-            f" by {first.relative_rms:.2g}"
-        )
-        raise UserError(
-            f"the {quantization} ONNX graph {graph.name} does not compute what torch does: {where} differs by"
-            f" {errors[where]:.2g} of its own size (at most {limit:g} is rounding){named}",
-            "report this with the model's config.json; another opset (--set export.opset=) or format may be right",
-        )
+                kept.add(name, ours, theirs, batch)
+    errors = usual.errors()
+    wrong = next((name for name, error in errors.items() if not error <= limit), None)
+    if wrong is not None:
+        first = first_departure(export, graph, usual.worst[wrong], limit=limit, threads=threads)
+        raise _differs(quantization, graph, wrong, errors[wrong], limit, first)
+    for part in each:
+        for name, error in part.errors(usual).items():
+            if not error <= limit:
+                raise _differs_at(quantization, graph, name, error, limit, part.worst[name], (*batches, *lengths))
+            errors[name] = max(errors[name], error)
     return Parity(
         runtime=version, inputs=inputs, reference="original", values=values, max_abs_difference=largest,
         mean_abs_difference=total / max(1, values), relative_rms=max(errors.values(), default=0.0), limit=limit,
     )  # fmt: skip
+
+
+class _Differences:
+    """Outputs of some batches, the graph's beside the module's."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[str, tuple[list[NDArray[Any]], list[NDArray[Any]]]] = {}
+        self.worst: dict[str, Arrays] = {}
+        self.largest: dict[str, float] = {}
+
+    def add(self, name: str, ours: NDArray[Any], theirs: NDArray[Any], batch: Arrays) -> None:
+        kept = self.pairs.setdefault(name, ([], []))
+        kept[0].append(ours.ravel())
+        kept[1].append(theirs.ravel())
+        error = relative_rms(ours, theirs)
+        if name not in self.worst or not error <= self.largest[name]:
+            self.worst[name], self.largest[name] = batch, error
+
+    def errors(self, spread: _Differences | None = None) -> dict[str, float]:
+        """Each output's difference over its spread, or over that of `spread` where it is the larger."""
+        found = {}
+        for name, (ours, theirs) in self.pairs.items():
+            error = relative_rms(np.concatenate(ours), np.concatenate(theirs))
+            if spread is not None and name in spread.pairs and np.isfinite(error):
+                own, other = _spread(np.concatenate(theirs)), _spread(np.concatenate(spread.pairs[name][1]))
+                error = error * own / max(own, other) if own > 0 else error / other if other > 0 else error
+            found[name] = error
+        return found
+
+
+def _differs(
+    quantization: str, graph: Path, output: str, error: float, limit: float, first: Departure | None
+) -> UserError:
+    named = (
+        "; without the runtime's own optimizations it does"
+        if first is None
+        else f"; the first tensor that departs is {first.tensor} of {first.module or 'the whole model'},"
+        f" by {first.relative_rms:.2g}"
+    )
+    return UserError(
+        f"the {quantization} ONNX graph {graph.name} does not compute what torch does: {output} differs by"
+        f" {error:.2g} of its own size (at most {limit:g} is rounding){named}",
+        "report this with the model's config.json; another opset (--set export.opset=) or format may be right",
+    )
+
+
+def _differs_at(
+    quantization: str, graph: Path, output: str, error: float, limit: float, batch: Arrays, others: Sequence[Arrays]
+) -> UserError:
+    """Of a graph that is right on usual batches: the length where it is not, and the longest below it that is."""
+
+    def tokens(arrays: Arrays) -> int:
+        return max((value.shape[1] for value in arrays.values() if value.ndim == 2), default=0)
+
+    at = tokens(batch)
+    right = max((tokens(other) for other in others if tokens(other) < at), default=0)
+    return UserError(
+        f"the {quantization} ONNX graph {graph.name} does not compute what torch does for {at:,} tokens: {output}"
+        f" differs by {error:.2g} of its own size (at most {limit:g} is rounding). For {right:,} it does: its attention"
+        " is another beyond a window, and a graph is traced for one of the two",
+        f"export it for what it is right for: --context-tokens {right}" if right else "report this with config.json",
+    )
+
+
+def _spread(values: NDArray[Any]) -> float:
+    return float(np.std(values.astype(np.float64))) if values.size > 1 else float(np.abs(values).max(initial=0))
 
 
 def relative_rms(found: NDArray[Any], expected: NDArray[Any]) -> float:
@@ -103,7 +160,7 @@ def relative_rms(found: NDArray[Any], expected: NDArray[Any]) -> float:
     if not np.isfinite(found).all():
         return float("inf")
     error = float(np.sqrt(np.mean(np.square(found.astype(np.float64) - expected)))) if found.size else 0.0
-    scale = float(np.std(expected.astype(np.float64))) if expected.size > 1 else float(np.abs(expected).max(initial=0))
+    scale = _spread(expected)
     return error / scale if scale > 0 else error
 
 

@@ -7,29 +7,25 @@ ship, written and run in onnxruntime, against the float graph on the calibration
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
 from edgedistill.export_options import ExportOptions
 from edgedistill.onnx.calibration import Samples
 from edgedistill.onnx.float_export import FloatExport
 from edgedistill.onnx.histogram import Observed
-from edgedistill.onnx.inputs import Batch
 from edgedistill.onnx.quantizable import FLOAT, INT4, WEIGHTS, Quantizable, node_types, stored_type
+from edgedistill.onnx.scoring import METRICS, Rows, meanings_of, rows_of, score
 from edgedistill.progress import QUIET, Progress
 from edgedistill.records import Sensitivity
 from edgedistill.runtimes.graph import GraphProcess
 from edgedistill.sensitivity import Group, Measured, Steps, find_mix, say_result
-from edgedistill.statistics import by_unit, positive_mean
+from edgedistill.statistics import positive_mean
 
 BLOCK = 32
-CLASSES = "mean KL from the float graph, nats"
-VECTORS = "1 - cosine to the float graph's outputs"
 REMEDY = "lower export.mixed_retention, or quantize less"
 
 
@@ -46,9 +42,8 @@ def kept_nodes(
 ) -> tuple[set[str], Sensitivity]:
     """The nodes to keep float, fewest bytes, so that retention is `options.mixed_retention`; and the table.
 
-    Retention of a classifier (2 axes of logits, or 3 with tokens) is the smaller of the share of inputs whose likeliest
-    class stays and exp(-mean KL); of anything else the mean cosine of its outputs. Nodes that `options.tensor_types`
-    names keep their type. Raises UserError where even a float graph keeps too little.
+    What a cost and retention are depends on what the outputs hold: scoring.py. Nodes that `options.tensor_types` names
+    keep their type. Raises UserError where even a float graph keeps too little.
     """
     types = node_types(nodes, quantization, types=options.tensor_types)
     groups: dict[str, list[str]] = {}
@@ -64,9 +59,9 @@ def kept_nodes(
 
         assert options.mixed_retention is not None
         mix = find_mix(
-            ladders, measure, target=options.mixed_retention, metric=CLASSES if scored.classes else VECTORS,
-            source=samples.record.source or "calibration inputs", examples=len(scored.owner),
-            documents=scored.documents, remedy=REMEDY, progress=progress,
+            ladders, measure, target=options.mixed_retention, metric=scored.metric,
+            source=samples.record.source or "calibration inputs", examples=scored.examples,
+            documents=sum(scored.documents), remedy=REMEDY, progress=progress,
         )  # fmt: skip
     say_result(mix.record, progress)
     return {name for group, names in groups.items() if mix.steps[group] == 1 for name in names}, mix.record
@@ -110,16 +105,18 @@ class _Scored:
     ) -> None:
         self.export, self.samples, self.folder, self.threads = export, samples, folder, threads
         self.quantization, self.observed, self.options = quantization, observed, options
-        self.output = export.outputs[0].name
-        self.classes = self.output == "logits"
+        self.meanings = meanings_of(export.outputs, export.meanings)
+        self.metric = " + ".join(dict.fromkeys(METRICS[meaning] for meaning in self.meanings.values()))
         with GraphProcess(export.path, threads=threads) as process:
-            self.references = [_rows(process.run(batch)[self.output], batch) for batch in samples.batches()]
-        owners, self.documents = [], 0
-        for batch, rows in zip(samples.batches(), self.references, strict=True):
-            count = len(next(iter(batch.values())))
-            owners.append(self.documents + np.repeat(np.arange(count), len(rows) // count))
-            self.documents += count
-        self.owner = np.concatenate(owners)
+            self.references = list(self._outputs(process))
+        self.documents = [len(next(iter(batch.values()))) for batch in samples.batches()]
+        first = next(iter(self.meanings))
+        self.examples = sum(len(part[first].owner) for part in self.references)
+
+    def _outputs(self, process: GraphProcess) -> Iterator[dict[str, Rows]]:
+        for batch in self.samples.batches():
+            found = process.run(batch)
+            yield {name: rows_of(found[name], batch, meaning) for name, meaning in self.meanings.items()}
 
     def measure(self, keep: Collection[str]) -> Measured:
         from edgedistill.onnx.quantize import quantize_graph
@@ -128,48 +125,13 @@ class _Scored:
         quantize_graph(
             self.export, path, quantization=self.quantization, observed=self.observed, keep=keep, options=self.options
         )
-        costs, same = [], []
         try:
             with GraphProcess(path, threads=self.threads) as process:
-                for batch, reference in zip(self.samples.batches(), self.references, strict=True):
-                    found = _rows(process.run(batch)[self.output], batch)
-                    costs.append(_kl(reference, found) if self.classes else _distance(reference, found))
-                    same.append(reference.argmax(-1) == found.argmax(-1))
+                found = score(self.meanings, self.references, self._outputs(process), self.documents)
         finally:
             for file in self.folder.iterdir():
                 file.unlink()
-        cost = positive_mean(by_unit(np.concatenate(costs), self.owner))
+        cost = positive_mean(found.cost)
         if not np.isfinite(cost.value):
             raise UserError(f"a mix of {self.quantization} gives values that are NaN or infinite", REMEDY)
-        agreement = float(np.concatenate(same).mean())
-        retention = min(agreement, float(np.exp(-cost.value))) if self.classes else 1.0 - cost.value
-        return Measured(cost, retention)
-
-
-def _rows(values: NDArray[Any], batch: Batch) -> NDArray[np.float64]:
-    """[rows, values]: one row an input, or one a token where the output has an axis of tokens."""
-    tokens = values.ndim == 3 and "attention_mask" in batch and values.shape[:2] == batch["attention_mask"].shape
-    return values.reshape(-1, values.shape[-1]).astype(np.float64) if tokens else _flat(values)
-
-
-def _flat(values: NDArray[Any]) -> NDArray[np.float64]:
-    return values.reshape(len(values), -1).astype(np.float64)
-
-
-def _kl(reference: NDArray[np.float64], found: NDArray[np.float64]) -> NDArray[np.float64]:
-    p, q = _log_softmax(reference), _log_softmax(found)
-    kl: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(-1).clip(min=0.0)
-    return kl
-
-
-def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    shifted = logits - logits.max(-1, keepdims=True)
-    found: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return found
-
-
-def _distance(reference: NDArray[np.float64], found: NDArray[np.float64]) -> NDArray[np.float64]:
-    norms = np.linalg.norm(reference, axis=-1) * np.linalg.norm(found, axis=-1)
-    cosine = (reference * found).sum(-1) / np.maximum(norms, 1e-30)
-    distance: NDArray[np.float64] = np.clip(1.0 - cosine, 0.0, None)
-    return distance
+        return Measured(cost, found.retention)

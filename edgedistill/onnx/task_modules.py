@@ -33,32 +33,6 @@ class Outputs(nn.Module):
         return dict(zip(self.names, found, strict=True))
 
 
-class Pooled(nn.Module):
-    """A sentence-transformers folder's pipeline: encoder, pooling over the tokens that are none of padding, norm.
-
-    `mode`: mean, cls or max, as 1_Pooling/config.json says; `normalize`: 2_Normalize is there.
-    """
-
-    def __init__(self, model: nn.Module, mode: str, *, normalize: bool) -> None:
-        super().__init__()
-        self.model = model
-        self.mode = mode
-        self.normalize = normalize
-
-    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        states_BTD = self.model(**inputs).last_hidden_state
-        mask_BT1 = inputs["attention_mask"].to(states_BTD.dtype).unsqueeze(-1)
-        if self.mode == "cls":
-            pooled_BD = states_BTD[:, 0]
-        elif self.mode == "max":
-            pooled_BD = (states_BTD + (mask_BT1 - 1) * 1e9).amax(1)
-        else:
-            pooled_BD = (states_BTD * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1e-9)
-        if self.normalize:
-            pooled_BD = nn.functional.normalize(pooled_BD, dim=-1)
-        return {"sentence_embedding": pooled_BD}
-
-
 class Encoder(nn.Module):
     """The encoder of a sequence-to-sequence model, and the keys and values that every decoder layer reads of it.
 
