@@ -49,7 +49,7 @@ def test_labels_are_decided_one_by_one() -> None:
     assert retention(CLASSES, logits, found) > 0.9 and retention(LABELS, logits, found) < 0.1
     assert retention(LABELS, logits, logits) == 1.0
     # All labels shifted: a softmax does not see it.
-    assert retention(CLASSES, logits, logits - 4) == 1.0 and retention(LABELS, logits, logits - 4) < 0.2
+    assert retention(CLASSES, logits, logits - 4) == 1.0 and retention(LABELS, logits, logits - 4) < 0.4
 
 
 def test_padding_does_not_count() -> None:

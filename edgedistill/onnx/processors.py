@@ -25,11 +25,15 @@ REMEDY = "save the tokenizer that the model was trained with into the folder"
 SIZES = ((64, 96), (97, 61), (80, 80))
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_NAMES)
+
+
 def open_tokenizer(folder: Path) -> Any | None:
     """The folder's tokenizer; None where it has none. UserError where what is there cannot be opened."""
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in TOKENIZER_NAMES):
+    if not has_tokenizer(folder):
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

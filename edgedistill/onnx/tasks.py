@@ -11,7 +11,7 @@ from typing import Any
 from edgedistill.errors import UserError, did_you_mean
 from edgedistill.models import require_plain_files
 from edgedistill.onnx.model_inputs import IDS, MASK, PIXELS, require_image_inputs, text_inputs
-from edgedistill.onnx.processors import open_image_processor, open_tokenizer, processed_sizes
+from edgedistill.onnx.processors import has_tokenizer, open_image_processor, open_tokenizer, processed_sizes
 from edgedistill.onnx.sentence import (
     CROSS_ENCODER,
     ENCODER,
@@ -130,6 +130,8 @@ def open_task(checkpoint: Path, task: str | None = None) -> TaskModel:
     _require_finite(folder, model)
     tokenizer = open_tokenizer(folder) if model.main_input_name == IDS else None
     notes = list(pipeline.notes if pipeline is not None else ())
+    if tokenizer is None and model.main_input_name == IDS and has_tokenizer(folder):
+        notes.append("its tokenizer could not be opened here, so that no text was compared: it ships as it is")
     graphs = _graphs(checkpoint, folder, model, task, tokenizer, pipeline)
     vocab_size = 0
     if model.main_input_name == IDS:
@@ -165,6 +167,7 @@ def _loaded(folder: Path, task: str) -> Any:
     try:
         model, loaded = loader.from_pretrained(
             folder, dtype="float32", local_files_only=True, use_safetensors=True, output_loading_info=True,
+            trust_remote_code=False,
             **({"add_pooling_layer": False} if name == "AutoModel" and _has_pooler(folder) else {}),
         )  # fmt: skip
     # transformers raises many kinds for a config that it cannot read as this class
@@ -340,7 +343,7 @@ def _has_pooler(checkpoint: Path) -> bool:
     """Whether the class of a checkpoint takes `add_pooling_layer`: its pooled output is not among the graph's."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     try:
         kind = transformers.AutoModel._model_mapping[type(config)]
     except KeyError:
