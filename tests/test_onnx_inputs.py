@@ -24,9 +24,9 @@ from edgedistill.onnx.float_export import module_graph, trace
 from edgedistill.onnx.inputs import longest_compared
 from edgedistill.onnx.model_inputs import text_inputs
 from edgedistill.onnx.parity import check_parity
-from edgedistill.onnx.processors import open_tokenizer, require_same_tokens, ship
+from edgedistill.onnx.processors import open_tokenizer, read, require_same_tokens, ship
 from edgedistill.onnx.tasks import open_task
-from edgedistill.records import Artifact
+from edgedistill.records import Artifact, TensorSpec
 from edgedistill.runtimes.graph import GraphProcess
 
 TEXT = ["input_ids", "attention_mask"]
@@ -146,6 +146,16 @@ def test_images_of_several_sizes_have_axes_that_vary(resnet: Path) -> None:
     assert graph.examples["pixel_values"].shape[2] != graph.examples["pixel_values"].shape[3]
 
 
+def test_a_model_of_gray_images_gets_gray_ones(tmp_path: Path) -> None:
+    folder = tiny_encoder(tmp_path / "model", "vit", head={"num_channels": 1})
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.5], image_std=[0.5]).save_pretrained(
+        folder
+    )
+    assert open_task(folder).graphs[0].examples["pixel_values"].shape == (2, 1, 16, 16)
+    spec = TensorSpec(name="pixel_values", dtype="float", shape=["batch", 1, 16, 16])
+    assert [batch["pixel_values"].shape[:2] for batch in inputs.image_batches(folder, [spec])] == [(1, 1), (3, 1)]
+
+
 def test_a_processor_of_another_size_than_the_models_is_refused(tmp_path: Path) -> None:
     folder = tiny_encoder(tmp_path / "model", "vit")
     transformers.ViTImageProcessor(size={"height": 24, "width": 24}).save_pretrained(folder)
@@ -192,6 +202,14 @@ def test_the_tokenizer_that_ships_cuts_where_the_promise_ends_and_reads_as_the_m
         require_same_tokens(open_tokenizer(folder), shipped, ["A fox jumps"], folder)
     with pytest.raises(UserError, match="cannot be opened from what ships"):
         require_same_tokens(original, open_tokenizer(tmp_path), ["A fox"], folder)
+
+
+def test_a_tokenizer_that_takes_no_text_is_refused(tmp_path: Path) -> None:
+    def tables_alone(*_texts: Any, **_options: Any) -> None:
+        raise AssertionError("Table must be of type pd.DataFrame")
+
+    with pytest.raises(UserError, match="its tokenizer cannot be used: Table must be"):
+        read(tables_alone, "text", where=tmp_path)
 
 
 # Lengths

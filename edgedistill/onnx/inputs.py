@@ -186,8 +186,11 @@ def image_batches(folder: Path, inputs: Sequence[TensorSpec]) -> list[Batch]:
         made = 2 * made - 1
         return [{name: made[:1]}, {name: made}]
     batches = []
+    channels = 1 if shape[1] == 1 else 3
     for width, height in SIZES if any(isinstance(dim, str) for dim in shape[2:]) else SIZES[:1]:
-        images = [(_photograph(rng, 3, height, width) * 255).astype(np.uint8).transpose(1, 2, 0) for _ in range(IMAGES)]
+        images = [
+            (_photograph(rng, channels, height, width) * 255).astype(np.uint8).transpose(1, 2, 0) for _ in range(IMAGES)
+        ]
         for part in (images[:1], images):
             batches.append({name: pixels(processor, part, folder)[name].astype(np.float32)})
     return batches

@@ -60,16 +60,24 @@ def open_image_processor(folder: Path) -> Any | None:
         raise _unopened(folder, "image processor", error) from error
 
 
+def read(tokenizer: Any, *texts: Any, where: Path, **options: Any) -> Any:
+    """What the tokenizer gives. UserError where it does not take text, but tables, or words with their boxes."""
+    try:
+        return tokenizer(*texts, **options)
+    except Exception as error:  # each class has its own way to say so
+        raise _unopened(where, "tokenizer", error) from error
+
+
 def tokenized(
     tokenizer: Any, texts: Sequence[Any], names: Collection[str], *, max_tokens: int, where: Path
 ) -> dict[str, NDArray[Any]]:
     """Texts, or pairs of them, as one batch, padded to its longest as the tokenizer pads. UserError."""
     if tokenizer.pad_token is None and len(texts) > 1:
         raise UserError(f"{where}: its tokenizer has no padding token", "set pad_token in tokenizer_config.json")
-    pairs = isinstance(texts[0], tuple)
-    made = tokenizer(
-        *([list(side) for side in zip(*texts, strict=True)] if pairs else [list(texts)]),
-        padding=len(texts) > 1, truncation=True, max_length=max_tokens, return_tensors="np",
+    sides = [list(side) for side in zip(*texts, strict=True)] if isinstance(texts[0], tuple) else [list(texts)]
+    made = read(
+        tokenizer, *sides, where=where, padding=len(texts) > 1, truncation=True, max_length=max_tokens,
+        return_tensors="np",
     )  # fmt: skip
     missing = set(names) - set(made)
     if missing:
@@ -78,22 +86,23 @@ def tokenized(
 
 
 def pixels(processor: Any, images: Sequence[NDArray[np.uint8]], where: Path) -> dict[str, NDArray[Any]]:
-    """Images [H, W, 3] as the processor gives them, by name. UserError."""
+    """Images [H, W, 3], or gray ones of one channel, as the processor gives them, by name. UserError."""
     from PIL import Image
 
     try:
-        made = processor([Image.fromarray(image) for image in images], return_tensors="np")
+        shown = [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in images]
+        made = processor(shown, return_tensors="np")
     except Exception as error:  # of another version's settings, or sizes that cannot be stacked
         raise _unopened(where, "image processor", error) from error
     return {name: np.asarray(value) for name, value in made.items()}
 
 
-def processed_sizes(processor: Any, where: Path) -> tuple[set[str], set[tuple[int, ...]]]:
+def processed_sizes(processor: Any, where: Path, *, channels: int = 3) -> tuple[set[str], set[tuple[int, ...]]]:
     """What the processor gives of images of several sizes: the names, and the shapes [C, H, W] of its pixels."""
     names: set[str] = set()
     shapes = set()
     for width, height in SIZES:
-        made = pixels(processor, [np.zeros((height, width, 3), dtype=np.uint8)], where)
+        made = pixels(processor, [np.zeros((height, width, channels), dtype=np.uint8)], where)
         if "pixel_values" not in made or made["pixel_values"].ndim != 4:
             raise UserError(
                 f"{where}: its image processor gives {sorted(made)}, and no images of [channels, height, width]",
@@ -129,7 +138,7 @@ def require_same_tokens(original: Any, shipped: Any | None, texts: Sequence[str]
             f"{where}: its tokenizer cannot be opened from what ships", "report this with the folder's file names"
         )
     for text in texts:
-        expected, found = original(text)["input_ids"], shipped(text)["input_ids"]
+        expected, found = (read(tokenizer, text, where=where)["input_ids"] for tokenizer in (original, shipped))
         if expected != found:
             raise UserError(
                 f"{where}: the tokenizer that ships reads {text[:60]!r} as {found[:12]}, the model's as"

@@ -63,7 +63,7 @@ class Pooling(nn.Module):
             last_BT = (place_BT == place_BT[:, -1:]) & (mask_BT > 0)
             return (states_BTD * last_BT.to(states_BTD.dtype).unsqueeze(-1)).sum(1)
         if mode == "max":
-            return (states_BTD + (mask_BT1 - 1) * 1e9).amax(1)
+            return states_BTD.masked_fill(mask_BT1 == 0, torch.finfo(states_BTD.dtype).min).amax(1)
         if mode == "weightedmean":
             mask_BT1 = mask_BT1 * place_BT.to(states_BTD.dtype).unsqueeze(-1)
         count_B1 = mask_BT1.sum(1).clamp(min=1e-9)

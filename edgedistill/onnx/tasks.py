@@ -234,9 +234,10 @@ def _image_graph(checkpoint: Path, folder: Path, model: Any, task: str) -> Graph
     processor = open_image_processor(folder)
     axes = {0: BATCH}
     shapes = {image_size(model)}
+    channels = 1 if image_size(model)[0] == 1 else 3
     given: set[str] = {PIXELS}
     if processor is not None:
-        given, found = processed_sizes(processor, folder)
+        given, found = processed_sizes(processor, folder, channels=channels)
         shapes = {(size[0], size[1], size[2]) for size in found}
         if len(shapes) > 1:
             axes |= {2: "height", 3: "width"}
