@@ -154,9 +154,7 @@ def _trimmed_tokens(recipe: Recipe, store: Store, progress: Progress) -> int | N
     from edgedistill.distill.vocabulary import obtain_vocabulary
 
     folder = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
-    found = obtain_vocabulary(
-        folder.path, data=prepare_data(recipe.data, store=store, progress=progress), store=store, progress=progress
-    )
+    found = obtain_vocabulary(folder.path, data=prepare_data(recipe.data, store=store), store=store, progress=progress)
     progress.say(
         f"vocabulary: {found.result.tokens:,} of the teacher's {found.result.teacher_tokens:,} tokens are kept"
         f"{' (from the store)' if found.reused else ''}"

@@ -36,7 +36,8 @@ def stray(folder: Path, kind: str) -> str:
     """Something beside the data, as systems and people leave it there; what is said of it."""
     where = {
         "AppleDouble": "._t.jsonl", "notebook": ".ipynb_checkpoints/t-checkpoint.jsonl", "git": ".git/description.txt",
-        "macosx": "__MACOSX/t.txt", "store": ".DS_Store", "readme": "README.md", "license": "sub/LICENSE.txt",
+        "macosx": "__MACOSX/t.txt", "spark": "_delta_log/0.json",
+        "store": ".DS_Store", "readme": "README.md", "license": "sub/LICENSE.txt",
         "picture": "a.jpg", "archive": "more.jsonl.bz2", "nothing": "notes", "card": "dataset_infos.json",
     }[kind]  # fmt: skip
     path = folder / where
@@ -56,6 +57,7 @@ STRAY = (
     "notebook",
     "git",
     "macosx",
+    "spark",
     "store",
     "readme",
     "license",

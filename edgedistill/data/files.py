@@ -27,7 +27,11 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 DESCRIPTIONS = frozenset({"readme", "license", "licence", "copying", "notice", "citation", "changelog", "contributing"})
 # what `datasets` keeps beside its tables
 METADATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
-HIDDEN_NAMES = frozenset({"__MACOSX", "__pycache__", "Thumbs.db", "desktop.ini"})
+# what systems, and Spark, leave beside data; the last two hold JSON that is no data
+HIDDEN_NAMES = frozenset({
+    "__MACOSX", "__pycache__", "Thumbs.db", "desktop.ini", "lost+found", "$RECYCLE.BIN", "System Volume Information",
+    "_SUCCESS", "_metadata", "_common_metadata", "_temporary", "_spark_metadata", "_delta_log",
+})  # fmt: skip
 MAX_FILES = 1_000_000
 SHOWN_PATHS = 5
 
