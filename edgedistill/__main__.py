@@ -1,15 +1,22 @@
 """`python -m edgedistill`, so that `accelerate launch -m edgedistill` works too, and the command `edgedistill`."""
 
+import os
 import sys
-from contextlib import suppress
-from pathlib import Path
 
 # `python -m` would import any module from where it is started first, and that may be a bundle of somebody else's.
-with suppress(OSError):  # a current folder that is gone: the command says so
-    if sys.path and Path(sys.path[0]) == Path.cwd() and not sys.flags.safe_path:
-        del sys.path[0]
+try:
+    _here = os.getcwd()  # noqa: PTH109  nothing is imported yet that such a module could stand for
+except OSError:  # a current folder that is gone: the command says so
+    _here = ""
+if sys.path and sys.path[0] == _here and not sys.flags.safe_path:
+    del sys.path[0]
 
-from edgedistill.errors import EXIT_INTERRUPTED
+# Python's own modules first: a resource.py or queue.py on PYTHONPATH is not meant for this program.
+_OWN = os.path.dirname(os.__file__)  # noqa: PTH120
+_ZIP = "python{}{}.zip".format(*sys.version_info)
+sys.path.sort(key=lambda path: not ((path.startswith(_OWN) and "-packages" not in path) or path.endswith(_ZIP)))
+
+from edgedistill.errors import EXIT_INTERRUPTED  # noqa: E402
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -15,8 +16,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from edgedistill import cli_edge, errors, waiting
+from edgedistill import cli_edge, errors, streams, waiting
 from edgedistill.cli_options import (
+    VERBOSE_WORD,
     DataOption,
     EvalData,
     Host,
@@ -40,6 +42,7 @@ from edgedistill.cli_options import (
 )
 from edgedistill.launch import asked_world
 
+SAID_LINES = 20
 # Typer carries its own copy of click from 0.29 on; this is its ClickException either way.
 ClickException: Any = typer.BadParameter.__mro__[2]
 
@@ -482,13 +485,16 @@ def run(arguments: list[str] | None = None) -> NoReturn:
 
 def _outcome(arguments: list[str]) -> int:
     """Runs the command; its exit code, after what went wrong was said."""
+    said: list[str] = []  # by libraries, while the command ran
     try:
         cli_edge.require_text(arguments)
         alone = QUICK_GROUPS.get(arguments[0]) if arguments else None
+        verbose = any(VERBOSE_WORD.fullmatch(word) for word in arguments)
+        command = _with_libraries_aside(typer.main.get_command(app if alone is None else alone), verbose, said)
         if alone is not None:
-            code = alone(args=arguments[1:], prog_name=f"edgedistill {arguments[0]}", standalone_mode=False)
+            code = command(args=arguments[1:], prog_name=f"edgedistill {arguments[0]}", standalone_mode=False)
         else:
-            code = app(args=arguments, prog_name="edgedistill", standalone_mode=False)
+            code = command(args=arguments, prog_name="edgedistill", standalone_mode=False)
         if code == errors.EXIT_INTERRUPTED:  # typer gives it back for a KeyboardInterrupt
             raise KeyboardInterrupt
         return code if isinstance(code, int) else errors.EXIT_DONE
@@ -510,7 +516,7 @@ def _outcome(arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package == "edgedistill":
-            return _bug()
+            return _bug(said)
         _complain(
             f"the package {package} is not installed", "pip install 'edgedistill[build]' (see `edgedistill doctor`)"
         )
@@ -521,19 +527,52 @@ def _outcome(arguments: list[str]) -> int:
     except OSError as error:
         known = cli_edge.of_the_system(error)
         if known is None:
-            return _bug()
+            return _bug(said)
         _complain(*known)
         return errors.EXIT_USER
     except MemoryError:
         _complain(*cli_edge.of_memory())
         return errors.EXIT_USER
     except Exception:
-        return _bug()
+        return _bug(said)
 
 
-def _bug() -> int:
+def _with_libraries_aside(command: Any, verbose: bool, said: list[str]) -> Any:
+    """A command, its groups' too, that runs with what libraries print set aside; `said` gets the last lines of that.
+
+    Around the functions alone: help and what is wrong with options are for the user.
+    """
+    for inner in getattr(command, "commands", {}).values():
+        _with_libraries_aside(inner, verbose, said)
+    function = command.callback
+    if function is not None and not getattr(command, "commands", None):
+
+        @functools.wraps(function)
+        def aside(*positional: Any, **named: Any) -> Any:
+            with streams.libraries_aside(shown=verbose, kept=said):
+                return function(*positional, **named)
+
+        command.callback = aside
+    return command
+
+
+def _bug(said: list[str]) -> int:
+    """An exception that nobody expected: ours, or a library's on what it was given."""
+    error = sys.exception()
+    for line in said[-SAID_LINES:]:
+        print(cli_edge.plain(line), file=sys.stderr)
     traceback.print_exc()
-    print("this is a bug in edgedistill: please report it, with the lines above", file=sys.stderr)
+    last = list(traceback.walk_tb(None if error is None else error.__traceback__))[-1:]
+    module = last[0][0].f_globals.get("__name__", "") if last else ""
+    library = str(module).partition(".")[0]
+    if library in ("edgedistill", "", "__main__") or library in sys.stdlib_module_names:
+        print("this is a bug in edgedistill: please report it, with the lines above", file=sys.stderr)
+    else:
+        print(
+            f"{library} failed on what it was given: look whether the model, the data and the installation are sound"
+            f" (`edgedistill doctor`); where they are, please report it, with the lines above",
+            file=sys.stderr,
+        )
     return errors.EXIT_BUG
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 
+from edgedistill import streams
 from edgedistill.errors import UserError
 from edgedistill.strict import shown
 
@@ -74,7 +75,7 @@ def plain(text: str) -> str:
 def write_out(text: str) -> None:
     """A result on standard output. A reader that went away (`| head`) is no error: what it did not want is dropped."""
     try:
-        print(plain(text), flush=True)
+        print(plain(text), file=streams.out(), flush=True)
     except BrokenPipeError:
         drop_output()
 
@@ -90,10 +91,10 @@ def complain(cause: str, remedy: str, who: str = "") -> None:
     """An error on standard error: a few lines, however long the value is."""
     cut = cause if len(cause) <= MAX_CAUSE_CHARS else f"{cause[:MAX_CAUSE_CHARS]}… ({len(cause):,} characters)"
     try:
-        print(plain(f"error{who}: {cut}"), file=sys.stderr)
+        print(plain(f"error{who}: {cut}"), file=streams.err())
         if remedy:
-            print(plain(f"  try: {remedy[:MAX_CAUSE_CHARS]}"), file=sys.stderr)
-        sys.stderr.flush()
+            print(plain(f"  try: {remedy[:MAX_CAUSE_CHARS]}"), file=streams.err())
+        streams.err().flush()
     except (OSError, ValueError):  # standard error is a pipe that nobody reads, a full disk, or closed
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 2)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from edgedistill import errors
+from edgedistill import errors, streams
 from edgedistill.cli_edge import write_out
 from edgedistill.launch import is_follower
 from edgedistill.progress import Progress
@@ -33,6 +34,8 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="folder for bundles")]
 Host = Annotated[str, typer.Option("--on", help="host to benchmark on; only 'local' so far")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
+QUIET_WORD = re.compile("--quiet|-v*qv*")
+VERBOSE_WORD = re.compile("--verbose|-q*vq*")
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="more detail")]
 
 
@@ -41,6 +44,12 @@ def emit(as_json: bool, document: Any, text: str) -> None:
     if is_follower():
         return
     write_out(json.dumps(document, indent=2, default=str) if as_json else text)
+
+
+def remark(text: str) -> None:
+    """A word on how the options are taken, on standard error; not with -q."""
+    if not any(QUIET_WORD.fullmatch(word) for word in sys.argv[1:]):
+        print(text, file=streams.err())
 
 
 def progress_of(quiet: bool, verbose: bool) -> Progress:
@@ -64,7 +73,7 @@ def asked_recipe(recipe: str | None, sets: list[str] | None, **named: Any) -> An
     if recipe is None:
         recipe = "own" if any(named.get(name) is not None for name in ("teacher", "student", "data")) else "quickstart"
         if recipe == "own" and not is_follower():
-            print("no recipe named: using the built-in 'own' (see `edgedistill recipes show own`)", file=sys.stderr)
+            remark("no recipe named: using the built-in 'own' (see `edgedistill recipes show own`)")
     return load_recipe(recipe, sets or [], values=values)
 
 
@@ -74,7 +83,7 @@ def chosen_targets(names: list[str]) -> Any:
     targets = [load_target(name) for name in names]
     for name, target in zip(names, targets, strict=True):
         if name in target.aliases and not is_follower():
-            print(f"target {name} is {target.name}", file=sys.stderr)
+            remark(f"target {name} is {target.name}")
     unique = {target.name: target for target in targets}
     return list(unique.values())
 

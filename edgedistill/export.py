@@ -10,7 +10,7 @@ from edgedistill.errors import UserError
 from edgedistill.export_options import DEFAULT_OPTIONS, NOT_COMPARED, UNKNOWN_FAMILY, ExportOptions
 from edgedistill.generation import generation_sha256
 from edgedistill.gguf.pretokenizers import NEW_CHARACTERS_NOTE
-from edgedistill.models import require_weights
+from edgedistill.models import folder_notes, require_weights
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Export
 from edgedistill.records import Artifact
@@ -143,6 +143,7 @@ def write_artifact(
 
     # Keys and tensors first: they name what is wrong, where tokens and logits show that something is.
     require_faithful(made, out, checkpoint, run=options.compare_logits)
+    made = made.model_copy(update={"notes": [*made.notes, *folder_notes(checkpoint)]})
     made = with_checked_tokenizer(made, out, checkpoint)
     threads = max(1, len(machine.usable_cpus()))
     if format_ == "gguf":

@@ -15,24 +15,23 @@ from typing import Any
 
 from edgedistill.companions import TOKENIZER_NAMES
 from edgedistill.errors import UserError
+from edgedistill.hf_tokenizer import copy_tokenizer as copy_tokenizer
+from edgedistill.hf_tokenizer import cut_note
+from edgedistill.hf_tokenizer import open_tokenizer as open_tokenizer
+from edgedistill.hf_tokenizer import tokenizer_sha256 as tokenizer_sha256
+from edgedistill.hf_tokenizer import vocabulary as vocabulary
 from edgedistill.records import Shape
 from edgedistill.shapes import shape_from_config
 from edgedistill.store import Store, canonical_json
-from edgedistill.strict import local_path, open_regular, read_json, shown
-from edgedistill.weights import StoredTensor, check_tensors, read_tensor, stored_tensors
+from edgedistill.strict import local_path, open_regular, read_json
+from edgedistill.weights import StoredTensor, check_tensors, refuse_wrapped, require_finite, stored_tensors
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 EMBEDDING = "model.embed_tokens.weight"
 READ_SUFFIXES = frozenset({".json", ".jinja", ".safetensors", ".txt", ".model"})
 SMALL_JSON = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
 MAX_SMALL_JSON_BYTES = 1 << 25
-ADAPTER_FILE = "adapter_config.json"  # transformers would change the weights by it as it loads them
+# transformers changes weights by the first as it loads them
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "LICENSE*", "NOTICE*", *TOKENIZER_NAMES]
 
 
@@ -88,9 +87,9 @@ def require_plain_files(folder: Path, role: str) -> None:
             pass
         if path.name in SMALL_JSON:
             read_json(path, what=path.name, max_bytes=MAX_SMALL_JSON_BYTES)
-        if path.name == ADAPTER_FILE:
+        if path.name in ADAPTER_FILES:
             raise UserError(
-                f"{role} folder {folder} holds an adapter ({ADAPTER_FILE})",
+                f"{role} folder {folder} holds an adapter ({path.name})",
                 "merge it into the weights first (peft: merge_and_unload), and save them with save_pretrained",
             )
 
@@ -122,6 +121,7 @@ def check_folder(path: Path, *, name: str, origin: str, role: str) -> ModelFolde
     tensors = {name: tensor.shape for name, tensor in stored.items()}
     embedding = tensors.get(EMBEDDING)
     if embedding is None:
+        refuse_wrapped(tensors, _wanted(shape, config, path), where=f"{role} folder {path}")
         raise UserError(
             f"{role} folder {path} has no tensor {EMBEDDING}",
             f"its weights are not those of a {config.get('model_type')} causal language model",
@@ -155,27 +155,40 @@ def _require_all_tensors(
     stored: Mapping[str, StoredTensor], shape: Shape, config: Mapping[str, Any], path: Path
 ) -> None:
     """transformers fills a tensor that is missing with random numbers; here the folder is refused."""
-    from edgedistill.gguf.architectures import architecture_of, tensor_map
-
-    wanted = {name: spec.shape for name, spec in tensor_map(shape, architecture_of(config, where=str(path))).items()}
+    wanted = _wanted(shape, config, path)
     derived = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
     if shape.tie_word_embeddings:
         derived.add("lm_head.weight")
     check_tensors({k: v for k, v in stored.items() if k not in derived}, wanted, where=str(path))
 
 
-def require_sound(path: Path) -> None:
+def _wanted(shape: Shape, config: Mapping[str, Any], path: Path) -> dict[str, tuple[int, ...]]:
+    from edgedistill.gguf.architectures import architecture_of, tensor_map
+
+    return {name: spec.shape for name, spec in tensor_map(shape, architecture_of(config, where=str(path))).items()}
+
+
+def require_sound(path: Path, role: str = "model") -> None:
     """Read every weight of a folder, one at a time. UserError for NaN and infinity, and a tied head that differs."""
     from edgedistill.gguf.architectures import TIED_HEAD
     from edgedistill.gguf.convert import check_tied
-    from edgedistill.gguf.streaming import as_stored
 
     stored = stored_tensors(path)
     config = read_json(path / "config.json", what="config.json")
     if TIED_HEAD in stored and shape_from_config(config, where=str(path)).tie_word_embeddings:
         check_tied(stored, EMBEDDING, str(path))
-    for name, tensor in stored.items():
-        as_stored(read_tensor(tensor), "F32", tensor=name)
+    require_finite_weights(path, role)
+
+
+def require_finite_weights(path: Path, role: str) -> None:
+    """Read every weight of a folder, a few megabytes at a time. UserError for NaN and infinity, tensor named."""
+    for name, tensor in stored_tensors(path).items():
+        require_finite(tensor, name, where=f"{role} {path}")
+
+
+def require_sound_once(folder: ModelFolder, store: Store, role: str) -> None:
+    """`require_sound`, remembered in the store by the weights' hash: a large teacher is read once. UserError."""
+    store.once(f"sound-{weights_sha256(folder, store)}", lambda: require_sound(folder.path, role))
 
 
 def weights_sha256(folder: ModelFolder, store: Store) -> str:
@@ -209,76 +222,60 @@ def require_weights(path: Path, expected: str, store: Store, *, role: str) -> No
     )
 
 
-def tokenizer_sha256(folder: Path) -> str:
-    """One hash over the tokenizer's files."""
-    digest = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            digest.update(f"{name}\n".encode())
-            digest.update((folder / name).read_bytes())
-    return digest.hexdigest()
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files, byte for byte."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            (target / name).write_bytes((source / name).read_bytes())
-
-
-def vocabulary(folder: Path, role: str = "model") -> dict[str, int]:
-    """Token → id of tokenizer.json, added tokens included."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(
-            f"{role} folder {folder} has no tokenizer.json", "save its fast tokenizer there with save_pretrained"
-        )
-    tree = read_json(path, what="tokenizer.json")
-    try:
-        table = tree["model"]["vocab"]
-        known = {token: index for index, (token, _) in enumerate(table)} if isinstance(table, list) else dict(table)
-        known.update({entry["content"]: entry["id"] for entry in tree.get("added_tokens") or []})
-        odd = next(
-            (token for token, index in known.items() if type(index) is not int or not 0 <= index < 1 << 31), None
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} has no vocabulary that can be read", "save it again with save_pretrained") from error
-    if odd is not None or not known or not all(type(token) is str for token in known):
-        what = f"the id of {shown(odd)} is {shown(known[odd])}" if odd is not None else "it has no tokens"
-        raise UserError(f"{path} has no vocabulary that can be read: {what}", "save it again with save_pretrained")
-    return known
-
-
-def open_tokenizer(path: Path) -> Any:
-    """tokenizer.json as the tokenizers library opens it. UserError where it cannot: it may panic, not only raise."""
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(path))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic of Rust is no Exception, and what it raises has no class of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise UserError(f"{path} cannot be opened: {reason}", "save it again with save_pretrained") from error
-
-
 def require_loadable(folder: Path, role: str) -> None:
     """Let transformers read the folder's settings before any work with it. UserError for what it refuses."""
     from transformers import AutoConfig, GenerationConfig
 
-    for kind, name in ((AutoConfig, "config.json"), (GenerationConfig, "generation_config.json")):
+    asked: tuple[tuple[Any, str, dict[str, Any]], ...] = (
+        (AutoConfig, "config.json", {"trust_remote_code": False}),
+        (GenerationConfig, "generation_config.json", {}),
+    )
+    for kind, name, options in asked:
         if not (folder / name).is_file():
             continue
         try:
-            kind.from_pretrained(folder, local_files_only=True)
+            kind.from_pretrained(folder, local_files_only=True, **options)
         except Exception as error:  # its checks raise classes of their own, and whatever a wrong value leads to
             reason = " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:300]
+            if "trust_remote_code" in str(error):
+                raise _own_code(folder, role) from error
             raise UserError(
                 f"{role} {folder}: transformers cannot read {name}: {reason or type(error).__name__}",
                 f"replace it with the model's own {name}",
             ) from error
+    if _code_of(folder) and not _native(folder):
+        raise _own_code(folder, role)
     if (folder / "tokenizer.json").is_file():
         open_tokenizer(folder / "tokenizer.json")
+
+
+def _code_of(folder: Path) -> str:
+    """The Python code that config.json names (`auto_map`), as an error shows it; "" where there is none."""
+    path = folder / "config.json"
+    table = read_json(path, what="config.json").get("auto_map") if path.is_file() else None
+    return ", ".join(sorted(map(str, table.values()))) if isinstance(table, dict) and table else ""
+
+
+def _native(folder: Path) -> bool:
+    """Whether transformers has every class itself that config.json names."""
+    import transformers
+
+    names = read_json(folder / "config.json", what="config.json").get("architectures")
+    return all(hasattr(transformers, str(name)) for name in names if name) if isinstance(names, list) else True
+
+
+def _own_code(folder: Path, role: str) -> UserError:
+    return UserError(
+        f"{role} {folder} needs Python code of its own ({_code_of(folder) or 'auto_map'}), which is never run here",
+        "take a copy of the model whose architecture transformers has itself, or a model of another family",
+    )
+
+
+def folder_notes(folder: Path) -> list[str]:
+    """What is left out of a model folder that a user may count on: its own code, what its tokenizer.json cuts."""
+    code, cut = _code_of(folder), cut_note(folder)
+    said = [f"the model's own code ({code}) is not run: transformers' classes of these names are"] if code else []
+    return [*said, *([cut] if cut else [])]
 
 
 def kept_tokens(teacher: Path, student: Path) -> list[int] | None:

@@ -21,8 +21,14 @@ from edgedistill.export_options import ExportOptions
 from edgedistill.fit import artifacts_of
 from edgedistill.launch import is_follower
 from edgedistill.plan import Plan, refuse_signals
+from edgedistill.preflight import (
+    model_notes,
+    require_loadable_models,
+    require_sound_models,
+    require_usable_cache,
+    with_start,
+)
 from edgedistill.preflight import preflight as preflight
-from edgedistill.preflight import require_loadable_models, require_usable_cache, with_start
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
 from edgedistill.records import (
@@ -83,6 +89,7 @@ def build(
     others return with nothing built.
     """
     require_writable(local_path(out, what="--out").absolute(), what="--out")
+    _require_places([out / f"{recipe.name}-{target.name}" for target in targets])
     trained = distill(recipe, targets, store=store, progress=progress)
     built: list[Built] = []
     if is_follower():
@@ -103,6 +110,20 @@ def build(
         error.results = (trained, built)
         raise
     return trained, built
+
+
+def _require_places(folders: Sequence[Path]) -> None:
+    """UserError where no bundle at all could be put; one place that is taken stops no other target."""
+    from edgedistill.bundle.build import require_place
+
+    refused = []
+    for folder in folders:
+        try:
+            require_place(folder)
+        except UserError as error:
+            refused.append(error)
+    if refused and len(refused) == len(folders):
+        raise refused[0]
 
 
 def _build_for(
@@ -166,8 +187,11 @@ def cache_teacher(recipe: Recipe, *, store: Store, progress: Progress = QUIET) -
     used = recipe.distill.model_copy(update={"teacher_signals": "cached"})  # as `distill` will, whatever it says here
     recipe = recipe.model_copy(update={"distill": used})
     refuse_signals(recipe)
-    require_usable_cache(recipe, store, find_data(recipe.data, store=store))
     require_loadable_models(recipe)
+    require_sound_models(recipe, store)
+    for note in model_notes(recipe):
+        progress.warn(note)
+    require_usable_cache(recipe, store, find_data(recipe.data, store=store))
     refuse_mixture(recipe, caching=True)
     refuse_trimming(recipe)
     data = prepare_data(recipe.data, store=store, progress=progress)

@@ -10,7 +10,15 @@ from edgedistill import machine
 from edgedistill.data.prepare import Texts, find_data, prepare_data, read_part, read_texts
 from edgedistill.errors import UserError
 from edgedistill.fit import artifacts_of
-from edgedistill.models import locate, open_model, require_loadable, require_same_tokenizer
+from edgedistill.generation import generation_of
+from edgedistill.models import (
+    folder_notes,
+    locate,
+    open_model,
+    require_loadable,
+    require_same_tokenizer,
+    require_sound_once,
+)
 from edgedistill.plan import NF4_MULTIPLE, Plan, plan
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
@@ -32,6 +40,7 @@ def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store, progre
     """
     refuse_trimming(recipe)
     teacher, parameters = _teacher_sizes(recipe)
+    require_sound_models(recipe, store)
     room = store.root
     while not room.exists():
         room = room.parent
@@ -45,7 +54,7 @@ def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store, progre
     texts = read_texts(recipe.data)
     data = find_data(recipe.data, store=store, texts=texts)
     require_usable_cache(recipe, store, data)
-    return plan(
+    planned = plan(
         recipe,
         targets,
         teacher=teacher,
@@ -60,6 +69,7 @@ def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store, progre
         machine_memory_bytes=machine.describe()["memory_bytes"],
         machine_cores=len(machine.usable_cpus()),
     )
+    return planned.model_copy(update={"warnings": [*planned.warnings, *model_notes(recipe)]})
 
 
 def _teacher_sizes(recipe: Recipe) -> tuple[Shape, int]:
@@ -84,16 +94,19 @@ def _further_shapes(recipe: Recipe) -> list[Shape]:
 
 def _require_exportable(recipe: Recipe, targets: Sequence[Target]) -> None:
     """What the exporters would refuse after hours of training is refused now. UserError."""
-    if recipe.teacher.model is None:
+    ask = recipe.student if recipe.student.start == "pretrained" else recipe.teacher
+    if ask.model is None:
         return
-    folder = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
+    # A student that is made of the teacher has its tokenizer, its stop tokens and its chat template.
+    folder = open_model(ask.model, revision=ask.revision, role="student" if ask is recipe.student else "teacher")
     formats = {parse_artifact(artifact)[0] for target in targets for artifact in artifacts_of(recipe, target)}
     if "gguf" in formats:
         from edgedistill.gguf.architectures import model_of
-        from edgedistill.gguf.tokenizer import read_tokenizer
+        from edgedistill.gguf.convert import tokenizer_of
 
-        read_tokenizer(folder.path, vocab_size=folder.shape.vocab_size)
-        model_of(folder.config, where=str(folder.path / "config.json"))
+        tokenizer_of(folder.path, model_of(folder.config, where=str(folder.path / "config.json")))
+    if formats:
+        generation_of(folder.path, vocab_size=folder.shape.vocab_size)
     if "onnx" in formats:
         from edgedistill.onnx.decoder import require_runnable_heads
 
@@ -117,16 +130,35 @@ def _require_widths(planned: Plan) -> None:
         )
 
 
-def require_loadable_models(recipe: Recipe) -> None:
-    """What transformers would refuse of the models that the recipe names is refused before any work. UserError."""
+def _named_models(recipe: Recipe) -> list[tuple[str, str, str | None]]:
+    """(role, name, revision) of the models that the recipe names."""
     teacher, student = recipe.teacher, recipe.student
     named = [("teacher", teacher.model, teacher.revision)]
     named += [("teacher", also.model, also.revision) for also in teacher.also]
     if student.start == "pretrained":
         named.append(("student", student.model, student.revision))
-    for role, model, revision in named:
-        if model is not None:
-            require_loadable(locate(model, revision=revision, role=role)[0], role)
+    return [(role, model, revision) for role, model, revision in named if model is not None]
+
+
+def require_loadable_models(recipe: Recipe) -> None:
+    """What transformers would refuse of the models that the recipe names is refused before any work. UserError."""
+    for role, model, revision in _named_models(recipe):
+        require_loadable(locate(model, revision=revision, role=role)[0], role)
+
+
+def model_notes(recipe: Recipe) -> list[str]:
+    """What is left out of the models that the recipe names."""
+    return [
+        f"{role} {model}: {note}"
+        for role, model, revision in _named_models(recipe)
+        for note in folder_notes(locate(model, revision=revision, role=role)[0])
+    ]
+
+
+def require_sound_models(recipe: Recipe, store: Store) -> None:
+    """A weight that is NaN or infinite is found before any work, not as a loss that is none. UserError."""
+    for role, model, revision in _named_models(recipe):
+        require_sound_once(open_model(model, revision=revision, role=role), store, role)
 
 
 def require_usable_cache(recipe: Recipe, store: Store, data: Stored[DataResult] | None) -> None:

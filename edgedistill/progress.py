@@ -5,9 +5,10 @@ Everything goes to standard error; standard output is for results.
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import TextIO
+
+from edgedistill import streams
 
 PLAIN_EVERY_S = 10.0
 LIVE_EVERY_S = 0.2
@@ -17,7 +18,7 @@ class Progress:
     """Reports of one command. `level`: -1 silent, 0 quiet (warnings alone), 1 normal, 2 verbose."""
 
     def __init__(self, stream: TextIO | None = None, level: int = 1) -> None:
-        self.stream = stream if stream is not None else sys.stderr
+        self.stream = stream if stream is not None else streams.err()
         self.level = level
         self.live = self.stream.isatty()
         self._started = time.monotonic()

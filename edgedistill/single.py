@@ -15,16 +15,26 @@ from edgedistill.data.report import tell
 from edgedistill.data.split import blocks_of_groups
 from edgedistill.errors import UserError
 from edgedistill.export_options import ExportOptions
-from edgedistill.models import kept_tokens, locate, open_model, require_loadable
+from edgedistill.models import (
+    folder_notes,
+    kept_tokens,
+    locate,
+    open_model,
+    require_finite_weights,
+    require_loadable,
+    require_sound_once,
+)
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
 from edgedistill.records import Artifact, Latency, Retention
-from edgedistill.store import Store, Stored, combined_sha256, fsync_tree, sha256_of
+from edgedistill.store import Store, Stored, combined_sha256, fsync_folder, fsync_tree, sha256_of
 from edgedistill.strict import NotJson, local_path, parse_json, read_bytes, require_writable
 from edgedistill.targets import Target, parse_artifact
 
 RECORD = "artifact.json"
 MAX_RECORD_BYTES = 1 << 26
+# What stands in a file system that is otherwise empty.
+NO_CONTENT = frozenset({"lost+found"})
 # What holds inputs of a graph instead of text.
 ARRAYS = (".npz", ".npy")
 
@@ -73,13 +83,11 @@ def export(
             f"context of {context:,} tokens, but the model has {positions:,} positions",
             f"give --context-tokens of 8 to {positions:,}",
         )
+    if converter is None and (format_ == "gguf" or is_decoder(path, task)):
+        require_finite_weights(path, "student")
     options = _options(recipe or Recipe(), calibration, converter, task, progress)
-    out = local_path(out, what="--out").absolute()
-    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder", "name a new folder with --out")
-    require_writable(out.parent, what="--out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    out, beside = _place(out)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=beside))
     try:
         artifact = write_artifact(
             path, scratch, format_=format_, quantization=quantization, context_tokens=context,
@@ -87,10 +95,7 @@ def export(
         )  # fmt: skip
         (scratch / RECORD).write_text(artifact.model_dump_json(indent=2) + "\n", encoding="utf-8")
         fsync_tree(scratch)
-        if out.exists():
-            out.rmdir()
-        scratch.chmod(0o755)
-        scratch.replace(out)
+        _put_in_place(scratch, out)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -100,6 +105,39 @@ def export(
             f"export: {fallback.tensor} is {fallback.got} instead of {fallback.wanted}: {fallback.why}", level=2
         )
     return artifact
+
+
+def _place(asked: Path) -> tuple[Path, Path]:
+    """The folder of an export and where it is prepared: beside it, or within it where its name cannot be taken.
+
+    A mount point, and a folder whose parent belongs to somebody else, are filled as they are; a link to a folder
+    means that folder. UserError where something is there, or nothing can be written.
+    """
+    out = local_path(asked, what="--out").absolute()
+    if out.is_symlink() and out.is_dir():
+        out = out.resolve()
+    if os.path.lexists(out) and (not out.is_dir() or any(p.name not in NO_CONTENT for p in out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder", "name a new folder with --out")
+    if out.is_dir() and (os.path.ismount(out) or not os.access(out.parent, os.W_OK | os.X_OK)):
+        require_writable(out, what="--out")
+        return out, out
+    require_writable(out.parent, what="--out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out, out.parent
+
+
+def _put_in_place(scratch: Path, out: Path) -> None:
+    """Rename the whole folder, or where `out` has to stay what it is, each file in it, its record last."""
+    if scratch.parent != out:
+        if out.exists():
+            out.rmdir()
+        scratch.chmod(0o755)
+        scratch.replace(out)
+        return
+    for path in sorted(scratch.iterdir(), key=lambda path: (path.name == RECORD, path.name)):
+        path.replace(out / path.name)
+    scratch.rmdir()
+    fsync_folder(out)
 
 
 def _options(
@@ -158,8 +196,11 @@ def verify(
     exported = open_artifact(artifact)
     student_folder = open_model(student, role="student")
     teacher_folder = open_model(teacher or student, role="teacher")
-    for folder in (student_folder, teacher_folder):
-        require_loadable(folder.path, "model")
+    for folder, role in ((student_folder, "student"), (teacher_folder, "teacher")):
+        require_loadable(folder.path, role)
+        require_sound_once(folder, store, role)
+    for note in folder_notes(student_folder.path):
+        progress.warn(f"student {student}: {note}")
     kept_tokens(teacher_folder.path, student_folder.path)  # refused now rather than after the text was read
     documents = read_source(recipe.data.source, recipe.data)
     if documents.read is not None:

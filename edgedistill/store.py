@@ -22,6 +22,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -158,12 +159,22 @@ def fsync_tree(folder: Path) -> None:
     fsync_folder(folder)
 
 
+def home_is_known() -> bool:
+    """Whether `~` stands for a folder: not for a user without an entry in the password file where HOME is not set."""
+    return not os.path.expanduser("~").startswith("~")  # noqa: PTH111  Path.expanduser raises instead
+
+
 def default_root() -> Path:
     """EDGEDISTILL_STORE, else edgedistill/ in the user's cache folder."""
     named = os.environ.get("EDGEDISTILL_STORE")
     if named:
         return local_path(named, what="EDGEDISTILL_STORE").absolute()
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    if cache.startswith("~") and not home_is_known():
+        raise UserError(
+            "no folder for the store: HOME is not set, and this user is not in the password file",
+            "name a folder in EDGEDISTILL_STORE, or set HOME",
+        )
     return local_path(cache, what="the cache folder") / "edgedistill"
 
 
@@ -298,6 +309,16 @@ class Store:
             self._remember(path, stamp, digest)
         return digest
 
+    def once(self, name: str, check: Callable[[], None]) -> None:
+        """Run `check` unless it passed before. What it says depends on `name` alone: there is a content hash in it."""
+        mark = self.root / "hashes" / name
+        if mark.is_file():
+            return
+        check()
+        with suppress(OSError):  # a store that takes no more: checked again the next time
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+
     def _hash_note(self, path: Path) -> Path:
         return self.root / "hashes" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
 
@@ -310,8 +331,9 @@ class Store:
 
     def _remember(self, path: Path, stamp: list[int], digest: str) -> None:
         note = self._hash_note(path)
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(note, json.dumps({"path": str(path), "stamp": stamp, "sha256": digest}))
+        with suppress(OSError):  # a store that takes no more: hashed again the next time
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(note, json.dumps({"path": str(path), "stamp": stamp, "sha256": digest}))
 
     def require_whole(self, folder: Path, record: Mapping[str, Any]) -> None:
         """Hash the record's files, or sample what is too large for that. Raises Damaged."""

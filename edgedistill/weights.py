@@ -5,7 +5,7 @@ Headers are read in safetensors_header.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,6 +22,21 @@ INDEX_FILE = "model.safetensors.index.json"
 # BF16 has no numpy type: it is the upper half of a float32.
 DTYPES: dict[str, tuple[str, int]] = {"F32": ("<f4", 4), "F16": ("<f2", 2), "BF16": ("<u2", 2), "F64": ("<f8", 8)}
 MISMATCHES_SHOWN = 3
+# Bits of a type's magnitude, and the first that is infinite: whatever stands above it is NaN.
+MAGNITUDES: dict[str, tuple[str, int, int]] = {
+    "F32": ("<u4", 0x7FFF_FFFF, 0x7F80_0000),
+    "F16": ("<u2", 0x7FFF, 0x7C00),
+    "BF16": ("<u2", 0x7FFF, 0x7F80),
+}
+READ_AT_A_TIME = 1 << 22
+# What a name has in it where a model was saved through something around it, and how the model itself is reached.
+WRAPPERS = {
+    "_orig_mod.": "torch.compile: save model._orig_mod, not the compiled model",
+    "module.": "DataParallel or DistributedDataParallel: save model.module",
+    "_fsdp_wrapped_module.": "FSDP: save its full state_dict",
+    "_checkpoint_wrapped_module.": "activation checkpointing: save the model without it",
+    "base_model.model.": "peft: call merge_and_unload(), and save what it gives",
+}
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,48 @@ def read_tensor(tensor: StoredTensor) -> NDArray[np.float32]:
     return values.reshape(tensor.shape)
 
 
+def require_finite(tensor: StoredTensor, name: str, *, where: str) -> None:
+    """Read a tensor, a few megabytes at a time. UserError for NaN, infinity, and what float32 cannot hold."""
+    numpy_type, size = DTYPES[tensor.dtype]
+    bad, first = 0, -1
+    for start in range(0, tensor.elements, READ_AT_A_TIME):
+        count = min(READ_AT_A_TIME, tensor.elements - start)
+        raw = np.fromfile(tensor.path, dtype=numpy_type, count=count, offset=tensor.offset + start * size)
+        if tensor.dtype == "F64":
+            wrong = ~(np.abs(raw) <= np.finfo(np.float32).max)
+        else:
+            bits_type, mask, infinite = MAGNITUDES[tensor.dtype]
+            bits = raw.view(bits_type) & mask
+            if int(bits.max(initial=0)) < infinite:
+                continue
+            wrong = bits >= infinite
+        if wrong.any():
+            first = first if bad else start + int(np.argmax(wrong))
+            bad += int(wrong.sum())
+    if bad:
+        at = [int(index) for index in np.unravel_index(first, tensor.shape)] if tensor.shape else []
+        raise UserError(
+            f"{where}: tensor {name} in {tensor.path.name} holds {bad:,} value{'s' if bad > 1 else ''} that"
+            f" {'are' if bad > 1 else 'is'} NaN or infinite, the first at {at}",
+            "take a sound copy of the model: weights beyond 65,504 become infinite in float16, and are whole in the"
+            " bfloat16 or float32 original; where training diverged, take an earlier checkpoint",
+        )
+
+
+def refuse_wrapped(names: Iterable[str], expected: Iterable[str], *, where: str) -> None:
+    """Refuse a checkpoint whose names are `expected` but for what a wrapper put into them. UserError that names it."""
+    found, wanted = set(names), set(expected)
+    missing = wanted - found
+    for word, what in WRAPPERS.items():
+        wrapped = {name.replace(word, "") for name in found if word in name}
+        if missing and missing <= wrapped:
+            one = next(name for name in sorted(found) if word in name)
+            raise UserError(
+                f"{where}: {len(wrapped)} of {len(found)} tensors have {word!r} in their names, e.g. {one}",
+                f"they were saved through {what}",
+            )
+
+
 def check_tensors(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], *, where: str) -> None:
     """Refuse what is missing, unexpected, or of a shape that disagrees with config.json."""
     wrong = [
@@ -93,6 +150,7 @@ def check_tensors(stored: Mapping[str, StoredTensor], expected: Mapping[str, tup
     ]
     if wrong:
         raise UserError(f"{where}: {_some(wrong)}", "config.json and the weights must come from the same model")
+    refuse_wrapped(stored, expected, where=where)
     missing = [name for name in expected if name not in stored]
     if missing:
         raise UserError(
@@ -118,6 +176,12 @@ def _no_weights(folder: Path) -> UserError:
         return UserError(
             f"{folder} has its weights only as a pickle ({pickles[0]}), which can run code when it is loaded",
             "load it once where you trust it, and save it with save_pretrained(..., safe_serialization=True)",
+        )
+    adapters = sorted(p.name for p in folder.glob("adapter_model.*"))
+    if adapters:
+        return UserError(
+            f"{folder} holds an adapter alone ({adapters[0]})",
+            "merge it into its base model (peft: merge_and_unload), and save that with save_pretrained",
         )
     return UserError(f"{folder} holds no weights", f"it needs {SINGLE_FILE}, or {INDEX_FILE} with its shards")
 

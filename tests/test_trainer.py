@@ -156,6 +156,8 @@ def test_a_skipped_step_changes_no_weight(tmp_path, monkeypatch):
     with pytest.raises(EdgedistillError, match="10 steps in a row were skipped already"):
         run(student, tmp_path, on_bad_step="skip")
     assert same(student, untouched)
+    with pytest.raises(EdgedistillError, match="each of its 6 steps was skipped"):
+        run(student, tmp_path / "short", tokens=16 * 4 * 6, on_bad_step="skip")
 
 
 def shorten_memory(student, most: int) -> None:

@@ -152,7 +152,7 @@ def test_special_ids_in_every_file_are_renumbered(test_data, tmp_path):
     assert end < last
     found = {name: json.loads((tmp_path / "t" / name).read_text()) for name in
              ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "config.json")}  # fmt: skip
-    assert found["tokenizer.json"]["padding"]["pad_id"] == end
+    assert found["tokenizer.json"]["padding"] is None
     assert found["tokenizer.json"]["added_tokens"][-1]["id"] == end
     assert found["tokenizer_config.json"]["added_tokens_decoder"].keys() == {"2", str(end)}
     assert found["added_tokens.json"] == {"<|end|>": end}

@@ -163,6 +163,16 @@ def _name(artifact: Artifact) -> str:
     return f"{artifact.format}:{artifact.quantization}"
 
 
+def require_place(folder: Path) -> None:
+    """Refuse a place where no bundle can be put, before any work. UserError."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{folder} is not a folder", "name another --out")
+    if folder.exists() and os.path.ismount(folder):
+        raise UserError(f"{folder} is a mount point, which nothing can take the place of", "name its parent in --out")
+    if folder.exists() and any(folder.iterdir()) and not is_bundle(folder):
+        raise UserError(f"{folder} exists and is not a bundle", "move it away, or name another --out")
+
+
 def _prepare(folder: Path) -> None:
     """Refuse to replace what is no bundle; remove what killed runs left."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -171,10 +181,7 @@ def _prepare(folder: Path) -> None:
         left.pop(0).rename(folder)  # killed between two renames: the old bundle comes back
     for path in [*left, *folder.parent.glob(f".{folder.name}.tmp-*")]:
         shutil.rmtree(path, ignore_errors=True)
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"{folder} is not a folder", "name another --out")
-    if folder.exists() and any(folder.iterdir()) and not is_bundle(folder):
-        raise UserError(f"{folder} exists and is not a bundle", "move it away, or name another --out")
+    require_place(folder)
 
 
 def _artifact(

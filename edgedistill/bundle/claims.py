@@ -19,8 +19,8 @@ from edgedistill.bundle.manifest import MANIFEST, BundleArtifact, Manifest, Tens
 from edgedistill.bundle.npy import array_bytes
 from edgedistill.bundle.samples import sample_names
 from edgedistill.errors import UserError
+from edgedistill.hf_tokenizer import TOKENIZER_FILES
 from edgedistill.kinds import ARTIFACTS, RUNTIMES_OF
-from edgedistill.models import TOKENIZER_FILES
 from edgedistill.records import FileEntry
 from edgedistill.records_json import first_fault
 from edgedistill.statistics import MIN_UNITS

@@ -16,6 +16,7 @@ from edgedistill.bundle.manifest import BundleArtifact, Manifest
 from edgedistill.bundle.npy import array_of
 from edgedistill.bundle.onnx_facts import check_folder_facts, check_onnx_facts
 from edgedistill.bundle.tokenizer_facts import check_preprocess
+from edgedistill.hf_tokenizer import tokenizer_bytes
 from edgedistill.records_json import json_value
 from edgedistill.strict import shown
 
@@ -41,7 +42,7 @@ def check_contents(folder: Path, manifest: Manifest, read: Read) -> list[str]:
             _check_json(path, vocab_size, read)
         else:
             _text(path, read)
-        digest.update(f"{name}\n".encode() + read(path))
+        digest.update(f"{name}\n".encode() + tokenizer_bytes(name, read(path)))
     if digest.hexdigest() != manifest.student.tokenizer_sha256:
         refuse("preprocess/: the tokenizer's files are not those of student.tokenizer_sha256 in manifest.json")
     check_preprocess(read)

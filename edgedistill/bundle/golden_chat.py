@@ -63,9 +63,9 @@ def made_chat(runtime: RuntimeProcess, tokenizer: Path) -> GoldenChat | None:
         return None
     messages, rendered = _rendered(runtime, template, tokenizer)
     if "strftime_now" not in template:
-        from transformers import AutoTokenizer
+        from edgedistill.hf_tokenizer import open_auto_tokenizer
 
-        original = AutoTokenizer.from_pretrained(str(tokenizer)).apply_chat_template(
+        original = open_auto_tokenizer(tokenizer).apply_chat_template(
             [message.model_dump() for message in messages], tokenize=False, add_generation_prompt=True
         )
         if original != rendered:

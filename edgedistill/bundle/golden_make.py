@@ -192,9 +192,9 @@ def _encoders(
             lambda text: runtime.tokenize(text, add_special=True, parse_special=parse_special),
             lambda text: runtime.tokenize(text, add_special=False, parse_special=parse_special),
         )
-    from tokenizers import Tokenizer
+    from edgedistill.hf_tokenizer import open_tokenizer
 
-    tokenizer = Tokenizer.from_file(str(tokenizer_json))
+    tokenizer = open_tokenizer(tokenizer_json)
     return (
         lambda text: list(tokenizer.encode(text).ids),
         lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids),

@@ -197,7 +197,7 @@ def _make(
     from edgedistill.distill.device import training_device
     from edgedistill.distill.fake_quant import rounding_of
     from edgedistill.distill.ranks import Ranks
-    from edgedistill.distill.save import save_model, weights_digest
+    from edgedistill.distill.save import keep_generation, save_model, weights_digest
     from edgedistill.distill.text import training_text
     from edgedistill.models import copy_tokenizer
 
@@ -219,7 +219,9 @@ def _make(
     trimmed = trimmed_vocabulary(recipe, teacher, data, store, progress)
 
     def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
 
     model = load()
     result, signals = train_under_rounding(
@@ -229,6 +231,7 @@ def _make(
     )  # fmt: skip
     save_model(model, work.out / "model", ranks)
     copy_tokenizer(folder, work.out / "model")
+    keep_generation(folder, work.out / "model")
     return QadResult(
         path="model",
         artifact=artifact,

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgedistill.generation import GENERATION_FILE
 from edgedistill.store import sha256_of
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 def save_model(model: Any, folder: Path, ranks: Ranks, *, dtype: Any = None) -> None:
     """The model as transformers writes it, by rank 0; a sharded one is gathered, and tied weights are written once."""
+    from transformers import GenerationConfig
+
     from edgedistill.distill.checkpoint import whole
 
     # a gathered tensor is a new one each time, so transformers could not see that two names are one weight
@@ -25,7 +28,15 @@ def save_model(model: Any, folder: Path, ranks: Ranks, *, dtype: Any = None) -> 
     if dtype is not None:
         state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
         model.config.dtype = dtype
+    # transformers loads settings that it refuses to save: a temperature without do_sample. They are copied as a file.
+    model.generation_config = GenerationConfig.from_model_config(model.config)
     model.save_pretrained(folder, state_dict=state)
+
+
+def keep_generation(source: Path, folder: Path) -> None:
+    """Copy generation_config.json of the model that another was made of: settings, and stop tokens it alone has."""
+    if (source / GENERATION_FILE).is_file():
+        (folder / GENERATION_FILE).write_bytes((source / GENERATION_FILE).read_bytes())
 
 
 def weights_digest(folder: Path) -> str:

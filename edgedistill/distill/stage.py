@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgedistill.distill.device import device_kind
-from edgedistill.distill.save import save_model, weights_digest
+from edgedistill.distill.save import keep_generation, save_model, weights_digest
 from edgedistill.distill.student import start_student
 from edgedistill.distill.teacher import mixture_key
 from edgedistill.distill.text import Text, training_text
@@ -212,10 +212,10 @@ def _train(
     folder = work.out / "model"
     save_model(model, folder, ranks)
     if ranks.main:
-        copy_tokenizer(tokenizer_folder if pretrained is None else pretrained.path, folder)
-        if pretrained is None and (tokenizer_folder / GENERATION_FILE).is_file():
-            # Where generation stops and how it samples is the teacher's, also where config.json says less.
-            (folder / GENERATION_FILE).write_bytes((tokenizer_folder / GENERATION_FILE).read_bytes())
+        # Where generation stops and how it samples is the teacher's, also where config.json says less.
+        source = tokenizer_folder if pretrained is None else pretrained.path
+        copy_tokenizer(source, folder)
+        keep_generation(source, folder)
     ranks.barrier()
     return StudentResult(
         path="model",

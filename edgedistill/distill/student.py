@@ -40,7 +40,9 @@ def start_student(
     if ask.start == "pretrained":
         if pretrained is None:
             raise UserError("student.start is pretrained but no student.model is named", "give --student FOLDER")
-        return AutoModelForCausalLM.from_pretrained(pretrained.path, dtype=torch.float32, use_safetensors=True), {}
+        return AutoModelForCausalLM.from_pretrained(
+            pretrained.path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        ), {}
     source = check_folder(teacher, name=str(teacher), origin="folder", role="teacher")
     if ask.start == "auto":
         raise UserError("student.start is auto, which only a plan resolves", "set it to one of the other starts")
@@ -76,7 +78,9 @@ def _cut(
             f"student.start is {ask.start}, and no student with the teacher's separate output head fits",
             "lower student.compression, or use student.start=fresh, which may tie it to the embedding",
         )
-    original = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32, use_safetensors=True).eval()
+    original = AutoModelForCausalLM.from_pretrained(
+        teacher, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    ).eval()
     if trimmed is not None:
         from edgedistill.distill.vocabulary import trim_rows
 

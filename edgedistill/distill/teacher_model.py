@@ -103,7 +103,7 @@ def _load(folder: Path, precision: str, ranks: Ranks) -> Any:
 
     if precision in ("fp32", "bf16"):
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     return load_quantized(folder, precision, ranks.device)
 
 
@@ -128,7 +128,7 @@ def load_quantized(folder: Path, precision: str, device: torch.device, *, frozen
         else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     )
     model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantization, dtype=torch.bfloat16, use_safetensors=True,
+        folder, quantization_config=quantization, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False,
         device_map={"": str(device)},
     )  # fmt: skip
     for name, module in model.named_modules():

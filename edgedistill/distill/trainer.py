@@ -139,6 +139,7 @@ def train(
             saved_at = time.monotonic()
     tracker.close()
     ranks.barrier()
+    _require_trained(position, label, settings)
     if position.best_step != position.step:
         load_best(state, model=bare(module).student, step=position.best_step)
     model.eval()
@@ -227,6 +228,16 @@ def _what_is_bad(figures: Figures, position: Position, settings: Training) -> st
     if figures.loss > limit:
         return f"a loss of {figures.loss:.4g}, more than {settings.spike_factor:g} times the median of the steps before"
     return ""
+
+
+def _require_trained(position: Position, label: str, settings: Training) -> None:
+    """A run of nothing but skipped steps is no training, however few they were."""
+    if settings.on_bad_step == "skip" and position.step and set(range(position.step)) <= set(position.skipped_steps):
+        raise EdgedistillError(
+            f"{label}: each of its {position.step} steps was skipped: the model is as it was before",
+            f"lower {'teacher.train' if label == 'teacher' else 'distill'}.learning_rate; where the first loss is not"
+            " finite already, look at the teacher and the text",
+        )
 
 
 def _report_bad_step(

@@ -183,8 +183,6 @@ def _named(tree: Mapping[str, Any], folder: Path, known: Mapping[str, int]) -> s
         return token_id
 
     _post_processed(tree.get("post_processor"), note, folder)
-    if tree.get("padding"):
-        note(int(tree["padding"]["pad_id"]))
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
             for key, value in read_json(folder / name, what=name).items():
@@ -245,12 +243,12 @@ def _write(tree: dict[str, Any], teacher: Path, new: Mapping[int, int], out: Pat
     merges = [merge for merge in model["merges"] if {*_pair(merge), "".join(_pair(merge))} <= vocab.keys()]
     trimmed = {
         **tree,
+        "truncation": None,
+        "padding": None,
         "model": {**model, "vocab": vocab, "merges": merges},
         "added_tokens": [{**entry, "id": new[entry["id"]]} for entry in tree.get("added_tokens") or []],
         "post_processor": _post_processed(tree.get("post_processor"), lambda index: new[index], teacher),
     }
-    if tree.get("padding"):
-        trimmed["padding"] = {**tree["padding"], "pad_id": new[tree["padding"]["pad_id"]]}
     _write_json(out / "tokenizer.json", trimmed)
     settings = out / "tokenizer_config.json"
     if settings.is_file():

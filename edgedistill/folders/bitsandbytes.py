@@ -96,7 +96,7 @@ def open_folder(folder: Path) -> Any:
 
     device = training_device()
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, use_safetensors=True, device_map={"": str(device)}
+        folder, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False, device_map={"": str(device)}
     )
     for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit) and device.type == "cpu":

@@ -49,7 +49,7 @@ def _wrapped(folder: str) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, attn_implementation="sdpa"
+                folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
             ).eval()
 
         @torch.no_grad()

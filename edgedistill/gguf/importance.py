@@ -148,7 +148,9 @@ def _load(checkpoint: Path, task: Task) -> Any:
     from transformers import AutoModel, AutoModelForCausalLM
 
     kind: Any = AutoModelForCausalLM if task == "causal-lm" else AutoModel
-    return kind.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True, local_files_only=True).eval()
+    return kind.from_pretrained(
+        checkpoint, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
+    ).eval()
 
 
 def _batches(sequences: Sequence[Ids], batch_tokens: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
@@ -234,7 +236,6 @@ def _documents(checkpoint: Path, blocks: Sequence[Sequence[str]], options: Expor
 
     tokenizer = open_tokenizer(checkpoint / "tokenizer.json")
     tokenizer.enable_truncation(options.calibration_tokens)
-    tokenizer.no_padding()
     texts = [text for block in blocks for text in block][: options.calibration_samples]
     return [np.array(item.ids, dtype=np.int32) for item in tokenizer.encode_batch(texts) if item.ids]
 

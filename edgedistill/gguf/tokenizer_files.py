@@ -5,6 +5,7 @@ Token list and types, special tokens, what is put around a text, the chat templa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +108,7 @@ def assemble(
     """
     added = files.tokenizer.get("added_tokens") or []
     by_id = _by_id(vocab, added, vocab_size, files.where)
+    _require_found_as_written(added, files.tokenizer.get("normalizer"), files.where)
     tokens, types = _tokens(by_id, added, vocab_size, kind, unknown_token)
     special = _special_tokens(files, unknown_token, {token: token_id for token_id, token in by_id.items()})
     ends = added_ends(files.tokenizer, where=files.where)
@@ -235,6 +237,28 @@ def _set_ends(
                 f"{where}: the post-processor adds {token!r}, which is not the {role}_token",
                 f"make it the {role}_token in tokenizer_config.json; llama.cpp can add no other",
             )
+
+
+def _require_found_as_written(added: list[dict[str, Any]], normalizer: Any, where: str) -> None:
+    """Refuse words that were added so that they are looked for as the normalizer leaves them: llama.cpp looks for what
+    stands in the file. "<new>" behind Llama's normalizer is found with a space before it, and nowhere else."""
+    words = [str(a["content"]) for a in added if a.get("normalized", not a.get("special")) and not a.get("special")]
+    if normalizer is None or not words:
+        return
+    from tokenizers import Tokenizer
+
+    model = {"type": "BPE", "vocab": {}, "merges": []}
+    written = {"version": "1.0", "added_tokens": [], "normalizer": normalizer, "model": model}
+    normalize = Tokenizer.from_str(json.dumps(written)).normalizer.normalize_str
+    other = [(word, found) for word in words if (found := normalize(word)).replace(SPACE_MARK, " ") != word]
+    if other:
+        word, found = other[0]
+        raise UserError(
+            f"{where}: the added token {word!r} is normalized, so that it is found in a text as {found!r}"
+            f"{f', and {len(other) - 1} more like it' if len(other) > 1 else ''}; llama.cpp finds it as {word!r}",
+            "add it as AddedToken(..., normalized=False) before training, or choose a format that transformers itself"
+            " reads (bitsandbytes)",
+        )
 
 
 def _strips_as_phi3(added: list[dict[str, Any]]) -> bool:

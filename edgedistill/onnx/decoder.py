@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from edgedistill.onnx.generation_settings import write_generation
 from edgedistill.onnx.graph import count_types, stored_weights
 from edgedistill.records import Artifact, Fallback, Parity, Shape
 from edgedistill.runtimes.child import RuntimeProcess, signal_name
+from edgedistill.runtimes.interpreter import module_command, users_path
 from edgedistill.shapes import shape_from_config
 from edgedistill.store import combined_sha256, file_entries, versions
 from edgedistill.strict import read_json
@@ -174,16 +174,14 @@ def _run_builder(
         ),
         encoding="utf-8",
     )
-    package_root = str(Path(__file__).resolve().parents[2])
-    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(threads),
-        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPATH": users_path(os.environ),
     }
-    command = [sys.executable, "-P", "-m", "edgedistill.onnx.builder_child", str(request)]
+    command = module_command("edgedistill.onnx.builder_child", str(request))
     log_path = scratch / "log.txt"
     with log_path.open("wb") as log:
         try:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from edgedistill.errors import RuntimeCrashed
+from edgedistill.runtimes.interpreter import module_command, users_path
 
 TIMEOUT_S = 1800.0
 OPERATORS_FILE = "required_operators.config"
@@ -24,11 +24,15 @@ def to_ort(folder: Path) -> list[Path]:
     https://onnxruntime.ai/docs/performance/model-optimizations/ort-format-models.html
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix=".ort.") as scratch:
-        command = [
-            sys.executable, "-P", "-m", "onnxruntime.tools.convert_onnx_models_to_ort", str(folder.absolute()),
-            "--output_dir", scratch, "--optimization_style", "Fixed",
-        ]  # fmt: skip
-        environment = {**os.environ, "ORT_CONVERT_ONNX_MODELS_TO_ORT_OPTIMIZATION_LEVEL": LEVEL}
+        command = module_command(
+            "onnxruntime.tools.convert_onnx_models_to_ort", str(folder.absolute()), "--output_dir", scratch,
+            "--optimization_style", "Fixed",
+        )  # fmt: skip
+        environment = {
+            **os.environ,
+            "PYTHONPATH": users_path(os.environ),
+            "ORT_CONVERT_ONNX_MODELS_TO_ORT_OPTIMIZATION_LEVEL": LEVEL,
+        }
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment,
             check=False,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgedistill.companions import PROCESSOR_NAMES, TOKENIZER_NAMES, companions
 from edgedistill.errors import UserError
+from edgedistill.hf_tokenizer import read_whole
 from edgedistill.strict import read_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -36,7 +37,7 @@ def open_tokenizer(folder: Path) -> Any | None:
     if not has_tokenizer(folder):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return read_whole(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     except ImportError as error:
         # It is Python code with a library of its own, and the graph needs none of it.
         if not (folder / "tokenizer.json").is_file():

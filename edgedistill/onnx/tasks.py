@@ -22,6 +22,7 @@ from edgedistill.onnx.sentence import (
     read_pipeline,
 )
 from edgedistill.strict import read_json
+from edgedistill.weights import refuse_wrapped
 
 # Task → the transformers class that loads it, how its architectures are called in config.json, the graph's outputs.
 TASKS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -178,6 +179,7 @@ def _loaded(folder: Path, task: str) -> Any:
         ) from error
     wrong = sorted(loaded["missing_keys"]) + sorted(str(key) for key in loaded["mismatched_keys"])
     if wrong:
+        refuse_wrapped(loaded["unexpected_keys"], loaded["missing_keys"], where=str(folder))
         raise UserError(
             f"{folder} has no weights for {task}: {len(wrong)} tensors are missing, {', '.join(wrong[:3])}",
             f"train it for that task, or name what it does with --task: {', '.join(TASKS)}",

@@ -178,7 +178,10 @@ class Child:
                 f"{where}: {cause}", "the artifact is damaged, or asks for more than its bounds allow: do not use it"
             )
         if "error" in params:
-            raise RuntimeCrashed(f"{where}: {cause}", "export the artifact again; if it fails again, report a bug")
+            raise RuntimeCrashed(
+                f"{where}: {cause}",
+                f"export the artifact again; if it fails again, install another version of {self.runtime}",
+            )
 
     def kill(self) -> None:
         """End the process at once."""

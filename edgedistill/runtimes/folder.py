@@ -64,9 +64,9 @@ class FolderBackend:
         yield self._run(tokens_T, None).logits[0].float().cpu().numpy()
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        from tokenizers import Tokenizer
+        from edgedistill.hf_tokenizer import open_tokenizer
 
-        tokenizer = Tokenizer.from_file(str(self._folder / "tokenizer.json"))
+        tokenizer = open_tokenizer(self._folder / "tokenizer.json")
         tokenizer.encode_special_tokens = not parse_special
         return [int(token) for token in tokenizer.encode(text, add_special_tokens=add_special).ids]
 

@@ -11,18 +11,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import edgedistill
 from edgedistill import waiting
 from edgedistill.errors import UserError
 from edgedistill.runtimes.bounds import HOME, OWN, Bounds, Limits, limits_of
+from edgedistill.runtimes.interpreter import STANDARD_FIRST, package_parent, search_paths, users_path
 from edgedistill.runtimes.staging import PrivateFolder, Staged, stage, stage_graph
 
 # This package from where it is; then the parent's paths, so that both find the same runtime. Where the environment is
-# the user's own, what it adds (PYTHONPATH) comes first, as it does for any program.
+# the user's own, what it adds (PYTHONPATH) comes before other packages, as it does for any program.
 BOOT = (
     "import os, sys; sys.path.insert(0, sys.argv[1]); import edgedistill; del sys.path[0]; "
     "given = sys.argv[2].split(os.pathsep); "
     "sys.path[:] = given if sys.flags.isolated else [*sys.path, *(p for p in given if p not in sys.path)]; "
+    f"{STANDARD_FIRST}"
     "from edgedistill.runtimes.worker import main; main()"
 )
 # Of the user's environment, what an isolated process keeps: languages, libraries, and how threads wait.
@@ -72,17 +73,12 @@ class Room:
         given = waiting.spinning(os.environ) if self.spin else waiting.asleep(os.environ)
         if self.folder is not None and self.isolated:
             return _isolated_environment(self.folder.root, given)
-        # The user's own path, but no folder that depends on where the program was started.
-        paths = [path for path in given.get("PYTHONPATH", "").split(os.pathsep) if Path(path).is_absolute()]
-        return {**given, "PYTHONPATH": os.pathsep.join(paths), **OURS}
+        return {**given, "PYTHONPATH": users_path(given), **OURS}
 
     def command(self) -> list[str]:
         """What starts the worker; its four arguments follow."""
-        package_parent = str(Path(edgedistill.__file__).resolve().parent.parent)
-        here = Path.cwd()
-        # Never the working folder: what lies there may have any module's name.
-        paths = [path for path in sys.path if path and Path(path).is_absolute() and Path(path) != here]
-        return [sys.executable, "-I" if self.isolated else "-P", "-c", BOOT, package_parent, os.pathsep.join(paths)]
+        paths = os.pathsep.join(search_paths())
+        return [sys.executable, "-I" if self.isolated else "-P", "-c", BOOT, package_parent(), paths]
 
     def bounds_json(self) -> str:
         folder = self.folder.root if self.folder is not None else Path()

@@ -133,7 +133,7 @@ def rotary(checkpoint: Path) -> tuple[NDArray[np.float64], float]:
     from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    module: Any = LlamaRotaryEmbedding(AutoConfig.from_pretrained(checkpoint))
+    module: Any = LlamaRotaryEmbedding(AutoConfig.from_pretrained(checkpoint, trust_remote_code=False))
     return module.inv_freq.double().numpy(), float(module.attention_scaling)
 
 

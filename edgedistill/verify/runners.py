@@ -57,7 +57,7 @@ def load_torch(folder: Path, *, encoder: bool = False) -> nn.Module:
     from transformers import AutoModel, AutoModelForCausalLM
 
     model: Any = (AutoModel if encoder else AutoModelForCausalLM).from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True
+        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
     )
     return model.eval()  # type: ignore[no-any-return]
 

@@ -18,6 +18,8 @@ from edgedistill.strict import read_json
 TEXT_SHOWN = 60
 IDS_SHOWN = 12
 TOKENIZERS = ("llama.cpp", "onnxruntime-genai", "transformers")  # runtimes that have one
+ADDED_TEXT = "{0}hello {0}\n{0}"  # an added token at the start, behind a space, behind a line end
+ADDED_PROBED = 20
 MOST_UNEXPLAINED = 0.1  # of the texts: corners of a runtime touch a few, a wrong tokenizer most
 
 # Tokens of control that appear as plain words in texts; the tokenizer's own are added in the check.
@@ -89,9 +91,6 @@ def check_tokenizer(
         raise UserError(f"{hf_tokenizer_dir} has no tokenizer.json", "check against the folder of the student")
     plain, parsing = open_tokenizer(path), open_tokenizer(path)
     plain.encode_special_tokens = True
-    for original in (plain, parsing):
-        original.no_truncation()
-        original.no_padding()
     tokenizer_json = read_json(path, what="tokenizer.json")
 
     texts = probing_texts(tokenizer_json)
@@ -115,14 +114,17 @@ def check_tokenizer(
 
 
 def with_checked_tokenizer(artifact: Artifact, folder: Path, checkpoint: Path) -> Artifact:
-    """An artifact in `folder`, its tokenizer held to the checkpoint's in the artifact's runtime.
+    """An artifact in `folder`, its tokenizer and chat template held to the checkpoint's in the artifact's runtime.
 
     Where texts differ and the notes of its kind of tokenizer say why, a note with the first of them is added.
-    Raises UserError where texts differ and nothing says why: the tokenizer is wrong. An artifact without a tokenizer,
+    Raises UserError where texts differ and nothing says why: the tokenizer is wrong; and where the template renders
+    something else than in transformers, or nothing. An artifact without a tokenizer,
     or whose runtime has none, is left to verify/faithful.py, which compares the files.
     """
     if artifact.runtime not in TOKENIZERS or not (checkpoint / "tokenizer.json").is_file():
         return artifact
+    from edgedistill.bundle.golden_chat import made_chat
+
     entry = folder / artifact.entry
     # llama.cpp reads the vocabulary alone; onnxruntime-genai has no way to read a control token in a text as text.
     vocabulary_alone = artifact.runtime == "llama.cpp"
@@ -133,6 +135,15 @@ def with_checked_tokenizer(artifact: Artifact, folder: Path, checkpoint: Path) -
             checkpoint,
             lambda text, special, parse: process.tokenize(text, add_special=special, parse_special=parse),
             control_tokens_always_parsed=not vocabulary_alone,
+        )
+        unread = None if vocabulary_alone else _unread_word(checkpoint, process)
+        if artifact.task == "causal-lm":
+            made_chat(process, checkpoint)  # what a bundle's recorded conversation refuses is refused here too
+    if unread is not None:
+        raise UserError(
+            f"{checkpoint}: {artifact.runtime} does not find the added word {unread!r} in a text as the original does",
+            "add it as AddedToken(..., normalized=False) before training, or choose a format that transformers itself"
+            " reads (bitsandbytes)",
         )
     if not check.mismatches:
         return artifact
@@ -145,9 +156,25 @@ def with_checked_tokenizer(artifact: Artifact, folder: Path, checkpoint: Path) -
     if not explained:
         raise UserError(
             f"{checkpoint}: {differs}",
-            "the artifact would read text that the model was not trained on; report it with tokenizer.json",
+            "the artifact would read text that the model was not trained on: choose another format",
         )
     return artifact.model_copy(update={"notes": [*artifact.notes, differs]})
+
+
+def _unread_word(checkpoint: Path, process: RuntimeProcess) -> str | None:
+    """The first word that was added to the vocabulary, no special token, which the runtime reads otherwise in a text.
+
+    A corner of a runtime touches few texts; such a word is in all that it was added for.
+    """
+    from edgedistill.models import open_tokenizer
+
+    original = open_tokenizer(checkpoint / "tokenizer.json")
+    added = read_json(checkpoint / "tokenizer.json", what="tokenizer.json").get("added_tokens") or []
+    for word in [str(a["content"]) for a in added if not a.get("special")][:ADDED_PROBED]:
+        text = ADDED_TEXT.format(word)
+        if process.tokenize(text, parse_special=True) != original.encode(text, add_special_tokens=False).ids:
+            return word
+    return None
 
 
 def _explained(artifact: Artifact, entry: Path, checkpoint: Path, check: TokenizerCheck) -> bool:
@@ -190,7 +217,7 @@ def probing_texts(tokenizer_json: Mapping[str, Any]) -> list[str]:
 def _texts_of_added_tokens(tokenizer: Mapping[str, Any]) -> list[str]:
     added = tokenizer.get("added_tokens")
     contents = [str(a["content"]) for a in added if isinstance(a, dict)] if isinstance(added, list) else []
-    return [f"{token}hello {token}\n{token}" for token in contents[:20]]
+    return [ADDED_TEXT.format(token) for token in contents[:ADDED_PROBED]]
 
 
 def _difference(text: str, expected: list[int], got: list[int]) -> str:

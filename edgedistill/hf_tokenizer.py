@@ -1,0 +1,145 @@
+"""The tokenizer of a model folder: its files, its vocabulary, and the one place that opens it.
+
+A tokenizer.json keeps the truncation and padding that were last asked for, as transformers leaves them after ordinary
+use. They are a caller's, not the model's: whoever opens it here gets the whole text, unpadded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from edgedistill.errors import UserError
+from edgedistill.strict import read_json, shown
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+# Both are null where they are off. No token of a vocabulary has an object for its id.
+_CUTS_OR_PADS = re.compile(rb'"(truncation|padding)"\s*:\s*\{')
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    """One hash over the tokenizer's files."""
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            digest.update(f"{name}\n".encode())
+            digest.update(tokenizer_bytes(name, (folder / name).read_bytes()))
+    return digest.hexdigest()
+
+
+def tokenizer_bytes(name: str, raw: bytes) -> bytes:
+    """What of a tokenizer's file goes into its hash: the file, and a mark where its truncation or padding is left out.
+
+    So that nothing is reused that was once made of texts which they had cut.
+    """
+    return raw + b"\nread whole\n" if name == "tokenizer.json" and _CUTS_OR_PADS.search(raw) else raw
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files, byte for byte, but for truncation and padding: they are off in the copy."""
+    for name in TOKENIZER_FILES:
+        if not (source / name).is_file():
+            continue
+        raw = (source / name).read_bytes()
+        if name == "tokenizer.json" and _CUTS_OR_PADS.search(raw):
+            tree = read_json(source / name, what=name) | {"truncation": None, "padding": None}
+            raw = json.dumps(tree, ensure_ascii=False, indent=2).encode()
+        (target / name).write_bytes(raw)
+
+
+def vocabulary(folder: Path, role: str = "model") -> dict[str, int]:
+    """Token → id of tokenizer.json, added tokens included."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            f"{role} folder {folder} has no tokenizer.json", "save its fast tokenizer there with save_pretrained"
+        )
+    tree = read_json(path, what="tokenizer.json")
+    try:
+        table = tree["model"]["vocab"]
+        known = {token: index for index, (token, _) in enumerate(table)} if isinstance(table, list) else dict(table)
+        known.update({entry["content"]: entry["id"] for entry in tree.get("added_tokens") or []})
+        odd = next(
+            (token for token, index in known.items() if type(index) is not int or not 0 <= index < 1 << 31), None
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} has no vocabulary that can be read", "save it again with save_pretrained") from error
+    if odd is not None or not known or not all(type(token) is str for token in known):
+        what = f"the id of {shown(odd)} is {shown(known[odd])}" if odd is not None else "it has no tokens"
+        raise UserError(f"{path} has no vocabulary that can be read: {what}", "save it again with save_pretrained")
+    return known
+
+
+def open_tokenizer(path: Path) -> Any:
+    """tokenizer.json as the tokenizers library opens it, truncation and padding off.
+
+    UserError where it cannot be opened: the library may panic, not only raise.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        opened = Tokenizer.from_file(str(path))
+        opened.no_truncation()
+        opened.no_padding()
+        return opened
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of Rust is no Exception, and what it raises has no class of its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise UserError(f"{path} cannot be opened: {reason}", "save it again with save_pretrained") from error
+
+
+def open_auto_tokenizer(folder: Path) -> Any:
+    """A folder's tokenizer as transformers opens it, truncation and padding off; code of the folder's is never run.
+
+    UserError where transformers cannot read it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        opened = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # its checks raise classes of their own, and whatever a wrong value leads to
+        reason = " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:300]
+        raise UserError(
+            f"{folder}: transformers cannot open its tokenizer: {reason or type(error).__name__}",
+            "save it again with save_pretrained, as a fast tokenizer",
+        ) from error
+    return read_whole(opened)
+
+
+def read_whole(tokenizer: Any) -> Any:
+    """A tokenizer of transformers with truncation and padding off."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    return tokenizer
+
+
+def cut_note(folder: Path) -> str | None:
+    """What a user must know of a tokenizer.json that cuts or pads; None where it does neither."""
+    path = folder / "tokenizer.json"
+    if not path.is_file() or not _CUTS_OR_PADS.search(path.read_bytes()):
+        return None
+    tree = read_json(path, what=path.name)
+    truncation, padding = tree.get("truncation"), tree.get("padding")
+    said = []
+    if isinstance(truncation, dict):
+        said.append(f"cuts texts at {shown(truncation.get('max_length'))} tokens")
+    if isinstance(padding, dict):
+        said.append("pads them")
+    if not said:
+        return None
+    return (
+        f"tokenizer.json {' and '.join(said)} where a program does not switch that off; here it is off, and texts are"
+        " read whole"
+    )
