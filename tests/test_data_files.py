@@ -29,7 +29,7 @@ SEPARATOR, WRITTEN_SEPARATOR = r"\n<|§ \u2028|>\n", "\n<|§ \u2028|>\n"
 FORMATS = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSED = tuple(suffix + end for suffix in FORMATS if suffix != ".parquet" for end in (".gz", ".zst"))
 MISSING = ["None", "null", "NA", "nan", "N/A", "0012", "1e5", "True", "#", r"\N"]
-ODD = [*MISSING, '"', '"whole"', "a,b", "a\tb", "x\ny", "\r"]
+ODD = [*MISSING, "\ufdd01\ufdd02\r2", '"', '"whole"', "a,b", "a\tb", "x\ny", "\r"]
 CHARACTERS = st.characters(exclude_categories=["Cs"]) | st.sampled_from('"\n\r\t,\u2028\x85\ufdd0 ')
 DOCUMENTS = st.lists(
     (st.sampled_from(ODD) | st.text(CHARACTERS, max_size=30) | st.lists(st.sampled_from(ODD)).map("".join)).filter(
