@@ -23,7 +23,7 @@ from edgedistill.onnx import inputs
 from edgedistill.onnx.float_export import module_graph, trace
 from edgedistill.onnx.inputs import longest_compared
 from edgedistill.onnx.model_inputs import text_inputs
-from edgedistill.onnx.parity import check_parity
+from edgedistill.onnx.parity import _of_one, check_parity
 from edgedistill.onnx.processors import open_tokenizer, read, require_same_tokens, ship
 from edgedistill.onnx.tasks import open_task
 from edgedistill.records import Artifact, TensorSpec
@@ -247,6 +247,8 @@ def test_a_graph_that_is_wrong_beyond_a_window_is_refused_with_the_length(tmp_pa
     with pytest.raises(UserError, match=r"for 60 tokens.*For 30 it does") as caught:
         check(graph.module)
     assert "--context-tokens 30" in caught.value.remedy
+    # One text may be rounded more than the mean of several, and still not be another.
+    assert _of_one("FP32", 1e-4) == 1e-4 and _of_one("INT8-WEIGHTS", 0.2) == 0.4 and _of_one("INT4", 0.8) == 0.9
 
 
 def test_the_longest_text_that_is_promised_is_compared_or_less_is_promised(

@@ -237,6 +237,8 @@ def _finish(
     progress: Progress,
 ) -> dict[str, Any]:
     """The graphs as they ship, in `built`, each held to torch. Gives fields of the record: parity, notes, ..."""
+    if quantization != "FP32":
+        _require_lengths(exports, compared, said, threads)
     fields: dict[str, Any] = {"notes": [NOTES[quantization]] if quantization in NOTES else []}
     if quantization in QUANTIZERS:
         module, _, name = QUANTIZERS[quantization].partition(":")
@@ -277,6 +279,16 @@ def _finish(
         )
         report(fields["speed"], quantization, progress)
     return fields
+
+
+def _require_lengths(exports: Sequence[FloatExport], compared: Sequence[Compared], said: str, threads: int) -> None:
+    """UserError where a float graph is wrong at some length: rounded, it may be within what rounding explains."""
+    for export, part in zip(exports, compared, strict=True):
+        if part.lengths:
+            check_parity(
+                export, export.path, part.batches, lengths=part.lengths, quantization="FP32", inputs=said,
+                threads=threads,
+            )  # fmt: skip
 
 
 def _together(parts: Sequence[Parity]) -> Parity:
