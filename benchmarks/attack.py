@@ -42,7 +42,9 @@ def main() -> None:
         wrong: list[str] = []
         for name, faults in getattr(importlib.import_module(module), function)(arguments.count or full, arguments.seed):
             kinds[name.split(":")[0].split(" ")[0]] += 1
-            wrong += [f"{name}: {fault}" for fault in faults]
+            for fault in faults:
+                wrong.append(f"{name}: {fault}")
+                print(wrong[-1], file=sys.stderr, flush=True)
         seconds, cases = time.monotonic() - started, kinds.total()
         figures[part] = {"cases": cases, "wrong": wrong, "seconds": seconds, "seed": arguments.seed}
         rows.append((part, f"{cases:,}", str(len(wrong)), f"{seconds:,.0f}"))

@@ -27,6 +27,7 @@ from edgedistill.models import (
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
 from edgedistill.records import Artifact, Latency, Retention
+from edgedistill.records_json import first_fault
 from edgedistill.store import Store, Stored, combined_sha256, fsync_folder, fsync_tree, sha256_of
 from edgedistill.strict import NotJson, local_path, parse_json, read_bytes, require_writable
 from edgedistill.targets import Target, parse_artifact
@@ -169,8 +170,11 @@ def open_artifact(folder: Path) -> Stored[Artifact]:
         raw = read_bytes(path, what=RECORD, max_bytes=MAX_RECORD_BYTES)
         parse_json(raw)  # which refuses what pydantic's reader takes: keys that stand twice
         artifact = Artifact.model_validate_json(raw)
-    except (ValidationError, NotJson) as error:
-        raise UserError(f"{path} is not an artifact's record", "export it again") from error
+    except ValidationError as error:
+        why = first_fault(error)
+        raise UserError(f"{path} is no artifact's record of this version: {why}", "export it again") from error
+    except NotJson as error:
+        raise UserError(f"{path} is not an artifact's record: {error}", "export it again") from error
     for entry in artifact.files:
         file = folder / entry.path
         if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():

@@ -141,12 +141,26 @@ def _check_sealed(folder: Path) -> Sealed:
         return read_sealed(folder, path, entries[path].bytes, entries[path].sha256)
 
     figures = check_records(manifest, read)
-    notes = profile_notes(manifest) + check_contents(folder, manifest, read)
+    try:
+        notes = profile_notes(manifest) + check_contents(folder, manifest, read)
+    except UserError as error:
+        raise _with_name(folder, manifest, error) from error
     check_ceilings(folder, manifest, figures)
     for artifact in manifest.artifacts:
         check_fingerprint(folder, artifact)
     notes += check_documents(manifest, figures, read)
     return Sealed(folder=folder, manifest=manifest, sizes=sizes, figures=figures, notes=notes)
+
+
+def _with_name(folder: Path, manifest: Manifest, error: UserError) -> UserError:
+    """The error, with the key or tensor that is not the recorded one where the artifact was changed, its record not."""
+    for artifact in manifest.artifacts:
+        try:
+            check_fingerprint(folder, artifact)
+        except UserError as named:
+            if named.cause != error.cause:
+                return UserError(f"{error.cause}; {named.cause}", error.remedy)
+    return error
 
 
 def _whole_manifest(data: bytes) -> Manifest:

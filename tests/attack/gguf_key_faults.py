@@ -214,7 +214,7 @@ STOPPING: list[Plan[Gguf]] = [
     plan("no BOS", special("bos"), drop(special("bos"))),
     plan("no EOT", special("eot"), drop(special("eot"))),
     plan("an EOS out of range", special("eos"), _out_of_range),
-    plan("BOS and EOS swapped", special("eos"), _swap_eos_bos, two_specials),
+    plan("BOS and EOS swapped", f"{special('eos')}|{special('bos')}", _swap_eos_bos, two_specials),
     plan("an EOT that is a letter", special("eot"), _add_eot, lambda model: model.get(special("eot")) is None),
     plan("the chat template replaced", TEMPLATE, put(TEMPLATE, OTHER_TEMPLATE)),
     plan("the chat template's end cut off", TEMPLATE, put(TEMPLATE, lambda text: text[: len(text) // 2])),

@@ -283,7 +283,7 @@ TENSOR_PLANS: list[Plan[Gguf]] = [
       for t in (UP, DOWN, O, EMBEDDING, HEAD, V, QKV)),
     plan("the first and the last layer swapped", "swapped layers", "blk.{first}.ffn_down.weight", _swap_layers,
          two_layers),
-    *(plan(f"{one} and {other} swapped", "swapped tensors", one, swap(one, other), can_swap(one, other))
+    *(plan(f"{one} and {other} swapped", "swapped tensors", f"{one}|{other}", swap(one, other), can_swap(one, other))
       for one, other in (
           ("blk.{first}.ffn_down.weight", DOWN), ("blk.{first}.attn_q.weight", "blk.{last}.attn_q.weight"),
           (GATE, UP), ("blk.{last}.attn_k.weight", "blk.{last}.attn_v.weight"),

@@ -46,7 +46,9 @@ def _artifact(bundle: Path, artifact: Tree) -> dict[str, str]:
     files = [_entry(bundle / folder, entry["path"]) for entry in artifact["files"]]
     renamed = {old["sha256"]: new["sha256"] for old, new in zip(artifact["files"], files, strict=True)}
     artifact["files"] = files
-    artifact["bytes"] = sum(entry["bytes"] for entry in files)
+    before, artifact["bytes"] = artifact["bytes"], sum(entry["bytes"] for entry in files)
+    if artifact["bytes"] != before and isinstance(artifact["bits_per_weight"], float):
+        artifact["bits_per_weight"] *= artifact["bytes"] / before
     renamed[artifact["sha256"]] = artifact["sha256"] = _combined(files)
     return renamed
 

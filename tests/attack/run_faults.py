@@ -4,10 +4,29 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+
+from edgedistill.records import Artifact, Retention, Scored
 
 # What a bundle holds: a quantized and a float artifact of each format.
 BUNDLES = (("gguf", "Q4_0"), ("gguf", "F32"), ("onnx", "INT4"), ("onnx", "FP32"))
+
+
+def of_float(artifact: Artifact) -> Retention:
+    """A record of a float artifact: what the student keeps, it keeps."""
+    from bundle_fixtures import neighbours, retention, rung
+
+    digests = {"teacher": "a" * 64, "student": "b" * 64, "quantized": artifact.sha256, "shipped": artifact.sha256}
+    rungs = [rung(name, 20.4 if name == "teacher" else 22.9, 20.4, digest) for name, digest in digests.items()]
+    rungs[-1] = rungs[-1].model_copy(update={"runtime": artifact.runtime.removesuffix("-genai")})
+    pairs = [neighbours("student", "quantized", 1e-7), neighbours("quantized", "shipped", 1e-7)]
+    return retention(
+        artifact,
+        rungs=rungs,
+        neighbours=pairs,
+        retention=Scored(value=rungs[-1].retention, ci95=rungs[-1].retention_ci95),
+    )
 
 
 def attack(count: int, seed: int = 0) -> Iterator[tuple[str, list[str]]]:
@@ -25,6 +44,8 @@ def attack(count: int, seed: int = 0) -> Iterator[tuple[str, list[str]]]:
             place = Path(folder)
             made = Ingredients(place / "of")
             artifact = made.exported(quantization, onnx=format_ == "onnx")
+            if quantization.startswith("F"):
+                artifact = replace(artifact, retention=of_float(artifact.artifact))
             bundle = made.make(place / "out" / "tiny", artifacts=[artifact])
             for one in outcomes(bundle, place / "work", made.store, seed=seed):
                 planted += 1

@@ -34,7 +34,7 @@ class Outcome:
 
     @property
     def named(self) -> bool:
-        return any(part in self.said for part in {self.names, self.names.rpartition("/")[2]})
+        return any(part in self.said for name in self.names.split("|") for part in (name, name.rpartition("/")[2]))
 
 
 def faults_of(bundle: Path) -> Iterator[tuple[Any, Path, list[Fault]]]:
