@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -188,11 +190,26 @@ def outcomes(
         )
         for worker in range(workers)
     ]  # fmt: skip
-    for process in started:
+    # All at once: a worker whose pipe is full waits.
+    found: queue.Queue[str | None] = queue.Queue()
+
+    def read(process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
         with process.stdout as lines:
             for line in lines:
-                yield Outcome(**json.loads(line))
+                found.put(line)
+        found.put(None)
+
+    for process in started:
+        threading.Thread(target=read, args=(process,), daemon=True).start()
+    left = len(started)
+    while left:
+        line = found.get()
+        if line is None:
+            left -= 1
+        else:
+            yield Outcome(**json.loads(line))
+    for process in started:
         if process.wait() != 0:
             raise RuntimeError(f"a worker ended with {process.returncode}")
 
