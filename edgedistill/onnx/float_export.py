@@ -97,6 +97,7 @@ def trace(
     with _quiet(), contextlib.nullcontext() if standard else fused_attention(model):
         program = _program(graph, opset, fusions=None if standard else "cpu")
     fuse(program, first_token=first_token)
+    _require_axes(program, graph)
     name_axes(program, graph.axes)
     _strip(program)
     out.mkdir(parents=True, exist_ok=True)
@@ -111,6 +112,18 @@ def trace(
         parameters=parameters,
         meanings=graph.meanings,
     )
+
+
+def _require_axes(program: Any, graph: Graph) -> None:
+    """UserError where the tracer made a number of a size that should vary: the graph would take that size alone."""
+    for value in program.graph.inputs:
+        for axis, name in graph.axes.get(value.name or "", {}).items():
+            size = value.shape[axis] if value.shape is not None else None
+            if isinstance(size, int):
+                raise UserError(
+                    f"{graph.file}: the model fixes the {name} of {value.name} at the {size} that it was traced with",
+                    "it cannot be exported to ONNX for other sizes",
+                )
 
 
 def module_graph(
