@@ -46,7 +46,9 @@ class Outcome:
 
 
 def warm() -> None:
-    """Import what the command will, so that forked processes have it."""
+    """Import what the command will, so that forked processes have it, and share it: a collection would copy it."""
+    import gc
+
     import jinja2  # noqa: F401
     import matplotlib.backends.backend_svg
     import matplotlib.figure  # noqa: F401
@@ -56,6 +58,8 @@ def warm() -> None:
     import edgedistill.cli
     import edgedistill.report.html
     import edgedistill.show  # noqa: F401
+
+    gc.freeze()
 
 
 def attack(
