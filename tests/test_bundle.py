@@ -654,6 +654,7 @@ class TestLies:
             (lambda t: t["model"]["vocab"].update(zzz=5), "different ids"),
             (lambda t: t.update(added_tokens=[{"id": 5, "content": "x"}]), "is of two tokens"),
             (lambda t: t.update(added_tokens=[{"id": "5"}]), "an added token"),
+            *((lambda t, m=m: t["model"].update(merges=m), "a merge") for m in ([4], "a b", {"a": 1}, [["a"]], [None])),
         ],
     )
     def test_tokenizers_that_are_none(self, copy: Path, change: Callable[[Any], None], needle: str) -> None:

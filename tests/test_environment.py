@@ -124,6 +124,20 @@ def test_modules_that_shadow_a_home_that_takes_nothing_and_a_terminal_of_latin_1
     assert b"\\u2603" in done.stdout and (out / "artifact.json").is_file()
 
 
+def test_files_named_as_parts_of_the_builder_are_not_taken_for_them(model: str, tmp_path: Path) -> None:
+    """The onnxruntime-genai builder imports its own parts by names that a user's script may have."""
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    for name in ("quantization", "builders", "loaders", "builder_config"):
+        (beside / f"{name}.py").write_text(f"raise ImportError('this is no {name}')\n")
+    command = Command(tmp_path, {"PYTHONPATH": str(beside)})
+    done = command(
+        "export", "--student", model, "--format", "onnx", "--quantization", "FP32", "--out", str(tmp_path / "out"),
+        "--set", "export.compare_speed=false", "--set", "export.compare_logits=false",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_module_run_in_a_child_finds_the_standard_library_first(tmp_path: Path) -> None:
     shadow = shadows(tmp_path / "shadow")
     environment = os.environ | {"PYTHONPATH": shadow}

@@ -18,6 +18,7 @@ from edgedistill.generation import DEFAULT_TEMPLATE
 from edgedistill.gguf.tokenizer_files import added_ends
 from edgedistill.guards.allowed import CODE
 from edgedistill.guards.gguf import GgufHeader
+from edgedistill.guards.tokenizer import is_merge
 from edgedistill.strict import shown
 
 Read = Callable[[str], bytes]
@@ -72,7 +73,10 @@ def check_gguf_tokenizer(manifest: Manifest, artifact: BundleArtifact, head: Ggu
         if tokens[token_id] != token:
             _differs(artifact, f"token {token_id} is {shown(token)}, and the artifact's {shown(tokens[token_id])}")
     if kind == "gpt2":
-        merges = [one if isinstance(one, str) else " ".join(one) for one in tree["model"].get("merges") or []]
+        listed = tree["model"].get("merges") or []
+        if not isinstance(listed, list) or not all(map(is_merge, listed)):
+            refuse(f"{PREPROCESS}/tokenizer.json has a merge that is no pair of tokens")
+        merges = [one if isinstance(one, str) else " ".join(one) for one in listed]
         if merges != _strings(head, "tokenizer.ggml.merges"):
             _differs(artifact, "tokenizer.ggml.merges are others")
     _check_special(artifact, head, ids, read)

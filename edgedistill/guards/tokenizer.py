@@ -78,6 +78,13 @@ CONFIG: dict[str, Check] = {
 }  # fmt: skip
 
 
+def is_merge(one: Any) -> bool:
+    """Two tokens: "a b", or ["a", "b"]."""
+    return isinstance(one, str) or (
+        isinstance(one, list) and len(one) == 2 and all(isinstance(token, str) for token in one)
+    )
+
+
 def check_tokenizer_json(path: Path) -> None:
     """A tokenizer with a vocabulary. Raises UserError for `{}` and whatever else is none.
 
@@ -98,6 +105,10 @@ def check_tokenizer_json(path: Path) -> None:
     added = tree.get("added_tokens") or []
     if not isinstance(added, list) or not all(isinstance(one, dict) for one in added):
         raise UserError(f"{path}: added_tokens is {shown(added)}", REMEDY)
+    merges = model.get("merges") or []
+    if not isinstance(merges, list) or not all(is_merge(one) for one in merges):
+        odd = next((one for one in merges if not is_merge(one)), merges) if isinstance(merges, list) else merges
+        raise UserError(f"{path} has the merge {shown(odd)}, which is no pair of tokens", REMEDY)
     for one in (*ids, *(token.get("id") for token in added)):
         if type(one) is not int or not 0 <= one < MAX_TOKEN:
             raise UserError(f"{path} has a token with the id {shown(one)}", REMEDY)

@@ -6,6 +6,7 @@ out of memory does not take the build with it.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -17,7 +18,10 @@ def build(checkpoint: Path, out: Path, cache: Path, precision: str, options: lis
     `separate_rope`: rotary embedding as a node of its own instead of inside GroupQueryAttention, which
     refuses head sizes that are no multiple of 16 when it has to rotate them. The builder has no option for it.
     """
-    # Its modules import each other as top-level ones; importing the package puts its folder on sys.path.
+    # Its modules import each other as top-level ones: before any file of that name beside the user's script.
+    spec = importlib.util.find_spec("onnxruntime_genai")
+    if spec is not None:
+        sys.path[:0] = [str(Path(place) / "models") for place in spec.submodule_search_locations or ()]
     from onnxruntime_genai.models import builder
 
     if separate_rope:

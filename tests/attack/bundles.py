@@ -394,7 +394,9 @@ def _mutate(tree: Any, rng: Random) -> str:
 
 def _manifest_claim(bundle: Path, rng: Random) -> Changed:
     tree = json.loads((bundle / MANIFEST).read_bytes())
+    tree.pop("manifest_sha256")  # which sealing sets
     where = _mutate(tree, rng)
+    tree = {"schema": tree.get("schema"), "manifest_sha256": "0" * 64, **tree}
     _write_manifest(bundle, (json.dumps(tree, indent=1) + "\n").encode())
     return Changed(f"manifest.json: {where}, sealed", f"{MANIFEST}:{where}")
 
