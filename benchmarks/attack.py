@@ -3,6 +3,8 @@
     python benchmarks/attack.py --check                      all parts
     python benchmarks/attack.py bundles --count 500 --seed 3
 
+Parts that are named have a result of their own (attack_bundles.json).
+
 Every part gives the name of each case and what was wrong with how it ended; nothing may be.
 """
 
@@ -54,7 +56,7 @@ def main() -> None:
         ]
         notes += wrong[:SHOWN]
     finish(
-        "attack", arguments, figures=figures, header=("part", "cases", "wrong", "seconds"), rows=rows, bounds=bounds, notes=notes
+        "_".join(["attack", *arguments.parts]), arguments, figures=figures, header=("part", "cases", "wrong", "seconds"), rows=rows, bounds=bounds, notes=notes
     )  # fmt: skip
 
 

@@ -411,6 +411,6 @@ TOKENIZER_PLANS: list[Plan[Decoder]] = [
     tokens("no added tokens", "added_tokens", lambda t, rng: t["added_tokens"].clear(),
            lambda d: bool(d.tokenizer.get("added_tokens"))),
     Plan("an empty tokenizer", "tokenizer", TOKENIZER, _empty_tokenizer, lambda d: True),
-    Plan("the chat template replaced", "template", "chat_template", _template,
+    Plan("the chat template replaced", "template", "chat_template|tokenizer_config.json", _template,
          lambda d: "tokenizer_config.json" in d.files),
 ]  # fmt: skip

@@ -47,7 +47,7 @@ def _artifact(bundle: Path, artifact: Tree) -> dict[str, str]:
     renamed = {old["sha256"]: new["sha256"] for old, new in zip(artifact["files"], files, strict=True)}
     artifact["files"] = files
     before, artifact["bytes"] = artifact["bytes"], sum(entry["bytes"] for entry in files)
-    if artifact["bytes"] != before and isinstance(artifact["bits_per_weight"], float):
+    if artifact["format"] == "gguf" and artifact["bytes"] != before and isinstance(artifact["bits_per_weight"], float):
         artifact["bits_per_weight"] *= artifact["bytes"] / before
     renamed[artifact["sha256"]] = artifact["sha256"] = _combined(files)
     return renamed
