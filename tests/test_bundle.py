@@ -729,6 +729,14 @@ class TestLies:
         reseal(copy, lambda m: m.model_copy(update={"recipe": {**m.recipe, part: "x"}}))
         refused(copy, f"recipe.{part}")
 
+    @pytest.mark.parametrize("field", ["family", "max_position_embeddings", "qk_norm"])
+    def test_a_field_that_is_left_out_since_it_has_a_default(self, copy: Path, field: str) -> None:
+        def shorter(tree: dict[str, Any]) -> None:
+            del tree["student"]["shape"][field]
+
+        reseal_all(copy, shorter)
+        refused(copy, "manifest.json is not as this version writes it")
+
     def test_a_string_that_is_too_long(self, copy: Path) -> None:
         reseal(copy, lambda m: m.model_copy(update={"machine": {**m.machine, "cpu": "x" * 200_000}}))
         refused(copy, "a string of 200,000 characters")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgedistill import __version__
 from edgedistill.bundle.claims import check_claims, profile_notes
 from edgedistill.bundle.contents import check_contents
 from edgedistill.bundle.documents import check_documents
@@ -24,6 +25,7 @@ from edgedistill.bundle.manifest import (
     SIGNATURE,
     SUMS,
     Manifest,
+    manifest_bytes,
     parse_manifest,
     parse_sums,
     self_hash_holds,
@@ -149,6 +151,9 @@ def _check_sealed(folder: Path) -> Sealed:
     for artifact in manifest.artifacts:
         check_fingerprint(folder, artifact)
     notes += check_documents(manifest, figures, read)
+    # Last, since it names no field: one that has a default may be missing, and then it is in no hash of the claims.
+    if manifest.edgedistill == __version__ and manifest_bytes(manifest) != manifest_data:
+        raise UserError(f"{MANIFEST} is not as this version writes it: a field is missing, or in another form", REMEDY)
     return Sealed(folder=folder, manifest=manifest, sizes=sizes, figures=figures, notes=notes)
 
 
