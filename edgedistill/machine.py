@@ -161,6 +161,20 @@ def _memory_bytes() -> int | None:
     return min(total, int(limit)) if limit.isdigit() else total
 
 
+def peak_rss_bytes() -> int:
+    """The most memory that this process ever had resident, mapped weights included.
+
+    Not `ru_maxrss` where Linux gives better: a new process inherits that of the one which started it.
+    """
+    for line in (_read(Path("/proc/self/status")) or "").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def available_bytes() -> int | None:
     """Memory that a process could still take, within the control group's limit where there is one; None: unknown."""
     found = re.search(r"^MemAvailable:\s*(\d+) kB", _read(Path("/proc/meminfo")) or "", re.MULTILINE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch  # noqa: TID253  this module is imported by training alone
 
 from edgedistill.distill.ranks import Ranks
 from edgedistill.errors import UserError, did_you_mean
+from edgedistill.machine import peak_rss_bytes
 from edgedistill.progress import Progress
 
 FLUSH_EVERY_S = 1.0
@@ -91,7 +91,7 @@ def open_tracker(name: str | None, folder: Path, *, run: str, ranks: Ranks, prog
 
 
 def memory_bytes(ranks: Ranks) -> float:
-    """Peak memory so far: of the GPU's allocator, else the process's resident set (Linux counts it in KiB)."""
+    """Peak memory so far: of the GPU's allocator, else the process's resident set."""
     if ranks.device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(ranks.device))
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+    return float(peak_rss_bytes())

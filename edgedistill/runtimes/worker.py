@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
+from edgedistill.machine import peak_rss_bytes
 from edgedistill.runtimes import confine, frames
 from edgedistill.runtimes.backend import Backend, Embedder
 from edgedistill.runtimes.bounds import HOME
@@ -49,21 +50,6 @@ EXTRAS = {
 PR_SET_PDEATHSIG = 1
 
 Answer = tuple[dict[str, Any], dict[str, frames.Array]]
-
-
-def peak_rss_bytes() -> int:
-    """The most memory that this process ever had resident, mapped weights included."""
-    try:
-        with Path("/proc/self/status").open(encoding="ascii", errors="replace") as status:
-            for line in status:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux: the system's own accounting below
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def main() -> None:

@@ -98,6 +98,8 @@ def _serve(heavy: bool) -> None:
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    from edgedistill.machine import peak_rss_bytes
+
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, name) for name in ("out", "err")]
         begun = time.monotonic()
@@ -111,7 +113,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "code": code, "out": out, "err": err, "wall_s": time.monotonic() - begun,
         "cpu_s": usage.ru_utime + usage.ru_stime, "left_running": left, "timed_out": not ended,
-        "peak_bytes": max(0, usage.ru_maxrss - resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024,
+        "peak_bytes": max(0, usage.ru_maxrss * 1024 - peak_rss_bytes()),
     }  # fmt: skip
 
 
