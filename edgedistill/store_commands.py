@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,45 @@ from edgedistill.errors import UserError
 from edgedistill.store import Damaged, Store, files_under, key_of, read_record, sha256_of, versions
 
 ADOPTABLE = ("teacher", "student")
-# Beside records and unfinished work; all of it can be made again.
-OTHER_FOLDERS = ("reports", "logs", "downloads", "probes", "hashes")
+STAGE = "[a-z][a-z-]*"
+KEY = "[0-9a-f]{32}"
+WORK = re.compile(f"({STAGE})-({KEY})")
+# Beside records and unfinished work, by the names that this program gives; all of it can be made again.
+OTHERS = {
+    "reports": re.compile(KEY),
+    "logs": WORK,
+    "downloads": re.compile("[0-9a-f]{24}"),
+    "probes": re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}\.json"),
+    "hashes": re.compile(rf"{KEY}\.json|sound-[0-9a-f]{{64}}"),
+}
+
+
+def _inside(store: Store, name: str) -> list[Path]:
+    """What lies in a folder of the store; nothing behind a link, which may lead to anything of the user's."""
+    folder = store.root / name
+    return sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
+
+
+def _records(store: Store) -> Iterator[Path]:
+    """Folders of records, by their names: whoever names a folder of his own as the store keeps what lies in it."""
+    for stage in _inside(store, "records"):
+        if re.fullmatch(STAGE, stage.name):
+            found = _inside(store, f"records/{stage.name}")
+            yield from (path for path in found if re.fullmatch(KEY, path.name) and _is_folder(path))
+
+
+def _unfinished(store: Store) -> Iterator[Path]:
+    yield from (path for path in _inside(store, "work") if WORK.fullmatch(path.name) and _is_folder(path))
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def store_list(store: Store) -> list[dict[str, Any]]:
     """One row a record: stage, key, bytes, age, folder; and unfinished work."""
     rows = []
-    for folder in sorted(store.root.glob("records/*/*")):
+    for folder in _records(store):
         record = _record_or_none(folder)
         rows.append(
             {
@@ -32,7 +65,7 @@ def store_list(store: Store) -> list[dict[str, Any]]:
                 "state": "damaged" if record is None else "finished",
             }
         )
-    for folder in sorted(store.root.glob("work/*")):
+    for folder in _unfinished(store):
         stage, _, key = folder.name.rpartition("-")
         rows.append(
             {
@@ -50,12 +83,14 @@ def store_list(store: Store) -> list[dict[str, Any]]:
 def store_verify(store: Store) -> list[str]:
     """Re-hash every file of every record, and records themselves; a list of what is wrong, empty where all is well."""
     problems = []
-    for folder in sorted(store.root.glob("records/*/*")):
+    for folder in _records(store):
         try:
             problems += _problems(folder, read_record(folder))
         except Damaged as error:
             problems.append(str(error))
-    return problems
+    ours = set(_records(store))
+    foreign = [path for path in sorted(store.root.glob("records/*/*")) if path not in ours]
+    return problems + [f"{path}: no record's folder by its name, or behind a link; prune leaves it" for path in foreign]
 
 
 def _problems(folder: Path, record: dict[str, Any]) -> list[str]:
@@ -96,7 +131,7 @@ def store_adopt(store: Store) -> list[dict[str, Any]]:
     """
     adopted = []
     for stage in ADOPTABLE:
-        for folder in sorted(store.root.glob(f"records/{stage}/*")):
+        for folder in [one for one in _records(store) if one.parent.name == stage]:
             record = _record_or_none(folder)
             if record is None or _problems(folder, record):
                 continue
@@ -120,7 +155,8 @@ def store_prune(
     """Remove what is damaged, and with a filter, or `everything`, records and unfinished work; what was removed.
 
     Without a filter only records go that cannot be read or whose files are not what they were. `everything` also takes
-    reports, logs, downloads, probes and remembered hashes. A folder that another process is building is left alone.
+    reports, logs, downloads, probes and remembered hashes. A folder that another process is building is left alone,
+    and so is whatever has another name than this program gives, or lies behind a link.
     Raises UserError where `everything` and a filter are both given.
     """
     if everything and (stage is not None or older_than_days is not None):
@@ -144,13 +180,13 @@ def store_prune(
 
 def _prune_others(store: Store) -> list[str]:
     """Remove what lies beside the records; a log or download of a run that goes on stays."""
-    busy = {folder.name for folder in store.root.glob("work/*")}
+    busy = {folder.name for folder in _unfinished(store)}
     removed = []
-    for name in OTHER_FOLDERS:
-        for path in sorted((store.root / name).glob("*")):
-            if name == "logs" and path.name in busy:
+    for name, ours in OTHERS.items():
+        for path in _inside(store, name):
+            if not ours.fullmatch(path.name) or (name == "logs" and path.name in busy):
                 continue
-            if path.is_dir() and not path.is_symlink():
+            if _is_folder(path):
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)

@@ -190,12 +190,36 @@ def test_verify_names_what_does_not_belong(tmp_path):
 def test_pruning_all_empties_the_store(tmp_path):
     store = Store(tmp_path)
     store.run("stage", {}, builder(), Number)
-    for name in ("downloads/hub/x", "logs/student-1/events", "probes/a.json", "hashes/b.json", "reports/k/r.json"):
+    key = "0" * 32
+    for name in (
+        f"downloads/{key[:24]}/x", f"logs/student-{key}/events", f"probes/{key[:16]}-{key[:16]}.json",
+        f"hashes/{key}.json", f"reports/{key}/retention.json",
+    ):  # fmt: skip
         path = tmp_path / name
         path.parent.mkdir(parents=True)
         path.write_text("x")
     store_prune(store, everything=True)
     assert [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+
+
+def test_prune_removes_nothing_of_the_users_own(tmp_path):
+    """A folder that was there before, named as the store by mistake; and what a link in the store leads to."""
+    root, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    names = ("records/jazz/album/song", "work/thesis/text", "reports/annual.pdf", "logs/web.log", "downloads/image.iso")
+    own = [root / name for name in names] + [elsewhere / ("0" * 32) / "photo", elsewhere / "stage" / ("1" * 32) / "x"]
+    for path in own:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    (root / "records" / "linked").symlink_to(elsewhere)
+    made = Store(root).run("stage", {}, builder(), Number)
+    (root / "records" / "stage" / ("2" * 32)).symlink_to(elsewhere / ("0" * 32))
+    assert store_prune(Store(root)) == []
+    assert store_prune(Store(root), everything=True) == [str(made.directory)]
+    assert [path.read_text() for path in own] == ["mine"] * len(own)
+    assert store_list(Store(root)) == []
+    (root / "records").rename(tmp_path / "moved")
+    (root / "records").symlink_to(tmp_path / "moved")
+    assert store_prune(Store(root), everything=True) == []
 
 
 SCRIPT = """
