@@ -24,9 +24,15 @@ from edgedistill.records import Shape
 from edgedistill.shapes import shape_from_config
 from edgedistill.store import Store, canonical_json
 from edgedistill.strict import local_path, open_regular, read_json
-from edgedistill.weights import StoredTensor, check_tensors, refuse_wrapped, require_finite, stored_tensors
+from edgedistill.weights import (
+    EMBEDDING,
+    StoredTensor,
+    check_tensors,
+    refuse_wrapped,
+    require_finite,
+    stored_tensors,
+)
 
-EMBEDDING = "model.embed_tokens.weight"
 READ_SUFFIXES = frozenset({".json", ".jinja", ".safetensors", ".txt", ".model"})
 SMALL_JSON = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
 MAX_SMALL_JSON_BYTES = 1 << 25

@@ -31,6 +31,9 @@ _KINDS = {
     stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket",
     stat.S_IFDIR: "a folder",
 }  # fmt: skip
+# What git leaves in a large file's place where git-lfs is not installed, or the file was not fetched.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_MAX_POINTER_BYTES = 1024  # of the format's definition
 _ONLY_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}'))
 _AS_BRACKETS = bytes.maketrans(b"{}", b"[]")
 _ESCAPES = re.compile(r"\\(?:(u[dD][89abAB]..\\u[dD][c-fC-F]..)|(u[dD][89a-fA-F]..)|.)", re.DOTALL)
@@ -105,20 +108,37 @@ def require_writable(folder: Path, *, what: str) -> None:
 def open_regular(path: Path, *, what: str) -> Iterator[BinaryIO]:
     """A regular file, opened for reading without ever waiting for it; links are followed.
 
-    Raises UserError: missing, a link to nothing or to itself, a folder, a FIFO, a device, not readable.
+    Raises UserError: missing, a link to nothing or to itself, a folder, a FIFO, a device, not readable, the pointer
+    that git keeps in the place of a large file.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except (OSError, ValueError) as error:
         raise _not_opened(path, what, error) from error
-    mode = os.fstat(descriptor).st_mode
+    found = os.fstat(descriptor)
+    mode = found.st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
         raise UserError(
             f"{what} {path} is {_KINDS.get(stat.S_IFMT(mode), 'no file')}", "name a regular file with that content"
         )
     with os.fdopen(descriptor, "rb") as file:
+        if found.st_size < _MAX_POINTER_BYTES:
+            _refuse_pointer(file, path, what)
         yield file
+
+
+def _refuse_pointer(file: BinaryIO, path: Path, what: str) -> None:
+    try:
+        start = file.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise _not_opened(path, what, error) from error
+    if start == _LFS_POINTER:
+        raise UserError(
+            f"{what} {path} is a pointer of Git LFS, not the file itself",
+            "fetch the files in that folder: git lfs install && git lfs pull; or download it from where it was cloned",
+        )
+    file.seek(0)
 
 
 def _not_opened(path: Path, what: str, error: OSError | ValueError) -> UserError:

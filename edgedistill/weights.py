@@ -5,6 +5,7 @@ Headers are read in safetensors_header.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -19,8 +20,15 @@ from edgedistill.strict import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PREFIX = "model."
+EMBEDDING = f"{PREFIX}embed_tokens.weight"
+HEAD = "lm_head.weight"
 # BF16 has no numpy type: it is the upper half of a float32.
 DTYPES: dict[str, tuple[str, int]] = {"F32": ("<f4", 4), "F16": ("<f2", 2), "BF16": ("<u2", 2), "F64": ("<f8", 8)}
+# Tables of whole numbers and masks that older versions of transformers saved beside the weights and today's compute:
+# positions, token types, the causal triangle. No output depends on what a file says of them.
+BUFFERS = re.compile(r"(?:^|\.)(?:position_ids|token_type_ids|(?:attn|attention)\.(?:bias|masked_bias))$")
+BUFFER_DTYPES = frozenset({"BOOL", "U8", "I32", "I64"})
 MISMATCHES_SHOWN = 3
 # Bits of a type's magnitude, and the first that is infinite: whatever stands above it is NaN.
 MAGNITUDES: dict[str, tuple[str, int, int]] = {
@@ -58,32 +66,62 @@ class StoredTensor:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint folder, from the headers of its safetensors files.
+    """Every weight of a checkpoint folder by its name in the whole model, from the headers of its safetensors files.
 
-    Raises UserError for a folder without weights, with only a pickle, with a missing shard, and for a file
-    that is cut short or whose header does not fit its data.
+    Buffers of whole numbers are left out. Raises UserError for a folder without weights, with only a pickle, with a
+    missing shard or one that its index contradicts, and for a file that is cut short or whose header does not fit its
+    data.
     """
     if not folder.is_dir():
         raise UserError(f"no model folder {folder}", "give a folder as transformers' save_pretrained writes it")
     index = folder / INDEX_FILE
     if (folder / SINGLE_FILE).is_file():
-        return _stored(folder / SINGLE_FILE)
+        return _whole_names(folder, *_stored(folder / SINGLE_FILE))
     if not index.is_file():
         raise _no_weights(folder)
     weight_map = read_json(index, what=INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise UserError(f"{index} has no usable weight_map", f"replace it with a whole {INDEX_FILE}")
-    headers: dict[str, dict[str, StoredTensor]] = {}
+    found: dict[str, StoredTensor] = {}
+    shared: dict[str, str] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard or not (folder / shard).is_file():
             raise UserError(f"shard {shard!r} of {index} is missing", "download or copy all shards of the model")
-        headers[shard] = _stored(folder / shard)
+        tensors, metadata = _stored(folder / shard)
+        for name, tensor in tensors.items():
+            # Whoever goes by the index reads one, whoever reads the shards the other.
+            if name in found or weight_map.get(name, shard) != shard:
+                other = found[name].path.name if name in found else weight_map[name]
+                raise UserError(
+                    f"{index}: tensor {name} stands in {shard}, and in {other} too",
+                    "the shards are of two saves: take one whole set of index and shards",
+                )
+            found[name] = tensor
+        shared |= metadata
     for name, shard in weight_map.items():
-        if name not in headers[shard]:
+        if name not in found and not BUFFERS.search(name):
             raise UserError(
                 f"{index}: tensor {name} is not in {shard}", "replace the index and shards by one whole set"
             )
-    return {name: headers[shard][name] for name, shard in weight_map.items()}
+    return _whole_names(folder, found, shared)
+
+
+def _whole_names(folder: Path, found: dict[str, StoredTensor], shared: Mapping[str, str]) -> dict[str, StoredTensor]:
+    """The tensors under the names that the whole causal language model has, where they were saved under others.
+
+    Without its prefix, by what is within the head alone; a weight that two names share under one of them, which
+    safetensors' save_model notes in the file (dropped name → kept name). transformers loads both.
+    """
+    if EMBEDDING not in found and EMBEDDING.removeprefix(PREFIX) in found:
+        found = {name if name.startswith("lm_head.") else f"{PREFIX}{name}": found[name] for name in found}
+    found |= {name: found[kept] for name, kept in shared.items() if kept in found and name not in found}
+    if HEAD in found and EMBEDDING not in found and _says_tied(folder / "config.json"):
+        found[EMBEDDING] = found[HEAD]
+    return found
+
+
+def _says_tied(config: Path) -> bool:
+    return config.is_file() and read_json(config, what="config.json").get("tie_word_embeddings") is True
 
 
 def read_tensor(tensor: StoredTensor) -> NDArray[np.float32]:
@@ -186,14 +224,17 @@ def _no_weights(folder: Path) -> UserError:
     return UserError(f"{folder} holds no weights", f"it needs {SINGLE_FILE}, or {INDEX_FILE} with its shards")
 
 
-def _stored(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file that this package can read: those of a model's weights in floating point."""
+def _stored(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of one file that are weights, in floating point, and its metadata."""
     found = {}
-    for name, entry in read_safetensors_header(path).tensors.items():
+    header = read_safetensors_header(path)
+    for name, entry in header.tensors.items():
+        if entry.dtype in BUFFER_DTYPES and BUFFERS.search(name):
+            continue
         if entry.dtype not in DTYPES:
             raise UserError(
                 f"{path}: {name} is stored as {entry.dtype}",
                 f"use the model's original weights; {', '.join(DTYPES)} work",
             )
         found[name] = StoredTensor(path=path, offset=entry.begin, dtype=entry.dtype, shape=entry.shape)
-    return found
+    return found, header.metadata

@@ -330,3 +330,19 @@ def test_a_separator_does_nothing_to_rows_and_that_is_said(tmp_path):
     (tmp_path / "t.csv").write_bytes(written(TEXTS, ".csv"))
     found = read_source(str(tmp_path / "t.csv"), Data(document_separator="ran")).read
     assert found is not None and found.documents == len(TEXTS) and "changes nothing" in found.files[0].notes[0]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.parquet", "a.txt.gz", "a"])
+def test_what_git_left_in_a_files_place_is_no_text(tmp_path: Path, name: str) -> None:
+    """Beside whole files too: it would be trained on, and what it stands for would be missing."""
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 4827364\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(UserError, match=r"(?s)pointer of Git LFS.*git lfs pull"):
+        read_documents(str(tmp_path / name), Data())
+    (tmp_path / "b.txt").write_text("one\n\ntwo\n")
+    if "." in name:
+        with pytest.raises(UserError, match="pointer of Git LFS"):
+            read_documents(str(tmp_path), Data())
+    (tmp_path / name).write_text(f"This page is about Git LFS.\n{pointer}")
+    if name in ("a.txt", "a"):
+        assert read_documents(str(tmp_path / name), Data())

@@ -20,6 +20,7 @@ from edgedistill.distill.stage import load_teachers, trimmed_vocabulary
 from edgedistill.distill.teacher import mixture_key
 from edgedistill.errors import UserError
 from edgedistill.export_options import ExportOptions
+from edgedistill.loading import LOADING
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Distill, Recipe
 from edgedistill.records import DataResult, QadResult, StudentResult, TeacherResult
@@ -219,9 +220,7 @@ def _make(
     trimmed = trimmed_vocabulary(recipe, teacher, data, store, progress)
 
     def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **LOADING)
 
     model = load()
     result, signals = train_under_rounding(

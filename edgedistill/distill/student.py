@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import UserError
+from edgedistill.loading import LOADING
 from edgedistill.models import ModelFolder, check_folder
 from edgedistill.recipe import Student
 from edgedistill.records import Shape
@@ -40,9 +41,7 @@ def start_student(
     if ask.start == "pretrained":
         if pretrained is None:
             raise UserError("student.start is pretrained but no student.model is named", "give --student FOLDER")
-        return AutoModelForCausalLM.from_pretrained(
-            pretrained.path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        ), {}
+        return AutoModelForCausalLM.from_pretrained(pretrained.path, dtype=torch.float32, **LOADING), {}
     source = check_folder(teacher, name=str(teacher), origin="folder", role="teacher")
     if ask.start == "auto":
         raise UserError("student.start is auto, which only a plan resolves", "set it to one of the other starts")
@@ -78,9 +77,7 @@ def _cut(
             f"student.start is {ask.start}, and no student with the teacher's separate output head fits",
             "lower student.compression, or use student.start=fresh, which may tie it to the embedding",
         )
-    original = AutoModelForCausalLM.from_pretrained(
-        teacher, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    ).eval()
+    original = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32, **LOADING).eval()
     if trimmed is not None:
         from edgedistill.distill.vocabulary import trim_rows
 

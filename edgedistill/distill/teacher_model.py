@@ -12,6 +12,7 @@ from edgedistill.distill.model_parts import final_hidden, require_separate_docum
 from edgedistill.distill.ranks import Ranks
 from edgedistill.distill.signals import LiveSignals
 from edgedistill.errors import UserError
+from edgedistill.loading import LOADING
 from edgedistill.recipe import Teacher
 
 BLOCK_4BIT = 64  # weights that share a scale
@@ -103,7 +104,7 @@ def _load(folder: Path, precision: str, ranks: Ranks) -> Any:
 
     if precision in ("fp32", "bf16"):
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **LOADING)
     return load_quantized(folder, precision, ranks.device)
 
 
@@ -128,9 +129,8 @@ def load_quantized(folder: Path, precision: str, device: torch.device, *, frozen
         else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     )
     model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantization, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False,
-        device_map={"": str(device)},
-    )  # fmt: skip
+        folder, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": str(device)}, **LOADING
+    )
     for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit) and device.type == "cpu":
             check_4bit_on_cpu(name, module, frozen=frozen)

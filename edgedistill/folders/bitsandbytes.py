@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError, did_you_mean
+from edgedistill.loading import LOADING
 from edgedistill.models import require_sound
 from edgedistill.records import Artifact
 from edgedistill.shapes import shape_from_config
@@ -96,7 +97,7 @@ def open_folder(folder: Path) -> Any:
 
     device = training_device()
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False, device_map={"": str(device)}
+        folder, dtype=torch.bfloat16, device_map={"": str(device)}, **LOADING
     )
     for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit) and device.type == "cpu":

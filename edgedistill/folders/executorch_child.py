@@ -49,8 +49,9 @@ def _wrapped(folder: str) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
-            ).eval()
+                folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, return_dict=True,
+                output_hidden_states=False, output_attentions=False, _attn_implementation="sdpa",
+            ).eval()  # fmt: skip
 
         @torch.no_grad()
         def forward(self, input_ids: torch.Tensor) -> Any:

@@ -18,11 +18,11 @@ from edgedistill.gguf.config import Config, Sizes
 from edgedistill.gguf.families import FAMILIES, Change, Family, Tensor
 from edgedistill.gguf.rope import MetadataValue, Rope, rope_of
 from edgedistill.records import Shape
+from edgedistill.weights import HEAD as TIED_HEAD
 from edgedistill.weights import StoredTensor
 
-__all__ = ["architecture_of", "from_interleaved", "model_of", "rope_of", "tensor_map", "to_interleaved"]
+__all__ = ["TIED_HEAD", "architecture_of", "from_interleaved", "model_of", "rope_of", "tensor_map", "to_interleaved"]
 
-TIED_HEAD = "lm_head.weight"
 OWN_CONVERTER = "or give llama.cpp's own converter: --converter PATH/convert_hf_to_gguf.py"
 IGNORED_BUFFER = "rotary_emb.inv_freq"  # old checkpoints carry it; computed from the config
 # Added to the activations or looked up a row at a time: small, and llama.cpp wants them in float32.

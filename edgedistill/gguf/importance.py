@@ -24,6 +24,7 @@ from edgedistill.errors import UserError
 from edgedistill.export_options import ExportOptions
 from edgedistill.gguf.architectures import TensorSpec
 from edgedistill.gguf.mixes import quantizable
+from edgedistill.loading import LOADING
 from edgedistill.progress import QUIET, Progress
 from edgedistill.records import Calibration
 from edgedistill.store import canonical_json
@@ -148,9 +149,7 @@ def _load(checkpoint: Path, task: Task) -> Any:
     from transformers import AutoModel, AutoModelForCausalLM
 
     kind: Any = AutoModelForCausalLM if task == "causal-lm" else AutoModel
-    return kind.from_pretrained(
-        checkpoint, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
-    ).eval()
+    return kind.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True, **LOADING).eval()
 
 
 def _batches(sequences: Sequence[Ids], batch_tokens: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]]:

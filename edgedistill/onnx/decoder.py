@@ -15,6 +15,7 @@ from edgedistill.errors import RuntimeCrashed, UserError, did_you_mean
 from edgedistill.export_options import NOT_COMPARED
 from edgedistill.generation import generation_of
 from edgedistill.gguf.architectures import TIED_HEAD, architecture_of, rope_of, tensor_map
+from edgedistill.loading import without_run_settings
 from edgedistill.models import require_sound
 from edgedistill.onnx.generation_settings import write_generation
 from edgedistill.onnx.graph import count_types, stored_weights
@@ -131,13 +132,14 @@ def _checked(checkpoint: Path) -> tuple[dict[str, Any], Shape]:
 
 
 def _stage(checkpoint: Path, staged: Path, config: Mapping[str, Any], context: int) -> Path:
-    """The checkpoint as links, with a config.json of `context` positions: the builder sizes its tables by it."""
+    """The checkpoint as links, with a config.json of `context` positions: the builder sizes its tables by it, and
+    loads the model as that says."""
     staged.mkdir()
     for file in checkpoint.iterdir():
         if file.is_file() and file.name != "config.json":
             (staged / file.name).symlink_to(file.resolve())
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    changed = dict(config)
+    changed = without_run_settings(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "yarn":  # there the number of positions is part of the computation
         changed["max_position_embeddings"] = context

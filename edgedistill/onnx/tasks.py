@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import UserError, did_you_mean
+from edgedistill.loading import LOADING
 from edgedistill.models import require_plain_files
 from edgedistill.onnx.model_inputs import IDS, MASK, PIXELS, require_image_inputs, text_inputs
 from edgedistill.onnx.processors import has_tokenizer, open_image_processor, open_tokenizer, processed_sizes
@@ -167,8 +168,7 @@ def _loaded(folder: Path, task: str) -> Any:
     loader = getattr(transformers, name)
     try:
         model, loaded = loader.from_pretrained(
-            folder, dtype="float32", local_files_only=True, use_safetensors=True, output_loading_info=True,
-            trust_remote_code=False,
+            folder, dtype="float32", local_files_only=True, output_loading_info=True, **LOADING,
             **({"add_pooling_layer": False} if name == "AutoModel" and _has_pooler(folder) else {}),
         )  # fmt: skip
     # transformers raises many kinds for a config that it cannot read as this class

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn  # noqa: TID253
 
 from edgedistill.errors import UserError
+from edgedistill.loading import LOADING
 from edgedistill.runtimes.child import RuntimeProcess
 
 UNUSED = "pooler."  # an encoder's, on which no embedding depends
@@ -57,7 +58,7 @@ def load_torch(folder: Path, *, encoder: bool = False) -> nn.Module:
     from transformers import AutoModel, AutoModelForCausalLM
 
     model: Any = (AutoModel if encoder else AutoModelForCausalLM).from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        folder, dtype=torch.float32, **LOADING
     )
     return model.eval()  # type: ignore[no-any-return]
 
