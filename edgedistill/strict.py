@@ -124,21 +124,20 @@ def open_regular(path: Path, *, what: str) -> Iterator[BinaryIO]:
         )
     with os.fdopen(descriptor, "rb") as file:
         if found.st_size < _MAX_POINTER_BYTES:
-            _refuse_pointer(file, path, what)
+            _refuse_pointer(descriptor, path, what)
         yield file
 
 
-def _refuse_pointer(file: BinaryIO, path: Path, what: str) -> None:
+def _refuse_pointer(descriptor: int, path: Path, what: str) -> None:
     try:
-        start = file.read(len(_LFS_POINTER))
-    except OSError as error:
-        raise _not_opened(path, what, error) from error
+        start = os.pread(descriptor, len(_LFS_POINTER), 0)  # its position stays where it is
+    except OSError:  # what cannot be read is said by who reads it
+        return
     if start == _LFS_POINTER:
         raise UserError(
             f"{what} {path} is a pointer of Git LFS, not the file itself",
             "fetch the files in that folder: git lfs install && git lfs pull; or download it from where it was cloned",
         )
-    file.seek(0)
 
 
 def _not_opened(path: Path, what: str, error: OSError | ValueError) -> UserError:
