@@ -69,6 +69,10 @@ class RuntimeCrashed(EdgedistillError):
         self.signal_name = signal_name
 
 
+class RuntimeRefused(RuntimeCrashed):
+    """A runtime that is well answered with an error: it does not take this artifact, or this input."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"`, or the list of what is known where nothing is near."""
     names = sorted(known)

@@ -41,7 +41,8 @@ def text_inputs(model: Any, given: Collection[str] | None, where: str) -> list[s
     known = _known(model)
     if model.main_input_name != IDS:
         raise UserError(
-            f"{where} takes {model.main_input_name}", "text (input_ids) and image (pixel_values) models are exported"
+            f"{where} takes {model.main_input_name}, and text (input_ids) and image (pixel_values) models are exported",
+            REMEDY,
         )
     names = [IDS, MASK]
     # One type is no choice: RoBERTa's table has one row, whatever its tokenizer gives.

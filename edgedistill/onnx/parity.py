@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedistill.errors import UserError
+from edgedistill.errors import RuntimeRefused, UserError
 from edgedistill.onnx.float_export import ATTENTION, MODULE_KEY, FloatExport
 from edgedistill.records import Parity
 from edgedistill.runtimes.graph import GraphProcess
@@ -68,7 +68,7 @@ def check_parity(
     with GraphProcess(graph, threads=threads) as process:
         version = str(process.info["runtime_version"])
         for batch, kept in [*((batch, usual) for batch in batches), *zip(lengths, each, strict=True)]:
-            expected, found = export.reference(batch), process.run(batch)
+            expected, found = _both(export, process, batch, graph)
             for name, reference in expected.items():
                 ours, theirs = _real(found[name], batch), _real(reference, batch)
                 difference = np.abs(ours - theirs)
@@ -90,6 +90,30 @@ def check_parity(
         runtime=version, inputs=inputs, reference="original", values=values, max_abs_difference=largest,
         mean_abs_difference=total / max(1, values), relative_rms=max(errors.values(), default=0.0), limit=limit,
     )  # fmt: skip
+
+
+def _both(
+    export: FloatExport, process: GraphProcess, batch: Arrays, graph: Path
+) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+    """The module's outputs and the graph's. UserError where one of them does not take the batch."""
+    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
+    try:
+        expected = export.reference(batch)
+    except Exception as error:  # whatever a model raises for a size that it does not take
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"the model itself does not run on {shapes}: {reason}",
+            "calibrate with texts that it takes, or bound them with --context-tokens",
+        ) from error
+    try:
+        return expected, process.run(batch)
+    except RuntimeRefused as error:
+        reason = " ".join(str(error).split()).partition(f"{graph.name}: ")[2][:200]
+        raise UserError(
+            f"the graph {graph.name} does not run on {shapes}, on which the model does: {reason}",
+            "its tracing fixed a size; export the module for the sizes that you use, with"
+            " edgedistill.onnx.encoder.export_module, or as another format",
+        ) from error
 
 
 def _of_one(quantization: str, limit: float) -> float:

@@ -69,6 +69,13 @@ def read(tokenizer: Any, *texts: Any, where: Path, **options: Any) -> Any:
         raise _unopened(where, "tokenizer", error) from error
 
 
+def given_names(tokenizer: Any, where: Path) -> list[str]:
+    """The inputs that it gives for a text: those that it names, and those beside them (RoCBert's shapes of words)."""
+    made = read(tokenizer, "a", where=where)
+    several = [name for name, value in made.items() if isinstance(value, list) and value and type(value[0]) is int]
+    return list(dict.fromkeys([*tokenizer.model_input_names, *several]))
+
+
 def tokenized(
     tokenizer: Any, texts: Sequence[Any], names: Collection[str], *, max_tokens: int, where: Path
 ) -> dict[str, NDArray[Any]]:

@@ -12,7 +12,13 @@ from edgedistill.errors import UserError, did_you_mean
 from edgedistill.loading import LOADING
 from edgedistill.models import require_plain_files
 from edgedistill.onnx.model_inputs import IDS, MASK, PIXELS, require_image_inputs, text_inputs
-from edgedistill.onnx.processors import has_tokenizer, open_image_processor, open_tokenizer, processed_sizes
+from edgedistill.onnx.processors import (
+    given_names,
+    has_tokenizer,
+    open_image_processor,
+    open_tokenizer,
+    processed_sizes,
+)
 from edgedistill.onnx.sentence import (
     CROSS_ENCODER,
     ENCODER,
@@ -41,6 +47,8 @@ TASKS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "feature-extraction": ("AutoModel", ("Model",), ("last_hidden_state",)),
 }  # fmt: skip
 SAMPLE_BATCH, SAMPLE_TOKENS, SAMPLE_PAST = 2, 8, 3
+# Of logits, relative to their spread: what float32 sums in another order give.
+STEPS_LIMIT = 1e-3
 BATCH, SEQUENCE = "batch", "sequence"
 # Tokens of a model whose positions have no end, and whose tokenizer says none: what is then promised.
 ENDLESS_TOKENS = 512
@@ -137,7 +145,7 @@ def open_task(checkpoint: Path, task: str | None = None) -> TaskModel:
     graphs = _graphs(checkpoint, folder, model, task, tokenizer, pipeline)
     vocab_size = 0
     if model.main_input_name == IDS:
-        vocab_size = _rows(model)
+        vocab_size = _rows(model, tokenizer)
         _require_vocabulary(folder, vocab_size)
         _require_case(folder, tokenizer, pipeline)
     return TaskModel(
@@ -203,7 +211,13 @@ def _graphs(
 
     if model.main_input_name == PIXELS and task != "text2text":
         return (_image_graph(checkpoint, folder, model, task),)
-    given = None if tokenizer is None else list(tokenizer.model_input_names)
+    if task == "image-classification":
+        raise UserError(
+            f"{checkpoint}: a {type(model).__name__} takes {model.main_input_name}, which its processor makes of an"
+            " image, and no graph of them is exported",
+            "export the torch module itself: edgedistill.onnx.encoder.export_module takes any",
+        )
+    given = None if tokenizer is None else given_names(tokenizer, folder)
     names = text_inputs(model, given, str(checkpoint))
     if task == "text2text":
         if not getattr(model.config, "is_encoder_decoder", False):
@@ -211,7 +225,7 @@ def _graphs(
                 f"{checkpoint}: a {type(model).__name__} has no encoder of text before its decoder",
                 f"name what it does with --task: {', '.join(TASKS)}",
             )
-        return _text2text(model)
+        return _text2text(checkpoint, model)
     module: Any = Outputs(model, TASKS[task][2])
     meanings = _meanings(task, model.config)
     if pipeline is not None:
@@ -303,9 +317,8 @@ def _require_outputs(checkpoint: Path, model: Any, module: Any, examples: Mappin
         ) from error
     # Whatever a model raises for inputs that it does not take: sizes, a missing decoder's input
     except Exception as error:
-        reason = " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:300]
         raise UserError(
-            f"{checkpoint}: a {type(model).__name__} does not run on {shapes}: {reason or type(error).__name__}",
+            f"{checkpoint}: a {type(model).__name__} does not run on {shapes}: {_reason(error)}",
             f"mend the model's files where they disagree, or name what it does with --task: {', '.join(TASKS)}",
         ) from error
     odd = [name for name, value in found.items() if not isinstance(value, torch.Tensor)]
@@ -316,7 +329,8 @@ def _require_outputs(checkpoint: Path, model: Any, module: Any, examples: Mappin
         )
 
 
-def _text2text(model: Any) -> tuple[Graph, ...]:
+def _text2text(checkpoint: Path, model: Any) -> tuple[Graph, ...]:
+    """Encoder and decoder. UserError where the decoder has no cache that takes several tokens at once."""
     import torch
 
     from edgedistill.onnx.task_modules import Decoder, Encoder
@@ -324,8 +338,11 @@ def _text2text(model: Any) -> tuple[Graph, ...]:
     encoder = Encoder(model)
     tokens = torch.ones(SAMPLE_BATCH, SAMPLE_TOKENS, dtype=torch.int64)
     source = {"input_ids": tokens, "attention_mask": tokens}
-    with torch.inference_mode():
-        made = encoder(**source)
+    try:
+        with torch.inference_mode():
+            made = encoder(**source)
+    except Exception as error:  # a decoder of another signature, a cache of its own
+        raise _no_cache(checkpoint, model, _reason(error)) from error
     cross = {name: value.clone() for name, value in made.items() if name.startswith("cross_")}
     layers = len(cross) // 2
     examples = {"input_ids": tokens[:, :5], "encoder_attention_mask": tokens}
@@ -336,10 +353,45 @@ def _text2text(model: Any) -> tuple[Graph, ...]:
     }
     axes["encoder_attention_mask"] = {0: BATCH, 1: SEQUENCE}
     axes.update({name: {0: BATCH, 2: SEQUENCE} for name in cross})
+    decoder = Decoder(model, layers)
+    _require_steps(checkpoint, model, decoder, examples | cross)
     return (
         Graph("encoder.onnx", encoder, source, {name: {0: BATCH, 1: SEQUENCE} for name in source}),
-        Graph("decoder.onnx", Decoder(model, layers), examples | cross, axes),
+        Graph("decoder.onnx", decoder, examples | cross, axes),
     )
+
+
+def _require_steps(checkpoint: Path, model: Any, decoder: Any, examples: Mapping[str, Any]) -> None:
+    """UserError where several tokens at once are something else than one after another, for a graph takes both."""
+    import torch
+
+    count = examples["input_ids"].shape[1]
+    ids_BT = (torch.arange(SAMPLE_BATCH * count).view(SAMPLE_BATCH, count) + 1) % _rows(model, None)
+    try:
+        with torch.inference_mode():
+            together = decoder(**{**examples, "input_ids": ids_BT})["logits"]
+            steps, cache = [], {name: value for name, value in examples.items() if name.startswith("past_")}
+            for step in range(count):
+                made = decoder(**{**examples, **cache, "input_ids": ids_BT[:, step : step + 1]})
+                steps.append(made["logits"])
+                cache = {name: made[name.replace("past_", "present_", 1)] for name in cache}
+    except Exception as error:
+        raise _no_cache(checkpoint, model, _reason(error)) from error
+    difference = float((torch.cat(steps, dim=1) - together).std() / together.std().clamp_min(1e-30))
+    if not difference <= STEPS_LIMIT:
+        raise _no_cache(checkpoint, model, f"they give other tokens than one after another, by {difference:.2g}")
+
+
+def _no_cache(checkpoint: Path, model: Any, reason: str) -> UserError:
+    return UserError(
+        f"{checkpoint}: the decoder of a {type(model).__name__} does not take several tokens with a cache: {reason}",
+        "export its encoder, and its decoder as you call it, as modules: edgedistill.onnx.encoder.export_module takes"
+        " any",
+    )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:300] or type(error).__name__
 
 
 def _has_pooler(checkpoint: Path) -> bool:
@@ -364,10 +416,15 @@ def _require_finite(checkpoint: Path, model: Any) -> None:
             )
 
 
-def _rows(model: Any) -> int:
-    """How many tokens the model knows: rows of its embedding."""
+def _rows(model: Any, tokenizer: Any | None) -> int:
+    """How many tokens the model knows: rows of its embedding, or where it has no such table, what its tokenizer has."""
     size = getattr(model.config, "vocab_size", None)
-    return int(size) if size else int(model.get_input_embeddings().weight.shape[0])
+    if size:
+        return int(size)
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except (NotImplementedError, AttributeError):  # CANINE adds up tables of hashes of a character
+        return len(tokenizer) if tokenizer is not None else SAMPLE_TOKENS
 
 
 def _max_tokens(model: Any, tokenizer: Any | None, pipeline: Pipeline | None) -> int:

@@ -21,7 +21,7 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedistill.errors import EdgedistillError, RuntimeCrashed, UserError
+from edgedistill.errors import EdgedistillError, RuntimeCrashed, RuntimeRefused, UserError
 from edgedistill.machine import usable_cpus
 from edgedistill.runtimes import frames
 from edgedistill.runtimes.bounds import OWN, Bounds
@@ -178,7 +178,7 @@ class Child:
                 f"{where}: {cause}", "the artifact is damaged, or asks for more than its bounds allow: do not use it"
             )
         if "error" in params:
-            raise RuntimeCrashed(
+            raise RuntimeRefused(
                 f"{where}: {cause}",
                 f"export the artifact again; if it fails again, install another version of {self.runtime}",
             )

@@ -1,0 +1,1 @@
+"""Raw input through the original against raw input through the exported folder: tiny checkpoints of every kind."""
