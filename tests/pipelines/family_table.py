@@ -15,8 +15,6 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim"), 64),
     **dict.fromkeys(("dff", "ffn_hidden_size", "d_inner", "moe_intermediate_size"), 64),
     **dict.fromkeys(("shared_expert_intermediate_size",), 64),
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers", "decoder_layers"), 2),
-    **dict.fromkeys(("num_decoder_layers", "num_encoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "num_heads", "n_heads", "n_head", "encoder_attention_heads"), 2),
     **dict.fromkeys(("decoder_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads"), 2),
     **dict.fromkeys(("num_key_value_heads",), 2),
@@ -24,6 +22,11 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "seq_length"), 66),
 }  # fmt: skip
+LAYERS = (
+    *("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers", "decoder_layers"),
+    *("num_decoder_layers", "num_encoder_layers"),
+)
+# Families whose decoder starts with the token that ends a text; the others with padding.
 START = {
     "bart",
     "mbart",
@@ -53,19 +56,21 @@ CHANGES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def config_of(family: str, **changes: Any) -> Any:
+def config_of(family: str, *, layers: int = 2, **changes: Any) -> Any:
     """The family's configuration with its sizes made small, within its parts too."""
     from transformers import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[family]
-    return kind(**{**_small(kind().to_dict()), **CHANGES.get(family, {}), **changes})
+    return kind(**{**_small(kind().to_dict(), layers), **CHANGES.get(family, {}), **changes})
 
 
-def _small(said: dict[str, Any]) -> dict[str, Any]:
+def _small(said: dict[str, Any], layers: int) -> dict[str, Any]:
     found = {}
     for name, value in said.items():
         if isinstance(value, dict) and "model_type" in value:
-            found[name] = _small(value) | {"model_type": value["model_type"]}
+            found[name] = _small(value, layers) | {"model_type": value["model_type"]}
+        elif name in LAYERS and isinstance(value, int):
+            found[name] = layers
         elif name in SIZES and isinstance(value, int):
             found[name] = SIZES[name]
     return found
@@ -102,6 +107,8 @@ def text_checkpoint(
     family, task = family or row.family, task or row.task
     made = save_tokenizer(tokenizer, folder, model_max_length=longest)
     known = config_of(family).to_dict()
+    if task == "text2text":
+        changes = {"layers": 1, **changes}  # of encoder and decoder each, for these take longest
     said: dict[str, Any] = {"num_labels": 3} if "classification" in task else {}
     for role in ("pad", "bos", "eos", "sep", "cls", "mask", "unk"):
         token = getattr(made, f"{role}_token_id", None)

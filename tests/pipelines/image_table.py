@@ -107,6 +107,7 @@ IMAGES: dict[str, Image] = {
         {"num_latents": 8, "d_latents": 16, "num_blocks": 1, "num_self_attends_per_block": 1,
          "num_self_attention_heads": 2, "num_cross_attention_heads": 1, "image_size": 16,
          "architectures": ["PerceiverForImageClassificationLearned"]},
+        refused=("takes inputs",),
     ),
     "DonutImageProcessor": Image(
         {"size": {"height": 24, "width": 32}, "do_align_long_axis": True, "do_thumbnail": True, "do_pad": True},
