@@ -120,6 +120,8 @@ def test_a_decoder_that_takes_one_token_at_a_time_is_refused(tmp_path: Path, mon
     """With a cache FSMT masks nothing: of several tokens each would see those behind it, in torch and graph alike."""
     text_checkpoint(tmp_path / "t5", "T5Tokenizer")
     assert [graph.file for graph in open_task(tmp_path / "t5").graphs] == ["encoder.onnx", "decoder.onnx"]
+    text_checkpoint(tmp_path / "m2m_100", "NllbTokenizer", layers=1)  # whose positions leave padding out
+    assert len(open_task(tmp_path / "m2m_100").graphs) == 2
     from transformers.models.t5 import modeling_t5
 
     monkeypatch.setattr(modeling_t5, "create_causal_mask", lambda **_given: None)

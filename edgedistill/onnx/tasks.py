@@ -366,7 +366,10 @@ def _require_steps(checkpoint: Path, model: Any, decoder: Any, examples: Mapping
     import torch
 
     count = examples["input_ids"].shape[1]
-    ids_BT = (torch.arange(SAMPLE_BATCH * count).view(SAMPLE_BATCH, count) + 1) % _rows(model, None)
+    rows, padding = _rows(model, None), getattr(model.config, "pad_token_id", None)
+    # Different tokens, so that one which sees those behind it is noticed; no padding, which is not counted (M2M100).
+    known = torch.tensor([token for token in range(min(rows, 64)) if token != padding] or [0])
+    ids_BT = known[torch.arange(SAMPLE_BATCH * count) % len(known)].view(SAMPLE_BATCH, count)
     try:
         with torch.inference_mode():
             together = decoder(**{**examples, "input_ids": ids_BT})["logits"]
