@@ -1,5 +1,5 @@
 """Trains a few steps in this process and prints, as JSON, how much memory that took: the resident set's high-water mark
-less what stood after the imports, phase by phase.
+less what stood after the imports, phase by phase; on a GPU the most that torch's allocator had given out there.
 
     python tests/memory_script.py '{"student": {...}, "training": {...}, "steps": 3, ...}'
 
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,21 @@ def main() -> None:
         )
 
 
+def device() -> str:
+    """Where a case trains: "cuda" where torch has a GPU, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def settled() -> int:
-    """The resident set, after free memory was given back to the system and the high-water mark was set to it."""
+    """What is taken now, after free memory was given back and the high-water mark was set to it: bytes."""
+    if device() == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return status()["VmRSS"]
@@ -135,6 +149,10 @@ def _train(case: dict[str, Any], settings: Distill, folder: Path) -> dict[str, i
     phases: dict[str, int] = {}
 
     def mark(name: str) -> None:
+        if device() == "cuda":
+            phases[name] = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            return
         phases[name] = status()["VmHWM"]
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
@@ -148,6 +166,9 @@ def _train(case: dict[str, Any], settings: Distill, folder: Path) -> dict[str, i
         for i in range(max(EVALUATED, settings.micro_batch_sequences or settings.batch_sequences))
     ]
     ranks = ranks_here()
+    if case.get("sharded"):
+        torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
+        ranks = replace(ranks, sharded=True)
     model = model_of(shape, 0)
     if settings.lora.rank:
         model = add_adapters(model, settings.lora, folder=folder / "start", device=torch.device("cpu"), seed=0)
@@ -187,9 +208,10 @@ def _quiet() -> Any:
 
 def case_of(
     student: Shape, teacher: Shape | None = None, *, signals: str = "none", teacher_precision: str = "fp32",
-    weights: str = "float32", steps: int = 3, **training: Any,
+    weights: str = "float32", steps: int = 3, sharded: bool = False, **training: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """A case: shapes; `signals` none, live or cached; the live teacher's precision; what its file holds; settings.
+    """A case: shapes; `signals` none, live or cached; the live teacher's precision; what its file holds; `sharded`:
+    the student through FSDP2, on this one device; settings.
 
     Steps, evaluations and checkpoints: `steps` optimizer steps, an evaluation after every one, a checkpoint after
     every one but the last.
@@ -204,7 +226,7 @@ def case_of(
         settings |= {"forward_kl": 0.0, "cross_entropy": 1.0}
     return {
         "student": student.model_dump(), "teacher": teacher.model_dump() if teacher else None, "signals": signals,
-        "teacher_precision": teacher_precision, "weights": weights, "training": settings,
+        "teacher_precision": teacher_precision, "weights": weights, "training": settings, "sharded": sharded,
     }  # fmt: skip
 
 
@@ -232,7 +254,7 @@ def predicted(case: dict[str, Any]) -> Prediction:
         )  # fmt: skip
     recipe = Recipe(distill=settings)
     return predict(
-        Shape(**case["student"]), settings, teaching, lora=settings.lora, blocks=blocks_of(recipe)
+        Shape(**case["student"]), settings, teaching, lora=settings.lora, blocks=blocks_of(recipe), device=device()
     )  # fmt: skip
 
 
