@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import RuntimeCrashed, UserError
 from edgedistill.gguf.convert import convert_to_gguf
+from edgedistill.gguf.reader import GgufFile
 from edgedistill.gguf.streaming import Dtype
 from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.store import fsync_folder
@@ -91,25 +91,19 @@ def _tail(log: Path) -> str:
 
 
 def _facts(gguf: Path, script: Path) -> dict[str, Any]:
-    from gguf import GGUFReader
-
     try:
-        reader = GGUFReader(gguf)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise UserError(f"{script.name} wrote a file that is no GGUF: {error}", "use llama.cpp's own script") from error
-
-    def value(key: str) -> Any:
-        field = reader.get_field(key)
-        return None if field is None else field.contents()
-
-    architecture = str(value("general.architecture"))
-    tokens = value("tokenizer.ggml.tokens") or []
+        reader = GgufFile(gguf)
+    except UserError as error:
+        raise UserError(
+            f"{script.name} wrote a file that is no sound GGUF: {error.cause}", "use llama.cpp's own script"
+        ) from error
+    architecture = str(reader.value("general.architecture"))
     return {
         "architecture": architecture,
-        "task": "embedding" if value(f"{architecture}.attention.causal") is False else "causal-lm",
-        "parameters": sum(prod(int(d) for d in tensor.shape) for tensor in reader.tensors),
-        "vocab_size": len(tokens),
-        "context_length": int(value(f"{architecture}.context_length") or 0),
+        "task": "embedding" if reader.value(f"{architecture}.attention.causal") is False else "causal-lm",
+        "parameters": sum(tensor.n_elements for tensor in reader.tensors),
+        "vocab_size": reader.header.arrays.get("tokenizer.ggml.tokens", (0, 0))[1],
+        "context_length": int(reader.value(f"{architecture}.context_length") or 0),
         "bytes": gguf.stat().st_size,
         "notes": [f"converted by {script.name}"],
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +12,9 @@ from edgedistill.errors import UserError, did_you_mean
 from edgedistill.gguf.architectures import TensorSpec, by_gguf_name, from_interleaved, specs_of
 from edgedistill.gguf.config import Sizes
 from edgedistill.gguf.families import FAMILIES, Family
+from edgedistill.gguf.reader import GgufFile, GgufTensor
 from edgedistill.gguf.rope import FACTORS, LONG_FACTORS, SHORT_FACTORS
-from edgedistill.gguf.split import split_files
-from edgedistill.guards.gguf import check_gguf
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
+from edgedistill.gguf.split import open_gguf
 
 COMPUTED = frozenset({FACTORS, LONG_FACTORS, SHORT_FACTORS})  # from the config; no parameters of the torch model
 # llama and mistral are one architecture there, with the same names.
@@ -53,25 +49,15 @@ def stored_types(gguf: Path) -> dict[str, str]:
     }
 
 
-def _read(gguf: Path) -> tuple[dict[str, list[tuple[str, TensorSpec]]], list[ReaderTensor]]:
+def _read(gguf: Path) -> tuple[dict[str, list[tuple[str, TensorSpec]]], list[GgufTensor]]:
     """GGUF name → the torch tensors that it is made of, and the tensors of all the GGUF's files."""
-    readers = [_open(path) for path in split_files(gguf)]
+    readers = open_gguf(gguf)
     stored = [tensor for reader in readers for tensor in reader.tensors]
     tensors = by_gguf_name(_specs(readers[0], gguf, stored))
     for tensor in stored:
         if tensor.name not in COMPUTED and tensor.name not in tensors:
             raise UserError(f"{gguf}: unexpected tensor {tensor.name}", "export it with this version of edgedistill")
     return tensors, stored
-
-
-def _open(gguf: Path) -> GGUFReader:
-    from gguf import GGUFReader
-
-    check_gguf(gguf)  # the reader below believes every count
-    try:
-        return GGUFReader(gguf)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise UserError(f"{gguf} cannot be read as GGUF: {error}", "export the artifact again") from error
 
 
 def _as_in_torch(values: NDArray[np.float32], spec: TensorSpec) -> NDArray[np.float32]:
@@ -85,15 +71,14 @@ def _as_in_torch(values: NDArray[np.float32], spec: TensorSpec) -> NDArray[np.fl
     return values[spec.row] if spec.rows else values
 
 
-def _specs(reader: GGUFReader, gguf: Path, stored: Sequence[ReaderTensor]) -> Mapping[str, TensorSpec]:
+def _specs(reader: GgufFile, gguf: Path, stored: Sequence[GgufTensor]) -> Mapping[str, TensorSpec]:
     def value(key: str, default: int | None = None) -> int:
-        field = reader.get_field(key)
-        if field is None and default is None:
+        found = reader.value(key, default)
+        if found is None:
             raise UserError(f"{gguf} has no metadata {key}", "export it with this version of edgedistill")
-        return default if field is None else int(field.contents())  # type: ignore[return-value]
+        return int(found)
 
-    named = reader.get_field("general.architecture")
-    architecture = str(named.contents()) if named is not None else ""
+    architecture = str(reader.value("general.architecture", ""))
     if architecture not in GGUF_FAMILIES:
         raise UserError(f"{gguf} is of architecture '{architecture}'", did_you_mean(architecture, GGUF_FAMILIES))
     family = GGUF_FAMILIES[architecture]

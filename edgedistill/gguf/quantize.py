@@ -16,6 +16,7 @@ from edgedistill.gguf.architectures import Model, model_of
 from edgedistill.gguf.converter import to_gguf
 from edgedistill.gguf.importance import gguf_importance
 from edgedistill.gguf.mixes import BASE_TYPES, UNQUANTIZED, quantizable
+from edgedistill.gguf.reader import GgufFile
 from edgedistill.gguf.request import Request, refuse_importance, request_of, request_of_file, with_importance
 from edgedistill.gguf.sensitivity import choose_mix, refuse_mixed
 from edgedistill.gguf.split import split_gguf
@@ -144,16 +145,14 @@ class _Contents:
 
 
 def _contents(model: Path) -> _Contents:
-    from gguf import GGUFReader
-
-    reader = GGUFReader(model)
-    bits = 8 * sum(int(t.n_bytes) for t in reader.tensors)
+    reader = GgufFile(model)
+    bits = 8 * sum(t.n_bytes for t in reader.tensors)
     return _Contents(
         counts=dict(sorted(Counter(t.tensor_type.name for t in reader.tensors).items())),
         matrices={
-            t.name: (t.tensor_type.name, int(t.shape[0])) for t in reader.tensors if quantizable(t.name, len(t.shape))
+            t.name: (t.tensor_type.name, t.shape[0]) for t in reader.tensors if quantizable(t.name, len(t.shape))
         },
-        bits_per_weight=bits / sum(int(t.n_elements) for t in reader.tensors),
+        bits_per_weight=bits / sum(t.n_elements for t in reader.tensors),
     )
 
 

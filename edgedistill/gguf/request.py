@@ -27,6 +27,7 @@ from edgedistill.gguf.mixes import (
     uses_importance,
     wanted_types,
 )
+from edgedistill.gguf.reader import GgufFile
 from edgedistill.progress import QUIET, Progress
 from edgedistill.records import Calibration
 
@@ -93,9 +94,7 @@ def request_of_file(gguf: Path, quantization: str, options: ExportOptions) -> Re
 
     Without the torch model's names there is no importance matrix: UserError where one is needed or asked for.
     """
-    from gguf import GGUFReader
-
-    columns = {t.name: int(t.shape[0]) for t in GGUFReader(gguf).tensors if quantizable(t.name, len(t.shape))}
+    columns = {t.name: t.shape[0] for t in GgufFile(gguf).tensors if quantizable(t.name, len(t.shape))}
     overrides = chosen_overrides(columns, options.tensor_types)
     refuse_importance(quantization, overrides, options)
     helped = uses_importance(quantization, options.importance_matrix)

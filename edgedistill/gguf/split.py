@@ -10,13 +10,11 @@ import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO
 
 from edgedistill.errors import UserError
+from edgedistill.gguf.reader import GgufFile, GgufTensor
 from edgedistill.store import fsync_folder
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader
 
 MAGIC_AND_VERSION = b"GGUF" + struct.pack("<I", 3)
 KEYS_AT = 24  # magic, version, u64 tensors, u64 keys
@@ -33,12 +31,10 @@ def split_gguf(source: Path, max_file_bytes: int) -> list[Path]:
     A file that is small enough stays as it is. Raises UserError where metadata or a tensor alone is larger. The parts
     are written under other names and renamed when all are whole; nothing remains of them on failure.
     """
-    from gguf import GGUFReader
-
     if source.stat().st_size <= max_file_bytes:
         return [source]
-    reader = GGUFReader(source)
-    keys = _key_bytes(source, reader)
+    reader = GgufFile(source)
+    keys = _key_bytes(reader)
     groups = _groups(reader, len(keys), max_file_bytes, source)
     paths = [source.with_name(f"{source.stem}-{i + 1:05d}-of-{len(groups):05d}.gguf") for i in range(len(groups))]
     partial = [path.with_name(f".{path.name}.partial") for path in paths]
@@ -74,18 +70,21 @@ def split_files(first: Path) -> list[Path]:
     return paths
 
 
-def _key_bytes(source: Path, reader: GGUFReader) -> bytes:
+def open_gguf(first: Path) -> list[GgufFile]:
+    """All files of a GGUF, opened. UserError where one is missing or is not sound."""
+    return [GgufFile(path) for path in split_files(first)]
+
+
+def _key_bytes(reader: GgufFile) -> bytes:
     """The metadata as it stands in the file; what comes after it are the tensors' descriptions."""
-    ends = [field.offset + sum(int(part.nbytes) for part in field.parts) for field in reader.fields.values()]
-    # Reading gives three made-up fields (version and counts), which lie before the first key.
-    with source.open("rb") as file:
+    with reader.path.open("rb") as file:
         file.seek(KEYS_AT)
-        return file.read(max(ends) - KEYS_AT)
+        return file.read(reader.header.keys_end - KEYS_AT)
 
 
-def _groups(reader: GGUFReader, key_bytes: int, limit: int, source: Path) -> list[list[Any]]:
+def _groups(reader: GgufFile, key_bytes: int, limit: int, source: Path) -> list[list[GgufTensor]]:
     """The tensors of each file, in the file's order, filled up to `limit`."""
-    groups: list[list[Any]] = [[]]
+    groups: list[list[GgufTensor]] = [[]]
     overhead = KEYS_AT + _split_key_bytes() + ALIGNMENT
     size = overhead + key_bytes
     if size > limit:
@@ -94,12 +93,11 @@ def _groups(reader: GGUFReader, key_bytes: int, limit: int, source: Path) -> lis
             f" {limit:,} bytes holds",
             "raise export.max_file_bytes",
         )
-    for tensor in sorted(reader.tensors, key=lambda t: int(t.data_offset)):
-        needed = _padded(int(tensor.n_bytes)) + len(_description(tensor, 0))
+    for tensor in sorted(reader.tensors, key=lambda t: t.data_offset):
+        needed = _padded(tensor.n_bytes) + len(_description(tensor, 0))
         if overhead + needed > limit:
             raise UserError(
-                f"{source.name}: {tensor.name} has {int(tensor.n_bytes):,} bytes, more than a file of {limit:,} bytes"
-                " holds",
+                f"{source.name}: {tensor.name} has {tensor.n_bytes:,} bytes, more than a file of {limit:,} bytes holds",
                 "raise export.max_file_bytes",
             )
         if size + needed > limit:
@@ -115,12 +113,12 @@ def _groups(reader: GGUFReader, key_bytes: int, limit: int, source: Path) -> lis
 def _write(
     path: Path,
     source: Path,
-    tensors: Sequence[Any],
+    tensors: Sequence[GgufTensor],
     number: int,
     count: int,
     all_tensors: int,
     keys: bytes,
-    reader: GGUFReader,
+    reader: GgufFile,
 ) -> None:
     own = _split_keys(number, count, all_tensors)
     key_count = (_key_count(reader) if keys else 0) + 3
@@ -128,13 +126,13 @@ def _write(
     descriptions = []
     for tensor in tensors:
         descriptions.append(_description(tensor, offset))
-        offset += _padded(int(tensor.n_bytes))
+        offset += _padded(tensor.n_bytes)
     head = MAGIC_AND_VERSION + struct.pack("<QQ", len(tensors), key_count) + keys + own + b"".join(descriptions)
     with path.open("wb") as out, source.open("rb", buffering=0) as read:
         out.write(head.ljust(_padded(len(head)), b"\0"))
         for tensor in tensors:
-            size = int(tensor.n_bytes)
-            _copy(read, out, int(tensor.data_offset), size)
+            size = tensor.n_bytes
+            _copy(read, out, tensor.data_offset, size)
             out.write(b"\0" * (_padded(size) - size))
         out.flush()
         os.fsync(out.fileno())
@@ -150,8 +148,8 @@ def _copy(read: IO[bytes], out: IO[bytes], offset: int, size: int) -> None:
         size -= len(block)
 
 
-def _key_count(reader: GGUFReader) -> int:
-    return int(reader.fields["GGUF.kv_count"].contents())
+def _key_count(reader: GgufFile) -> int:
+    return len(reader.keys)
 
 
 def _string(text: str) -> bytes:
@@ -173,11 +171,10 @@ def _split_key_bytes() -> int:
     return len(_split_keys(0, 0, 0))
 
 
-def _description(tensor: Any, offset: int) -> bytes:
-    dims = [int(n) for n in tensor.shape]
+def _description(tensor: GgufTensor, offset: int) -> bytes:
     return (
         _string(tensor.name)
-        + struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
+        + struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape)
         + struct.pack("<IQ", int(tensor.tensor_type), offset)
     )
 

@@ -63,7 +63,8 @@ SIZES = {
 class GgufHeader:
     """What a file says. `values`: scalars and short strings; `arrays`: key → (type, count); `tensors`: name → bytes.
 
-    `spans`: array or tensor → where its bytes begin in the file, and how many; `kinds`: tensor → ggml's type and dims.
+    `spans`: array or tensor → where its bytes begin in the file, and how many; `kinds`: tensor → ggml's type and dims;
+    `keys_end`: where the tensors' descriptions begin.
     """
 
     path: Path
@@ -73,6 +74,7 @@ class GgufHeader:
     tensors: dict[str, int] = field(default_factory=dict)
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     kinds: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    keys_end: int = 0
 
 
 def check_gguf(path: Path) -> GgufHeader:
@@ -126,6 +128,7 @@ class _Reader:
             raise self.refused(f"it says that it has {tensors:,} tensors and {keys:,} keys")
         for _ in range(keys):
             self.pair()
+        self.found.keys_end = self.at
         self.check_values()
         self.check_tensors(tensors)
 

@@ -43,8 +43,9 @@ def _gguf(artifact: Artifact, folder: Path, checkpoint: Path) -> list[Finding]:
     from edgedistill.generation import generation_of
     from edgedistill.gguf.architectures import model_of
     from edgedistill.gguf.convert import tokenizer_of
+    from edgedistill.gguf.split import open_gguf
     from edgedistill.runtimes.child import RuntimeProcess
-    from edgedistill.verify.faithful_gguf import key_findings, open_gguf, tensor_findings, value_of
+    from edgedistill.verify.faithful_gguf import key_findings, tensor_findings
     from edgedistill.verify.faithful_vocabulary import Vocabulary, vocabulary_findings
 
     entry = folder / artifact.entry
@@ -70,8 +71,8 @@ def _gguf(artifact: Artifact, folder: Path, checkpoint: Path) -> list[Finding]:
                 raise
     generation = None
     if artifact.task == "causal-lm":
-        tokens = value_of(readers[0], "tokenizer.ggml.tokens") or []
-        vocab_size = len(tokens) if model is None else model.sizes.vocab_size
+        _, tokens = readers[0].header.arrays.get("tokenizer.ggml.tokens", (0, 0))
+        vocab_size = tokens if model is None else model.sizes.vocab_size
         generation = generation_of(checkpoint, vocab_size=vocab_size)
     with RuntimeProcess("llama.cpp", entry, threads=1, context_tokens=0, use_extra_bufts=False) as process:
         runtime = process.generation()

@@ -5,25 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedistill.errors import UserError
 from edgedistill.gguf import ggml
 from edgedistill.gguf.architectures import Model, TensorSpec, as_modules, by_gguf_name, to_interleaved
 from edgedistill.gguf.mixes import EMBEDDING, HEAD, UNQUANTIZED
 from edgedistill.gguf.pooling import pooling_of
+from edgedistill.gguf.reader import GgufFile, GgufTensor
 from edgedistill.gguf.rope import MetadataValue
-from edgedistill.gguf.split import split_files
 from edgedistill.gguf.streaming import as_stored
 from edgedistill.verify.finding import Finding, shown
 from edgedistill.verify.rounding import difference
 from edgedistill.weights import StoredTensor, read_tensor, stored_tensors
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
 
 WIDTH = {"F32": 32, "F16": 16, "BF16": 16}
 FLOAT_TOLERANCE = 1e-6  # of a key: the writer's float32
@@ -39,24 +35,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 HARMLESS = frozenset({"vocab_size", "attention.key_length", "attention.value_length", "rope.dimension_count"})
 
 
-def open_gguf(gguf: Path) -> list[GGUFReader]:
-    """Readers of all its files. UserError where one cannot be read."""
-    from gguf import GGUFReader
-
-    try:
-        return [GGUFReader(path) for path in split_files(gguf)]
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise UserError(f"{gguf} cannot be read as GGUF: {error}", "export the artifact again") from error
-
-
-def value_of(reader: GGUFReader, key: str) -> Any:
-    """A key's value, None where it is not there."""
-    field = reader.get_field(key)
-    return None if field is None else field.contents()
-
-
 def tensor_findings(
-    readers: Sequence[GGUFReader], model: Model, checkpoint: Path, *, quantization: str, weighted: bool
+    readers: Sequence[GgufFile], model: Model, checkpoint: Path, *, quantization: str, weighted: bool
 ) -> Iterator[Finding]:
     """Tensors that are missing, too many, of another shape or type, or hold other values than the checkpoint's."""
     stored = as_modules(stored_tensors(checkpoint), model.family)
@@ -67,7 +47,7 @@ def tensor_findings(
         tensors[HEAD] = [(model.family.embedding, spec)]
     seen = set()
     for tensor in (tensor for reader in readers for tensor in reader.tensors):
-        name = str(tensor.name)
+        name = tensor.name
         if name in seen:
             yield Finding("tensor", name, "is in the file twice")
         seen.add(name)
@@ -85,21 +65,19 @@ def tensor_findings(
             yield Finding("tensor", name, "is missing")
 
 
-def key_findings(reader: GGUFReader, model: Model, checkpoint: Path) -> Iterator[Finding]:
+def key_findings(reader: GgufFile, model: Model, checkpoint: Path) -> Iterator[Finding]:
     """Keys that change what llama.cpp computes, held to the model's configuration."""
     family = model.family
-    named = value_of(reader, "general.architecture")
+    named = reader.value("general.architecture")
     if named != family.gguf:
         yield Finding("metadata", "general.architecture", f"is {shown(named)}, the model is a {family.gguf}")
         return
     expected: dict[str, MetadataValue] = dict(model.keys)
     if family.task == "embedding":
         expected["pooling_type"] = pooling_of(checkpoint)[0]
-    written = {
-        str(key).removeprefix(f"{named}."): key for key in reader.fields if str(key).startswith(f"{named}.")
-    }  # fmt: skip
+    written = {key.removeprefix(f"{named}."): key for key in reader.keys if key.startswith(f"{named}.")}
     for key, wanted in expected.items():
-        found = value_of(reader, written[key]) if key in written else _silent(key, model)
+        found = reader.value(written[key]) if key in written else _silent(key, model)
         if key == "context_length":
             # Beyond a sliding window llama.cpp would differ: the shorter context is ours, the longer the converter's.
             allowed = {int(str(wanted)), model.sizes.max_position_embeddings}
@@ -108,7 +86,7 @@ def key_findings(reader: GGUFReader, model: Model, checkpoint: Path) -> Iterator
         elif not _same(found, wanted, model.sizes.num_hidden_layers):
             yield Finding("metadata", f"{named}.{key}", f"is {shown(found)}, the model's is {shown(wanted)}")
     for key in sorted(written.keys() - expected.keys()):
-        found = value_of(reader, written[key])
+        found = reader.value(written[key])
         usual = NEUTRAL.get(key, (None, 0, False, ""))
         if key not in HARMLESS and found not in usual:
             yield Finding("metadata", f"{named}.{key}", f"is {shown(found)}, and the model's configuration has none")
@@ -151,13 +129,13 @@ def _same(found: Any, wanted: MetadataValue, layers: int) -> bool:
     return bool(found == wanted)
 
 
-def _factors(tensor: ReaderTensor, wanted: NDArray[np.float32]) -> Iterator[Finding]:
+def _factors(tensor: GgufTensor, wanted: NDArray[np.float32]) -> Iterator[Finding]:
     found = np.asarray(tensor.data)
     if found.dtype != np.float32 or found.shape != wanted.shape:
-        yield Finding("tensor", str(tensor.name), f"is {tensor.tensor_type.name} of {list(found.shape)}")
+        yield Finding("tensor", tensor.name, f"is {tensor.tensor_type.name} of {list(found.shape)}")
     elif not np.allclose(found, wanted, rtol=FACTOR_TOLERANCE, atol=0):
         at = int(np.argmax(~np.isclose(found, wanted, rtol=FACTOR_TOLERANCE, atol=0)))
-        yield Finding("tensor", str(tensor.name), f"differs at {at}: {found[at]:.7g}, the model's {wanted[at]:.7g}")
+        yield Finding("tensor", tensor.name, f"differs at {at}: {found[at]:.7g}, the model's {wanted[at]:.7g}")
 
 
 def _named(parts: Sequence[tuple[str, TensorSpec]]) -> str:
@@ -165,7 +143,7 @@ def _named(parts: Sequence[tuple[str, TensorSpec]]) -> str:
 
 
 def _compared(
-    tensor: ReaderTensor,
+    tensor: GgufTensor,
     parts: Sequence[tuple[str, TensorSpec]],
     stored: Mapping[str, StoredTensor],
     quantization: str,
@@ -174,7 +152,7 @@ def _compared(
 ) -> str:
     spec = parts[0][1]
     kind = str(tensor.tensor_type.name)
-    shape = tuple(int(d) for d in reversed(tensor.shape))
+    shape = tuple(reversed(tensor.shape))
     if shape != spec.stored_shape:
         return f"has the shape {list(shape)}, not {list(spec.stored_shape)}"
     if spec.vector and kind != "F32":
@@ -187,7 +165,7 @@ def _compared(
     values = np.concatenate([_converted(read_tensor(stored[name]), part) for name, part in parts])
     values = values.reshape(spec.stored_shape)
     if kind in UNQUANTIZED:
-        rounded = as_stored(values, kind, tensor=str(tensor.name))  # type: ignore[arg-type]
+        rounded = as_stored(values, kind, tensor=tensor.name)  # type: ignore[arg-type]
         return difference(_floats(tensor.data, kind, shape), _floats(rounded, kind, shape), kind)
     data = np.ascontiguousarray(tensor.data).view(np.uint8)
     return difference(ggml.dequantize(data, kind, shape), values, kind, weighted=weighted)

@@ -9,16 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgedistill.generation import Generation
 from edgedistill.gguf.generation_keys import GAPS_BY_TEXT, SAMPLING, STOP_ROLES, STOPS_BY_TEXT
+from edgedistill.gguf.reader import GgufFile
 from edgedistill.gguf.tokenizer_files import UNUSED, GgufTokenizer
-from edgedistill.verify.faithful_gguf import value_of
 from edgedistill.verify.finding import Finding, shown
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader
 
 GGML = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
@@ -37,7 +34,7 @@ class Vocabulary:
 
 
 def vocabulary_findings(
-    reader: GGUFReader, expected: Vocabulary, runtime: Mapping[str, Any], *, converted: bool
+    reader: GgufFile, expected: Vocabulary, runtime: Mapping[str, Any], *, converted: bool
 ) -> Iterator[Finding]:
     """`runtime`: what llama.cpp says of itself (RuntimeProcess.generation). `converted`: by the user's own script,
     whose scores, types and names of rows without a token may be others; what they do is compared in the runtime."""
@@ -54,8 +51,8 @@ def vocabulary_findings(
             yield from _sampling(reader, tokenizer, generation, converted=converted)
 
 
-def _tokens(reader: GGUFReader, tokenizer: GgufTokenizer, *, converted: bool) -> Iterator[Finding]:
-    found = value_of(reader, f"{GGML}tokens")
+def _tokens(reader: GgufFile, tokenizer: GgufTokenizer, *, converted: bool) -> Iterator[Finding]:
+    found = reader.value(f"{GGML}tokens")
     if not isinstance(found, list) or len(found) != len(tokenizer.tokens):
         count = len(found) if isinstance(found, list) else None
         yield Finding("tokenizer", f"{GGML}tokens", f"has {count} tokens, the model {len(tokenizer.tokens)}")
@@ -68,13 +65,13 @@ def _tokens(reader: GGUFReader, tokenizer: GgufTokenizer, *, converted: bool) ->
         said = f"differs in {len(wrong):,} tokens: {at} is {seen}, the model's is {original}"
         yield Finding("tokenizer", f"{GGML}tokens", said)
     yield from _list(reader, "merges", tokenizer.merges)
-    if tokenizer.model not in (value_of(reader, f"{GGML}model"),):
-        found_model = value_of(reader, f"{GGML}model")
+    if tokenizer.model not in (reader.value(f"{GGML}model"),):
+        found_model = reader.value(f"{GGML}model")
         yield Finding("tokenizer", f"{GGML}model", f"is {shown(found_model)}, not {shown(tokenizer.model)}")
 
 
-def _list(reader: GGUFReader, name: str, wanted: Sequence[Any]) -> Iterator[Finding]:
-    found = value_of(reader, f"{GGML}{name}") or []
+def _list(reader: GgufFile, name: str, wanted: Sequence[Any]) -> Iterator[Finding]:
+    found = reader.value(f"{GGML}{name}") or []
     if list(found) == list(wanted):
         return
     at = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), min(len(found), len(wanted)))
@@ -82,7 +79,7 @@ def _list(reader: GGUFReader, name: str, wanted: Sequence[Any]) -> Iterator[Find
     yield Finding("tokenizer", f"{GGML}{name}", f"differs from the model's, first at {at}: {seen}, and not {original}")
 
 
-def _own_keys(reader: GGUFReader, tokenizer: GgufTokenizer) -> Iterator[Finding]:
+def _own_keys(reader: GgufFile, tokenizer: GgufTokenizer) -> Iterator[Finding]:
     """All that this package's own converter writes."""
     import numpy as np
 
@@ -93,31 +90,31 @@ def _own_keys(reader: GGUFReader, tokenizer: GgufTokenizer) -> Iterator[Finding]
     wanted |= {f"{role}_token_id": token_id for role, token_id in tokenizer.special.items()}
     wanted |= {key: list(value) if isinstance(value, bytes) else value for key, value in tokenizer.extra.items()}
     for key, value in wanted.items():
-        found = value_of(reader, f"{GGML}{key}")
+        found = reader.value(f"{GGML}{key}")
         if found != value:
             yield Finding("tokenizer", f"{GGML}{key}", f"is {shown(found)}, the model's is {shown(value)}")
 
 
-def _ends(reader: GGUFReader, tokenizer: GgufTokenizer, runtime: Mapping[str, Any]) -> Iterator[Finding]:
+def _ends(reader: GgufFile, tokenizer: GgufTokenizer, runtime: Mapping[str, Any]) -> Iterator[Finding]:
     for role, wanted in (("bos", tokenizer.add_bos), ("eos", tokenizer.add_eos)):
         if tokenizer.model != "bert" and bool(runtime[f"adds_{role}"]) != wanted:
             yield Finding(
                 "tokenizer", f"{GGML}add_{role}_token",
-                f"is {shown(value_of(reader, f'{GGML}add_{role}_token'))}: llama.cpp"
+                f"is {shown(reader.value(f'{GGML}add_{role}_token'))}: llama.cpp"
                 f" {'adds' if runtime[f'adds_{role}'] else 'does not add'} {role.upper()}, and the model's tokenizer"
                 f" {'does' if wanted else 'does not'}",
             )  # fmt: skip
     bos = tokenizer.special.get("bos")
-    found = value_of(reader, f"{GGML}bos_token_id")
+    found = reader.value(f"{GGML}bos_token_id")
     if bos is not None and tokenizer.model != "bert" and found != bos:
         yield Finding("tokenizer", f"{GGML}bos_token_id", f"is {shown(found)}, the model's is {bos}")
 
 
-def _stops(reader: GGUFReader, generation: Generation, runtime: Mapping[str, Any]) -> Iterator[Finding]:
+def _stops(reader: GgufFile, generation: Generation, runtime: Mapping[str, Any]) -> Iterator[Finding]:
     found, wanted = set(runtime["stops"]), set(generation.stops)
     for token in sorted(wanted - found):
         yield Finding("stops", "the stop tokens", f"lack {generation.named(token)}: llama.cpp would not stop there")
-    keys = {role: value_of(reader, f"{GGML}{role}_token_id") for role in (*STOP_ROLES, *GAP_ROLES)}
+    keys = {role: reader.value(f"{GGML}{role}_token_id") for role in (*STOP_ROLES, *GAP_ROLES)}
     for token in sorted(found - wanted):
         text = generation.texts.get(token)
         role = next((role for role, token_id in keys.items() if token_id == token), None)
@@ -138,17 +135,17 @@ def _stops(reader: GGUFReader, generation: Generation, runtime: Mapping[str, Any
         yield Finding("stops", f"{GGML}eos_token_id", f"is {shown(keys['eos'])}, which is no token")
 
 
-def template_findings(reader: GGUFReader, generation: Generation, runtime: Mapping[str, Any]) -> Iterator[Finding]:
+def template_findings(reader: GgufFile, generation: Generation, runtime: Mapping[str, Any]) -> Iterator[Finding]:
     """The chat templates, byte for byte, in the file and as llama.cpp gives the default one."""
     for name, wanted in {"default": "", **generation.templates}.items():
         key = TEMPLATE if name == "default" else f"{TEMPLATE}.{name}"
-        found = value_of(reader, key) or ""
+        found = reader.value(key) or ""
         if found != wanted:
             yield Finding("template", key, difference_of(found, wanted))
     known = {TEMPLATE, f"{TEMPLATE}s", *(f"{TEMPLATE}.{name}" for name in generation.templates)}
-    for field in reader.fields:
-        if str(field).startswith(TEMPLATE) and str(field) not in known:
-            yield Finding("template", str(field), "is in the file, and the model has no such template")
+    for key in reader.keys:
+        if key.startswith(TEMPLATE) and key not in known:
+            yield Finding("template", key, "is in the file, and the model has no such template")
     if (runtime.get("template") or "") != generation.template:
         said = difference_of(runtime.get("template") or "", generation.template)
         yield Finding("template", "llama.cpp's chat template", said)
@@ -166,13 +163,9 @@ def difference_of(found: str, wanted: str) -> str:
 
 
 def _sampling(
-    reader: GGUFReader, tokenizer: GgufTokenizer, generation: Generation, *, converted: bool
+    reader: GgufFile, tokenizer: GgufTokenizer, generation: Generation, *, converted: bool
 ) -> Iterator[Finding]:
-    found = {
-        str(key).removeprefix(SAMPLING): value_of(reader, str(key))
-        for key in reader.fields
-        if str(key).startswith(SAMPLING)
-    }
+    found = {key.removeprefix(SAMPLING): reader.value(key) for key in reader.keys if key.startswith(SAMPLING)}
     # llama.cpp's own script copies some of generation_config.json's values under these keys, whatever do_sample says.
     also = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"} if converted else {}
     for key, value in found.items():

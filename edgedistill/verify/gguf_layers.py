@@ -17,6 +17,7 @@ from edgedistill.errors import UserError
 from edgedistill.gguf.architectures import as_modules, model_of, to_interleaved
 from edgedistill.gguf.dequantize import dequantized
 from edgedistill.gguf.pooling import CLS, LAST, MEAN
+from edgedistill.gguf.reader import GgufFile
 from edgedistill.records import Parity
 from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.store import Store
@@ -201,17 +202,12 @@ def _torch_embedding(model: Any, ids_T: NDArray[np.int64], pooling: int) -> NDAr
 
 
 def _pooling(gguf: Path) -> int:
-    from gguf import GGUFReader
-
-    reader = GGUFReader(gguf)
-    named = reader.get_field("general.architecture")
-    field = None if named is None else reader.get_field(f"{named.contents()}.pooling_type")
-    if field is None:
+    reader = GgufFile(gguf)
+    found = reader.value(f"{reader.value('general.architecture')}.pooling_type")
+    if found is None:
         raise UserError(f"{gguf} says nothing of its pooling", "export it with this version of edgedistill")
-    return int(field.contents())
+    return int(found)
 
 
 def _types(gguf: Path) -> dict[str, str]:
-    from gguf import GGUFReader
-
-    return {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(gguf).tensors}
+    return {tensor.name: tensor.tensor_type.name for tensor in GgufFile(gguf).tensors}
