@@ -187,10 +187,12 @@ def _written(
     if format_ == "onnx" and not is_decoder(checkpoint, options.task):
         from edgedistill.onnx.encoder import export_encoder
 
-        return export_encoder(
+        made = export_encoder(
             checkpoint, out, quantization=quantization, context_tokens=context_tokens, threads=threads,
             options=options, progress=progress,
         )  # fmt: skip
+        _say_parity(made, "onnxruntime", progress)
+        return made
     if format_ == "onnx":
         from edgedistill.onnx.decoder import export_onnx
 
@@ -271,9 +273,9 @@ def _say_parity(made: Artifact, runtime: str, progress: Progress) -> None:
     parity = made.parity
     if parity is None:
         return
-    what, greedy = "embeddings", ""
+    what, greedy = "embeddings" if made.format == "gguf" else "outputs", ""
     if parity.greedy_tokens is not None:
-        what = "logits"
+        what = "logits" if made.task == "causal-lm" else "outputs"
         compared = parity.greedy_tokens if parity.greedy_compared is None else parity.greedy_compared
         greedy = f"; greedy text equal for {parity.greedy_tokens_equal} of {compared} tokens"
         if compared < parity.greedy_tokens:

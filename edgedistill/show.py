@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from edgedistill.bundle.check import BundleCheck
     from edgedistill.pipeline import Built, Trained
     from edgedistill.plan import Plan
-    from edgedistill.records import Artifact, Gate, Latency, Retention, Sensitivity, SignalsResult
+    from edgedistill.records import Artifact, Fallback, Gate, Latency, Retention, Sensitivity, SignalsResult
 
 WIDTH = 140
 
@@ -199,10 +199,22 @@ def artifact_text(artifact: Artifact, out: Path) -> str:
         f" {artifact.bits_per_weight:.2f} bits a weight, context {artifact.context_tokens:,} tokens",
         f"tensors: {types}",
     ]
-    lines += [f"fallback: {f.tensor} is {f.got} instead of {f.wanted}: {f.why}" for f in artifact.fallbacks]
+    lines += _fallback_lines(artifact.fallbacks)
     if artifact.sensitivity is not None:
         lines += sensitivity_lines(artifact.sensitivity)
     return "\n".join(lines)
+
+
+def _fallback_lines(fallbacks: Sequence[Fallback]) -> list[str]:
+    """One line for all tensors that got the same type for the same reason."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for one in fallbacks:
+        groups.setdefault((one.got, one.wanted, one.why), []).append(one.tensor)
+    lines = []
+    for (got, wanted, why), tensors in groups.items():
+        what = f"{tensors[0]} is" if len(tensors) == 1 else f"{len(tensors)} tensors ({tensors[0]}, ...) are"
+        lines.append(f"fallback: {what} {got} instead of {wanted}: {why}")
+    return lines
 
 
 def sensitivity_lines(record: Sensitivity) -> list[str]:

@@ -247,7 +247,12 @@ def test_the_list_of_what_works_and_the_way_around(plain: dict[str, Path], tmp_p
         export_gguf(folder, tmp_path)
     assert all(name in caught.value.remedy for name in FAMILIES)
     assert "--converter" in caught.value.remedy
+    assert "did you mean" not in caught.value.remedy  # what every class of this kind ends in is no likeness
     assert not (tmp_path / "out").exists()
+    folder = edit_config(plain["gpt2"], tmp_path / "typo", architectures=["LlamForCausalLM"])
+    with pytest.raises(UserError) as caught:
+        export_gguf(folder, tmp_path)
+    assert caught.value.remedy.startswith("did you mean 'LlamaForCausalLM'?")
 
 
 @pytest.mark.parametrize("case", ["gpt2", "bert"])

@@ -5,6 +5,7 @@ The families are in families.py; nothing here knows one by name.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedistill.errors import UserError, did_you_mean
+from edgedistill.errors import UserError
 from edgedistill.gguf.config import Config, Sizes
 from edgedistill.gguf.families import FAMILIES, Change, Family, Tensor
 from edgedistill.gguf.rope import MetadataValue, Rope, rope_of
@@ -74,6 +75,13 @@ class Model:
         return int(str(self.keys["context_length"]))
 
 
+def _near_family(name: str) -> str:
+    """ "did you mean 'x'? ", by what is before the head's name, which many classes share; "" where nothing is near."""
+    stems = {family.split("For")[0].removesuffix("Model"): family for family in FAMILIES}
+    near = difflib.get_close_matches(name.split("For")[0], stems, n=1, cutoff=0.85)
+    return f"did you mean '{stems[near[0]]}'? " if near else ""
+
+
 def architecture_of(config: Mapping[str, Any], *, where: str) -> Family:
     """The table's entry for a parsed config.json; UserError with what works where there is none."""
     names = config.get("architectures")
@@ -85,7 +93,7 @@ def architecture_of(config: Mapping[str, Any], *, where: str) -> Family:
     if found is None:
         raise UserError(
             f"{where}: no GGUF converter for architecture '{names[0]}'",
-            f"{did_you_mean(names[0], FAMILIES)} (works: {', '.join(FAMILIES)}); {OWN_CONVERTER}",
+            f"{_near_family(names[0])}works: {', '.join(FAMILIES)}; {OWN_CONVERTER}",
         )
     if config.get("model_type") != found.model_type:
         raise UserError(
