@@ -51,12 +51,15 @@ class FallThrough(TyperGroup):
     """A group whose own command runs where no subcommand is named: `bundle [RECIPE]` beside `bundle verify DIR`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if "--help" not in args[:1] and (not args or args[0] not in self.commands):
+        if not {"-h", "--help"} & set(args[:1]) and (not args or args[0] not in self.commands):
             args = ["make", *args]
         return super().parse_args(ctx, args)
 
 
-PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+HELP = {"help_option_names": ["-h", "--help"]}
+PLAIN: dict[str, Any] = {
+    "add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None, "context_settings": HELP,
+}  # fmt: skip
 app = typer.Typer(
     no_args_is_help=True,
     **PLAIN,
@@ -72,6 +75,23 @@ app.add_typer(bundle_app, name="bundle")
 app.add_typer(targets_app, name="targets")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(store_app, name="store")
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        from edgedistill import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _whole(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="print the version and stop")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

@@ -266,6 +266,18 @@ def test_json_is_one_document_for_every_light_command(command):
         command.json(*words.split())
 
 
+@pytest.mark.parametrize("words", ["", "bundle", "bundle verify", "teacher", "targets list", "build"])
+def test_h_is_help(command, words):
+    asked = words.split()
+    short, long = command(*asked, "-h"), command(*asked, "--help")
+    assert short.returncode == long.returncode == 0
+    assert short.stdout == long.stdout and short.stdout.startswith(f"Usage: edgedistill {words}".rstrip())
+
+
+def test_version_by_option_and_by_command(command):
+    assert command("--version").stdout == command("version").stdout
+
+
 def test_jetson_is_an_alias_and_says_so(command):
     done = command("plan", command.recipe(), "-t", "jetson")
     assert "target jetson is jetson-orin-nano" in done.stderr
