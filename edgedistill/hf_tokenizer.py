@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,46 @@ def vocabulary(folder: Path, role: str = "model") -> dict[str, int]:
         what = f"the id of {shown(odd)} is {shown(known[odd])}" if odd is not None else "it has no tokens"
         raise UserError(f"{path} has no vocabulary that can be read: {what}", "save it again with save_pretrained")
     return known
+
+
+def require_all_tokens(folder: Path, role: str = "model") -> None:
+    """Refuse a folder whose other files add tokens that tokenizer.json lacks. UserError.
+
+    transformers adds them as it opens the folder; whatever goes by tokenizer.json alone, which every runtime here does,
+    would read "<|im_start|>" as a dozen tokens of text.
+    """
+    known = vocabulary(folder, role)
+    for name, said in (("tokenizer_config.json", _added_by_id), ("added_tokens.json", _added_by_token)):
+        path = folder / name
+        added = said(read_json(path, what=name)) if path.is_file() else {}
+        other = [(token, index) for token, index in added.items() if known.get(token) != index]
+        if other:
+            token, index = other[0]
+            has = f"has it as {known[token]}" if token in known else "does not have"
+            more = f", and {len(other) - 1} more like it" if len(other) > 1 else ""
+            where = shlex.quote(str(folder))
+            raise UserError(
+                f"{role} {folder}: {name} adds the token {shown(token)} with the id {index}, which tokenizer.json {has}"
+                f"{more}: transformers would read it as one token, what runs the model as other tokens",
+                "write it into tokenizer.json: python -c 'import sys, transformers;"
+                f" transformers.AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[1])' {where}",
+            )
+
+
+def _added_by_id(config: dict[str, Any]) -> dict[str, int]:
+    """Token → id of tokenizer_config.json's `added_tokens_decoder`."""
+    table = config.get("added_tokens_decoder")
+    entries = table.items() if isinstance(table, dict) else ()
+    return {
+        str(entry["content"]): int(index)
+        for index, entry in entries
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str) and index.isdecimal()
+    }
+
+
+def _added_by_token(table: dict[str, Any]) -> dict[str, int]:
+    """Token → id of added_tokens.json."""
+    return {token: index for token, index in table.items() if type(index) is int}
 
 
 def open_tokenizer(path: Path) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 from edgedistill.companions import TOKENIZER_NAMES
 from edgedistill.errors import UserError
 from edgedistill.hf_tokenizer import copy_tokenizer as copy_tokenizer
-from edgedistill.hf_tokenizer import cut_note
+from edgedistill.hf_tokenizer import cut_note, require_all_tokens
 from edgedistill.hf_tokenizer import open_tokenizer as open_tokenizer
 from edgedistill.hf_tokenizer import tokenizer_sha256 as tokenizer_sha256
 from edgedistill.hf_tokenizer import vocabulary as vocabulary
@@ -146,6 +146,7 @@ def check_folder(path: Path, *, name: str, origin: str, role: str) -> ModelFolde
                 f"{role} folder {path}: the tokenizer has the id {largest:,}, the embedding {shape.vocab_size:,} rows",
                 "resize the embedding (resize_token_embeddings) and save the model again",
             )
+        require_all_tokens(path, role)
     return ModelFolder(
         path=path,
         name=name,

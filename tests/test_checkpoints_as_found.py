@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from edgedistill.errors import UserError
 from edgedistill.gguf.convert import convert_to_gguf
+from edgedistill.hf_tokenizer import open_tokenizer
 from edgedistill.loading import RUN_SETTINGS
 from edgedistill.models import locate, open_model
 from edgedistill.onnx.decoder import _stage
@@ -105,6 +108,28 @@ def test_a_weight_with_two_names_that_is_saved_once(tied: Path, untied: Path, tm
     lost = change_weights(copy(untied, tmp_path / "lost"), lambda w: {n: v for n, v in w.items() if n not in dropped})
     with pytest.raises(UserError, match="embed_tokens"):
         convert_to_gguf(lost, tmp_path / "lost.gguf")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "added_tokens.json"])
+def test_tokens_that_tokenizer_json_lacks_are_refused_until_it_has_them(name: str, tmp_path: Path) -> None:
+    folder = tiny(tmp_path / "found", vocab_size=416)
+    first = max(open_tokenizer(folder / "tokenizer.json").get_vocab().values()) + 1
+    whole = {index: token for token, index in open_tokenizer(folder / "tokenizer.json").get_vocab().items()}
+    added = {first: "<|im_start|>", first + 1: "<|im_end|>"}
+    listed = {str(index): {"content": token, "special": True} for index, token in (whole | added).items()}
+    if name == "added_tokens.json":
+        (folder / name).write_text(json.dumps({token: index for index, token in added.items()}))
+    else:
+        edit_json(folder / name, added_tokens_decoder=listed)
+    found = []
+    for opened in (open_model, lambda path: convert_to_gguf(Path(path), tmp_path / "out.gguf")):
+        with pytest.raises(UserError, match=rf"adds the token '<\|im_start\|>' with the id {first}") as error:
+            opened(str(folder))
+        found.append(error.value.remedy.partition(": ")[2])
+    subprocess.run(found[0].replace("python", sys.executable, 1), shell=True, check=True, capture_output=True)
+    open_model(str(folder))
+    convert_to_gguf(folder, tmp_path / "out.gguf")
+    assert open_tokenizer(folder / "tokenizer.json").encode("<|im_start|>").ids[-1:] == [first]
 
 
 def _sharded(folder: Path) -> dict[str, Path]:

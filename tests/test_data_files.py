@@ -9,7 +9,9 @@ import json
 import os
 import random
 import shlex
+import shutil
 import subprocess
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -26,8 +28,9 @@ from edgedistill.store import Store
 RNG = random.Random(0)
 TEXTS = [f"Story {i}. {' '.join(RNG.choices(['red', 'blue', 'cat', 'ran', 'tree'], k=12))}." for i in range(40)]
 SEPARATOR, WRITTEN_SEPARATOR = r"\n<|§ \u2028|>\n", "\n<|§ \u2028|>\n"
-FORMATS = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-COMPRESSED = tuple(suffix + end for suffix in FORMATS if suffix != ".parquet" for end in (".gz", ".zst"))
+WHOLE = (".parquet", ".arrow")
+FORMATS = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", *WHOLE)
+COMPRESSED = tuple(suffix + end for suffix in FORMATS if suffix not in WHOLE for end in (".gz", ".zst"))
 MISSING = ["None", "null", "NA", "nan", "N/A", "0012", "1e5", "True", "#", r"\N"]
 ODD = [*MISSING, "\ufdd01\ufdd02\r2", '"', '"whole"', "a,b", "a\tb", "x\ny", "\r"]
 CHARACTERS = st.characters(exclude_categories=["Cs"]) | st.sampled_from('"\n\r\t,\u2028\x85\ufdd0 ')
@@ -57,6 +60,12 @@ def written(texts: list[str], suffix: str) -> bytes:
 
         sink = io.BytesIO()
         parquet.write_table(pyarrow.table({"id": range(len(texts)), "text": texts}), sink)
+        return sink.getvalue()
+    if suffix == ".arrow":
+        table, sink = pyarrow.table({"id": range(len(texts)), "text": texts}), io.BytesIO()
+        kind = pyarrow.ipc.new_stream if len(texts) % 2 else pyarrow.ipc.new_file
+        with kind(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=3)
         return sink.getvalue()
     if suffix in (".csv", ".tsv"):
         made = io.StringIO(newline="")
@@ -185,9 +194,9 @@ def test_every_row_is_a_document_or_counted(tmp_path):
     [
         ("t.csv", "text\nglücklich\n".encode("latin-1"), "line 2 is not UTF-8: byte 2 is 0xfc", "Latin-1"),
         ("t.csv", "text\n“glücklich”\n".encode("cp1252"), "line 2 is not UTF-8", "iconv -f WINDOWS-1252"),
-        ("t.csv", "text\na\n".encode("utf-16"), "not UTF-8", "iconv -f UTF-16 "),
-        ("a b.txt", "some words\n".encode("utf-16-be") * 9, "is binary", "a b.txt' > "),
-        ("t.jsonl", "text".encode("utf-16-le"), "is not JSON", "a row is one JSON object"),
+        ("t.csv", "text\na\n".encode("utf-16"), "is UTF-16", "iconv -f UTF-16 "),
+        ("a b.txt", "some words\n".encode("utf-16-be") * 9, "is UTF-16BE", "a b.txt' > "),
+        ("t.txt", b"some\0words" * 99, "is binary", "give text in UTF-8"),
         ("t.jsonl", b'{"text": "a"},\n{"text": "b"},\n', "line 1", "ends with a comma"),
         ("t.jsonl", b'{"text": "a \\ud83d"}\n', "half of a surrogate pair", "write \\ufffd in its place"),
         ("t.jsonl", b'[{"text": "a"}]', "holds a list", "is a .json file"),
@@ -199,6 +208,9 @@ def test_every_row_is_a_document_or_counted(tmp_path):
         ("t.csv", b"id,text \n1,a\n", "no column 'text'", """--set 'data.text_column="text "'"""),
         ("t.json", b'{\n "data": [\n {"text": "a"}]}', "rows stand under 'data'", "jq .data t.json"),
         ("t.json", b'{"text": {"0": "a", "1": "b"}}', "holds dict", "orient='records'"),
+        ("t.jsonl", b'{"text": {"content": "a"}}', "holds dict", "fields of it ('content')"),
+        ("t.jsonl", b'{"text": ["a", "b"]}', "holds list", "a row for each text"),
+        ("t.csv", b"sep=;\nid;text\n1;a\n", "no column 'text'", "separated by ';'"),
         ("t.csv", b'{"text": "a"}\n', "no column 'text'", "name it .jsonl"),
         ("t.xlsx", b"PK\x03\x04more", "an Excel table", "as .csv"),
         ("t.pdf", b"%PDF-1.7\n", "is a PDF", "pdftotext"),
@@ -209,6 +221,13 @@ def test_every_row_is_a_document_or_counted(tmp_path):
         ("t.csv", b"text\n", "is empty", "give a file with text"),
         ("t.txt", b"BZh91AY&SY more", "compressed (bzip2)", "bunzip2"),
         ("t.txt", gzip.compress(b"text", mtime=0), "compressed (gzip)", "rename it to t.txt.gz"),
+        ("t.gz", gzip.compress(b"text", mtime=0), "compressed (gzip)", "t.txt.gz, t.jsonl.gz"),
+        ("corpus", gzip.compress(b"text", mtime=0), "compressed (gzip)", "corpus.txt.gz, corpus.jsonl.gz"),
+        ("t.parquet.gz", gzip.compress(b"PAR1", mtime=0), "compressed (gzip)", "gunzip"),
+        ("t.parquet.gz", b"PAR1 more", "is Parquet", "rename it to t.parquet.gz.parquet"),
+        ("t.tar.gz", gzip.compress(b"t", mtime=0), "compressed (gzip)", "tar -xf "),
+        ("t.txt", b"\xff\xff\xff\xff more", "is an Arrow file", "rename it to t.txt.arrow"),
+        ("t.arrow", b"\xff\xff\xff\xff more", "cannot be read as Arrow", "write it again"),
         ("t.txt.gz", b"plain", "cannot be read as gzip", "give it the name of what it is"),
         ("t.txt.zst", b"plain", "cannot be read as zstd", "give it the name of what it is"),
         ("t.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "cannot be read as gzip", "copy or write"),
@@ -245,6 +264,93 @@ def test_a_remedy_that_is_a_command_works(tmp_path):
     rows.write_bytes(written(["a", "b"], ".jsonl"))
     subprocess.run(refusal(rows).remedy.partition(": ")[2], shell=True, check=True)
     assert read(tmp_path / "ro ws.jsonl") == ["a", "b"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be", "cp1252"])
+@pytest.mark.parametrize("suffix", [s for s in (*FORMATS, *COMPRESSED) if s not in WHOLE])
+def test_what_converts_another_encoding_gives_its_texts(tmp_path, encoding, suffix):
+    """Bytes of the wide ones are UTF-8 too, letter by letter, so that a reader gets far with them."""
+    texts = ["“glücklich”, they said.", "Once upon a time there was a café."]
+    plain = suffix.removesuffix(".gz").removesuffix(".zst")
+    raw = written(texts, plain).decode()
+    if plain.startswith((".json", ".ndjson")):
+        raw = json.dumps([{"text": t} for t in texts], ensure_ascii=False)
+        raw = raw if plain == ".json" else "\n".join(json.dumps({"text": t}, ensure_ascii=False) for t in texts)
+    if plain == ".txt":
+        raw = "\n".join(texts)
+    path = tmp_path / f"t{suffix}"
+    packed = raw.encode(encoding)
+    path.write_bytes(gzip.compress(packed) if suffix.endswith(".gz") else packed)
+    if suffix.endswith(".zst"):
+        import pyarrow
+
+        path.write_bytes(pyarrow.compress(packed, codec="zstd", asbytes=True))
+    command = refusal(path).remedy.partition(": ")[2]
+    if suffix.endswith(".zst") and shutil.which("zstd") is None:
+        assert command.startswith("zstd -dc ") and "| iconv -f " in command
+        return
+    subprocess.run(command, shell=True, check=True)
+    assert read(tmp_path / f"utf8-t{suffix}") == texts
+
+
+def test_an_archive_is_unpacked_by_its_remedy(tmp_path):
+    (tmp_path / "one.txt").write_text("one\n\ntwo\n")
+    for name, mode in (("t.tar", "w"), ("t.tar.gz", "w:gz"), ("t.tgz", "w:gz"), ("t.txt", "w"), ("t.txt.gz", "w:gz")):
+        with tarfile.open(tmp_path / name, mode) as archive:
+            archive.add(tmp_path / "one.txt", "one.txt")
+        subprocess.run(refusal(tmp_path / name).remedy.partition(": ")[2], shell=True, check=True)
+        assert read(tmp_path / "t") == ["one", "two"]
+        shutil.rmtree(tmp_path / "t")
+
+
+def test_what_datasets_saved_is_read(tmp_path):
+    import datasets
+
+    datasets.disable_progress_bars()
+    texts = [f"Text {index}." for index in range(40)]
+    rows = datasets.Dataset.from_dict({"text": texts, "id": list(range(40))})
+    rows.save_to_disk(tmp_path / "saved", num_shards=3)
+    (tmp_path / "saved" / "cache-0123456789abcdef.arrow").write_bytes(b"a cache that map left")
+    found = read_source(str(tmp_path / "saved"), Data())
+    assert found.texts == texts and found.read is not None
+    left_out = {entry.why: entry.count for entry in found.read.left_out}
+    assert left_out == {"a cache of what was made of the rows": 1, "describes a data set": 2}
+    rows.select(range(10, 20)).save_to_disk(tmp_path / "selected")  # of a part, it saves the part
+    assert read(tmp_path / "selected") == texts[10:20]
+
+
+def test_bytes_of_a_parquet_column_are_its_text_in_utf_8(tmp_path):
+    """Spark and Impala write text without saying that it is."""
+    import pyarrow
+    from pyarrow import parquet
+
+    texts = ["one", None, "größer"]
+    made = [None if text is None else text.encode() for text in texts]
+    for kind in (pyarrow.binary(), pyarrow.large_binary(), pyarrow.dictionary(pyarrow.int32(), pyarrow.binary())):
+        parquet.write_table(pyarrow.table({"text": pyarrow.array(made).cast(kind)}), tmp_path / "t.parquet")
+        assert read(tmp_path / "t.parquet") == ["one", "größer"]
+    parquet.write_table(pyarrow.table({"text": [b"one", b"\xff\xd8"]}), tmp_path / "t.parquet")
+    assert "row 2" in refusal(tmp_path / "t.parquet").cause
+
+
+def test_a_damaged_arrow_file_is_refused_and_kills_nothing(tmp_path):
+    """Offsets that lead out of the file's text are in reach of whoever reads them unchecked."""
+    raw = written([f"text {index} größer" for index in range(9)], ".arrow")
+    rng = random.Random(0)
+    for _ in range(400):
+        damaged = bytearray(raw)
+        for _ in range(rng.randint(1, 4)):
+            damaged[rng.randrange(len(raw))] = rng.choice((0, 1, 0x7F, 0xFF, rng.randrange(256)))
+        (tmp_path / "t.arrow").write_bytes(damaged[: rng.choice((len(raw), rng.randrange(len(raw))))])
+        try:
+            read(tmp_path / "t.arrow")
+        except UserError as error:
+            assert error.remedy
+
+
+def test_the_line_that_tells_excel_the_separator_is_no_row(tmp_path):
+    (tmp_path / "t.csv").write_text('sep=,\nid,text\n1,"a, b"\n2,c\n')
+    assert read(tmp_path / "t.csv") == ["a, b", "c"]
 
 
 def test_files_that_inflate_without_end(tmp_path, monkeypatch):

@@ -50,6 +50,8 @@ def delimited_rows(file: BinaryIO, table: Table, separator: str) -> Iterator[tup
                 break
             fields = [_unmasked(value) for value in fields]
             if names is None:
+                if separator == "," and fields == ["sep=", ""]:
+                    continue  # the line by which Excel is told the separator
                 names = fields
                 _check_names(names, table)
                 if table.data.text_column not in names:

@@ -101,12 +101,10 @@ def source_hash(documents: Iterable[str]) -> str:
 def _nothing_in(folder: Path, left_out: list[LeftOut]) -> UserError:
     held = "; ".join(f"{entry.count:,} {entry.why}" for entry in left_out)
     nameless = any("no suffix" in entry.why for entry in left_out)
-    arrow = any("(.arrow)" in entry.why for entry in left_out)
     return UserError(
         f"data folder {folder} holds no text{f': {held}' if held else ''}",
         f"it takes files of {read_suffixes()}"
-        + ("; a text without a suffix is read where --data names the file itself" if nameless else "")
-        + ("; what `datasets` saved becomes one by load_from_disk(...).to_parquet(...)" if arrow else ""),
+        + ("; a text without a suffix is read where --data names the file itself" if nameless else ""),
     )
 
 

@@ -7,6 +7,7 @@ rows (README.md beside them). A link to a folder is followed once, so that a cir
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,17 +17,19 @@ from edgedistill.errors import UserError
 from edgedistill.records import LeftOut
 from edgedistill.strict import shown
 
-Format = Literal["text", "jsonl", "json", "csv", "tsv", "parquet"]
+Format = Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "arrow"]
 FORMATS: dict[str, Format] = {
     ".txt": "text", ".text": "text", ".md": "text", ".rst": "text",
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonlines": "jsonl", ".json": "json",
-    ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
+    ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow",
 }  # fmt: skip
+WHOLE = ("parquet", "arrow")  # formats whose files are read at their end or by their own blocks: never inflated
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 # beside rows these describe them; in a folder of texts they are texts
 DESCRIPTIONS = frozenset({"readme", "license", "licence", "copying", "notice", "citation", "changelog", "contributing"})
 # what `datasets` keeps beside its tables
 METADATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+CACHES = re.compile(r"cache-[0-9a-f]+(?:_\d+_of_\d+)?\.arrow")  # what its `map` and `filter` leave beside them
 # what systems, and Spark, leave beside data; the last two hold JSON that is no data
 HIDDEN_NAMES = frozenset({
     "__MACOSX", "__pycache__", "Thumbs.db", "desktop.ini", "lost+found", "$RECYCLE.BIN", "System Volume Information",
@@ -54,7 +57,7 @@ def kind_of(name: str) -> Kind | None:
     for end, compression in COMPRESSIONS.items():
         if lower.endswith(end):
             kind = kind_of(lower.removesuffix(end))
-            return None if kind is None or kind.compression or kind.format == "parquet" else Kind(
+            return None if kind is None or kind.compression or kind.format in WHOLE else Kind(
                 kind.format, compression
             )  # fmt: skip
     suffix = lower[lower.rfind(".") :] if "." in lower else ""
@@ -63,7 +66,7 @@ def kind_of(name: str) -> Kind | None:
 
 def read_suffixes() -> str:
     """The endings that are read, in words."""
-    return f"{', '.join(FORMATS)}; all but .parquet with {' or '.join(COMPRESSIONS)} behind too"
+    return f"{', '.join(FORMATS)}; all but .parquet and .arrow with {' or '.join(COMPRESSIONS)} behind too"
 
 
 @dataclass
@@ -98,6 +101,8 @@ def folder_files(folder: Path) -> tuple[list[Path], list[LeftOut]]:
         kind = kind_of(path.name)
         if path.name.lower() in METADATA:
             tally.add("describes a data set", path, folder)
+        elif CACHES.fullmatch(path.name):
+            tally.add("a cache of what was made of the rows", path, folder)
         elif kind is None:
             tally.add(f"of a kind that is not read ({_ending(path.name)})", path, folder)
         elif kind.format == "text" and path.name.lower().partition(".")[0] in DESCRIPTIONS:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from edgedistill.data.files import kind_of
 from edgedistill.errors import UserError
 from edgedistill.strict import open_regular
 
@@ -28,14 +29,20 @@ COMPRESSED = {
 DOCUMENTS = {
     b"%PDF-": ("a PDF", "take its text out, e.g. with pdftotext"),
     b"PAR1": ("Parquet", "rename it to {name}.parquet"),
-    b"ARROW1": ("an Arrow file", "write it as Parquet; of `datasets`: load_from_disk(...).to_parquet(...)"),
+    b"ARROW1": ("an Arrow file", "rename it to {name}.arrow"),
+    b"\xff\xff\xff\xff": ("an Arrow file", "rename it to {name}.arrow"),
 }
 OFFICE = {
     ".xlsx": "an Excel table", ".ods": "a table", ".docx": "a Word document", ".odt": "a text document",
     ".pptx": "a presentation", ".epub": "an e-book",
 }  # fmt: skip
-MAGIC_BYTES = max(map(len, [*COMPRESSED, *DOCUMENTS]))
+TAR_MAGIC, TAR_AT = b"ustar", 257
+MAGIC_BYTES = TAR_AT + len(TAR_MAGIC)
 ENDINGS = {"gzip": ".gz", "zstd": ".zst"}
+TAR_ENDINGS = (".tar", ".tgz")
+WIDE_MARKS = {
+    b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
+}  # fmt: skip
 
 
 @contextmanager
@@ -120,14 +127,41 @@ def refuse_compressed(start: bytes, path: Path, where: str) -> None:
         raise UserError(
             f"data file {where} is {OFFICE[path.suffix.lower()]}", "save its text as .txt, or its table as .csv"
         )
+    if is_tar(start):
+        raise tar_error(path, where)
     for magic, (name, tool) in COMPRESSED.items():
         if start.startswith(magic):
-            ending = ENDINGS.get(name)
-            decompress = f"decompress it first ({tool}); .gz and .zst are read"
-            raise UserError(
-                f"data file {where} is compressed ({name})",
-                f"rename it to {path.name}{ending}" if ending else decompress,
-            )
+            raise UserError(f"data file {where} is compressed ({name})", _compressed_remedy(path, name, tool))
+
+
+def _compressed_remedy(path: Path, compression: str, tool: str) -> str:
+    """What makes a compressed file one that is read, by what its name says that it holds."""
+    ending = ENDINGS.get(compression)
+    name = path.name.removesuffix(path.suffix) if ending and path.suffix.lower() == ending else path.name
+    inner = Path(name).suffix.lower()
+    if inner in TAR_ENDINGS:
+        return tar_error(path, str(path)).remedy
+    if ending is None:
+        return f"decompress it first ({tool}); .gz and .zst are read"
+    if inner in (".parquet", ".arrow"):
+        return f"decompress it first ({tool}): {inner} is read as it is"
+    if kind_of(name) is None:
+        return f"name it by what it holds: {name}.txt{ending}, {name}.jsonl{ending} or the like"
+    return f"rename it to {name}{ending}"
+
+
+def is_tar(start: bytes) -> bool:
+    """Whether a file that begins so is a tar archive."""
+    return start[TAR_AT : TAR_AT + len(TAR_MAGIC)] == TAR_MAGIC
+
+
+def tar_error(path: Path, where: str) -> UserError:
+    folder = path.name.partition(".")[0] or "unpacked"
+    into = shell_path(path.with_name(folder if folder != path.name else f"{folder}-unpacked"))
+    return UserError(
+        f"data file {where} is a tar archive",
+        f"unpack it, and name the folder: mkdir {into} && tar -xf {shell_path(path)} -C {into}",
+    )
 
 
 def require_room(text_bytes: int, where: str | Path) -> None:
@@ -140,9 +174,26 @@ def require_room(text_bytes: int, where: str | Path) -> None:
         )
 
 
-def utf16_of(sample: bytes) -> str | None:
+def wide_encoding(sample: bytes) -> str | None:
+    """The UTF-16 or UTF-32 that a file beginning so is, by its byte order mark, or by what it looks like without."""
+    marked = next((name for mark, name in WIDE_MARKS.items() if sample.startswith(mark)), None)
+    return marked or _utf32_of(sample) or _utf16_of(sample)
+
+
+def _utf32_of(sample: bytes) -> str | None:
+    """UTF-32 without a mark: the two upper bytes of all characters are zero but for those that no text has many of."""
+    quarter = len(sample) // 4
+    first, last = sample[::4].count(0), sample[3::4].count(0)
+    if quarter < 2 or sample[1::4].count(0) + sample[2::4].count(0) < 1.5 * quarter:
+        return None
+    return "UTF-32LE" if last > 0.9 * quarter > first else "UTF-32BE" if first > 0.9 * quarter > last else None
+
+
+def _utf16_of(sample: bytes) -> str | None:
     """The UTF-16 that bytes without a byte order mark look like: of most characters one byte, the same, is zero."""
     half = len(sample) // 2
+    if half < 2:
+        return None
     even, odd = sample[::2].count(0), sample[1::2].count(0)
     if min(even, odd) > 0.1 * half or max(even, odd) < 0.5 * half:
         return None
@@ -151,10 +202,9 @@ def utf16_of(sample: bytes) -> str | None:
 
 def encoding_remedy(sample: bytes, path: Path) -> str:
     """The command that makes UTF-8 of a file in the encoding that a sample of it looks like."""
-    if sample[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        encoding, what = "UTF-16", "convert it"
-    elif utf16 := utf16_of(sample):
-        encoding, what = utf16, f"convert it, from {utf16} where that is what it is"
+    if wide := wide_encoding(sample):
+        marked = wide in WIDE_MARKS.values()
+        encoding, what = wide, "convert it" if marked else f"convert it, from {wide} where that is what it is"
     else:
         # which says Latin-1 too: the characters that Latin-1 has in the place of its quotes and dashes are never meant
         encoding, what = "WINDOWS-1252", "convert it, from Latin-1 or Windows-1252 where that is what it is"

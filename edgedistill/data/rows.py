@@ -11,9 +11,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 from edgedistill.data.delimited import delimited_rows
-from edgedistill.data.files import Kind
+from edgedistill.data.files import WHOLE, Kind
 from edgedistill.data.opened import (
-    MAGIC_BYTES,
     MAX_INFLATION,
     MAX_LINE_BYTES,
     MIN_INFLATION_BYTES,
@@ -22,12 +21,15 @@ from edgedistill.data.opened import (
     require_room,
 )
 from edgedistill.data.table import CHAT, COLUMNS_SHOWN, Table, decoded_line, lines_of, no_column
+from edgedistill.data.text import refuse_wide
 from edgedistill.errors import UserError
 from edgedistill.strict import NotJson, parse_json, shown
 
 MAX_ARRAY_BYTES = 1 << 29  # a .json file that is one list is parsed whole
 MAX_FOOTER_BYTES = 1 << 26
+SAMPLE_BYTES = 1 << 12  # of a file's start, which say whether it is text in UTF-8
 PARQUET_ROWS = 16  # a batch; each of its texts may be a whole page of 2 GB in a file that is made to hurt
+ARROW_MAGIC = b"ARROW1"  # of a file; a stream has none
 NO_TEXT, BLANK = "without a text", "with a blank text"
 
 
@@ -35,8 +37,11 @@ def read_rows(table: Table, kind: Kind) -> list[str]:
     """The texts in the column that `data` names, at most `most` of them. UserError with file, line and cause."""
     with open_data(table.path, kind.compression, table.where) as file:
         try:
-            if kind.compression is None and kind.format != "parquet":
-                refuse_compressed(file.read(MAGIC_BYTES), table.path, table.where)
+            if kind.format not in WHOLE:
+                start = file.read(SAMPLE_BYTES)
+                if kind.compression is None:
+                    refuse_compressed(start, table.path, table.where)
+                refuse_wide(start, table.path, table.where)
                 file.seek(0)
             return rows_of(file, table, kind)
         except OSError as error:
@@ -49,6 +54,8 @@ def rows_of(file: BinaryIO, table: Table, kind: Kind) -> list[str]:
     """As `read_rows`, of an open file whose content is `kind`'s format."""
     if kind.format == "parquet":
         return _kept(_parquet(file, table), table)
+    if kind.format == "arrow":
+        return _kept(_arrow(file, table), table)
     if kind.format in ("csv", "tsv"):
         rows = delimited_rows(file, table, "\t" if kind.format == "tsv" else ",")
     else:
@@ -68,7 +75,8 @@ def _kept(values: Iterable[tuple[Any, int]], table: Table) -> list[str]:
             continue
         if not isinstance(value, str):
             raise UserError(
-                f"data {table.where}: column {column} holds {type(value).__name__} (row {line:,})", _no_text(value)
+                f"data {table.where}: column {column} holds {type(value).__name__} (row {line:,})",
+                _no_text(value, table),
             )
         if not value.strip():
             table.dropped[BLANK] += 1
@@ -87,11 +95,16 @@ def _kept(values: Iterable[tuple[Any, int]], table: Table) -> list[str]:
     return kept
 
 
-def _no_text(value: Any) -> str:
+def _no_text(value: Any, table: Table) -> str:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return CHAT
-    if isinstance(value, dict):
+    if isinstance(value, list) and value and isinstance(value[0], str):
+        return "a row holds one text: write a row for each text of the list, or join them"
+    if isinstance(value, dict) and table.path.suffix.lower() == ".json" and "0" in value:
         return "write a row a line; with pandas: to_json(..., orient='records', lines=True)"
+    if isinstance(value, dict):
+        names = ", ".join(shown(name) for name in list(value)[:5])
+        return f"its texts stand in fields of it ({names}): write one of them to a column of its own"
     return "name a column of text with --set data.text_column=NAME, or write the values as text, in quotes"
 
 
@@ -228,18 +241,70 @@ def _parquet(file: BinaryIO, table: Table) -> Iterator[tuple[Any, int]]:
             raise no_column(table, names) if column not in names else _twice(table)
         for batch in opened.iter_batches(PARQUET_ROWS, columns=[column], use_threads=False):
             for scalar in batch.column(column):
-                value = scalar.as_py()
                 line += 1
+                value = _text_of(scalar, line, table)
                 text_bytes += len(value) if isinstance(value, str) else 0
-                if text_bytes > max(MIN_INFLATION_BYTES, MAX_INFLATION * size):
-                    raise UserError(
-                        f"data file {table.where} of {size:,} bytes holds at least {text_bytes:,} characters of text",
-                        f"more than {MAX_INFLATION} times a file's size is taken for a bomb: write it as .jsonl",
-                    )
+                _require_real(text_bytes, size, table)
                 yield value, line
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise UserError(f"data file {table.where} cannot be read as Parquet: {reason}", again) from error
+
+
+def _arrow(file: BinaryIO, table: Table) -> Iterator[tuple[Any, int]]:
+    """Rows of an Arrow file or stream, as `datasets` keeps them: a block at a time, each checked before it is read."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    import pyarrow
+    from pyarrow import ipc
+
+    again = "write it again; of `datasets`: save_to_disk, or to_parquet"
+    line = text_bytes = 0
+    column = table.data.text_column
+    try:
+        whole = file.read(len(ARROW_MAGIC)) == ARROW_MAGIC
+        file.seek(0)
+        opened = ipc.open_file(file) if whole else ipc.open_stream(file)
+        names = opened.schema.names
+        if names.count(column) != 1:
+            raise no_column(table, names) if column not in names else _twice(table)
+        blocks = (opened.get_batch(index) for index in range(opened.num_record_batches)) if whole else opened
+        for batch in blocks:
+            batch.validate(full=True)  # a file from outside: offsets that lead out of its text are found here
+            for scalar in batch.column(column):
+                line += 1
+                value = _text_of(scalar, line, table)
+                text_bytes += len(value) if isinstance(value, str) else 0
+                _require_real(text_bytes, size, table)
+                yield value, line
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise UserError(f"data file {table.where} cannot be read as Arrow: {reason}", again) from error
+
+
+def _text_of(scalar: Any, row: int, table: Table) -> Any:
+    """A cell's value. Bytes are the text that they are in UTF-8: some writers of Parquet do not say that a column is
+    text (Spark, Impala). UserError where they are none."""
+    value = scalar.as_py()
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        column = shown(table.data.text_column)
+        raise UserError(
+            f"data file {table.where}, row {row:,}: column {column} holds bytes that are no UTF-8",
+            "name a column of text with --set data.text_column=NAME, or write the text as such",
+        ) from error
+
+
+def _require_real(text_bytes: int, size: int, table: Table) -> None:
+    """Refuse text that a file of its size does not hold. UserError."""
+    if text_bytes > max(MIN_INFLATION_BYTES, MAX_INFLATION * size):
+        raise UserError(
+            f"data file {table.where} of {size:,} bytes holds at least {text_bytes:,} characters of text",
+            f"more than {MAX_INFLATION} times a file's size is taken for a bomb: write it as .jsonl",
+        )
 
 
 def _twice(table: Table) -> UserError:

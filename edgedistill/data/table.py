@@ -44,7 +44,13 @@ def no_column(table: Table, names: list[str]) -> UserError:
     remedy = "name it with --set data.text_column=NAME"
     alike = [name for name in names if name.strip().lower() == wanted.lower()]
     separator = next((mark for mark in ";\t|," if len(names) == 1 and wanted in names[0].split(mark)), None)
-    if names and names[0].lstrip().startswith(("{", "[")):
+    told = re.fullmatch(r"sep=(.)", names[0]) if len(names) == 1 else None
+    if told is not None:
+        remedy = (
+            f"its first line says that columns are separated by {shown(told[1])}: write it with commas, or with tabs"
+            " and without that line as .tsv"
+        )
+    elif names and names[0].lstrip().startswith(("{", "[")):
         remedy = "it looks like JSON: name it .jsonl, or .json where it is one list"
     elif alike:
         remedy = f"name it: --set {_assigned('data.text_column', alike[0])}"

@@ -11,11 +11,13 @@ from edgedistill.data.opened import (
     MAGIC_BYTES,
     MAX_LINE_BYTES,
     encoding_remedy,
+    is_tar,
     open_data,
     refuse_compressed,
     require_room,
     shell_path,
-    utf16_of,
+    tar_error,
+    wide_encoding,
 )
 from edgedistill.errors import UserError
 from edgedistill.strict import NotJson, parse_json, shown, unescape
@@ -71,8 +73,8 @@ def _scanned(file: BinaryIO, path: Path, where: str, separator: bytes) -> bytes:
     size = controls = run = 0
     tail = b""
     while chunk := file.read(CHUNK_BYTES):
-        if not chunks and chunk[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise UserError(f"data file {where} is UTF-16", encoding_remedy(chunk[:2], path))
+        if not chunks:
+            refuse_wide(chunk[: 1 << 12], path, where)
         controls += len(chunk) - len(chunk.translate(None, CONTROLS))
         if controls > MAX_CONTROL_SHARE * (size + len(chunk)):
             raise _binary(chunk, size, controls, path, where)
@@ -89,18 +91,25 @@ def _scanned(file: BinaryIO, path: Path, where: str, separator: bytes) -> bytes:
     return b"".join(chunks)
 
 
+def refuse_wide(start: bytes, path: Path, where: str) -> None:
+    """Refuse what begins as UTF-16 or UTF-32: bytes of it are UTF-8 too. UserError with what converts it."""
+    wide = wide_encoding(start) if b"\0" in start or start[:1] in (b"\xff", b"\xfe") else None
+    if wide is not None:
+        raise UserError(f"data file {where} is {wide}", encoding_remedy(start, path))
+
+
 def _binary(chunk: bytes, before: int, controls: int, path: Path, where: str) -> UserError:
     zero = chunk.find(0)
+    if not before and is_tar(chunk):
+        return tar_error(path, where)
     if zero < 0:
         old, new = shell_path(path), shell_path(path.with_name(f"clean-{path.name}"))
         return UserError(
             f"data file {where} is binary: {controls:,} control characters",
             rf"give text; if it is, take them out: tr -d '\000-\010\013\016-\037' < {old} > {new}",
         )
-    sample = chunk[: 1 << 12]
     return UserError(
-        f"data file {where} is binary: byte {before + zero} is 0",
-        encoding_remedy(sample, path) if utf16_of(sample) else "give text in UTF-8, or .jsonl, .csv, .parquet",
+        f"data file {where} is binary: byte {before + zero} is 0", "give text in UTF-8, or .jsonl, .csv, .parquet"
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from edgedistill.errors import UserError
 from edgedistill.generation import DEFAULT_TEMPLATE, chat_templates
 from edgedistill.gguf.pretokenizers import OWN_CONVERTER
+from edgedistill.hf_tokenizer import require_all_tokens
 from edgedistill.strict import read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
@@ -73,6 +74,7 @@ def read_files(folder: Path) -> TokenizerFiles:
             f"{folder} has no tokenizer.json",
             "save the tokenizer once with transformers: AutoTokenizer.from_pretrained(dir).save_pretrained(dir)",
         )
+    require_all_tokens(folder)
     optional = {
         name: read_json(folder / name, what=name) if (folder / name).is_file() else {}
         for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json")
