@@ -19,7 +19,24 @@ sys.path.sort(key=lambda path: not ((path.startswith(_OWN) and "-packages" not i
 from edgedistill.errors import EXIT_INTERRUPTED  # noqa: E402
 
 
+def _open_streams() -> None:
+    """Give a process that was started without standard input, output or error (a service, `2>&-`) empty ones.
+
+    The next file that is opened would get the number of the missing one, and what is said would be written into it.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+
+
 def main() -> None:
+    _open_streams()
     try:
         from edgedistill.cli import main as run
     except KeyboardInterrupt:  # within the half second of the imports

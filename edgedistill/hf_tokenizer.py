@@ -23,6 +23,10 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+_SAVE_AGAIN = (
+    "python -c 'import sys, transformers;"
+    " transformers.AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[1])'"
+)
 # Both are null where they are off. No token of a vocabulary has an object for its id.
 _CUTS_OR_PADS = re.compile(rb'"(truncation|padding)"\s*:\s*\{')
 
@@ -61,9 +65,7 @@ def vocabulary(folder: Path, role: str = "model") -> dict[str, int]:
     """Token → id of tokenizer.json, added tokens included."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise UserError(
-            f"{role} folder {folder} has no tokenizer.json", "save its fast tokenizer there with save_pretrained"
-        )
+        raise no_tokenizer_json(folder, role)
     tree = read_json(path, what="tokenizer.json")
     try:
         table = tree["model"]["vocab"]
@@ -78,6 +80,20 @@ def vocabulary(folder: Path, role: str = "model") -> dict[str, int]:
         what = f"the id of {shown(odd)} is {shown(known[odd])}" if odd is not None else "it has no tokens"
         raise UserError(f"{path} has no vocabulary that can be read: {what}", "save it again with save_pretrained")
     return known
+
+
+def no_tokenizer_json(folder: Path, role: str = "model") -> UserError:
+    """What to do about a folder without tokenizer.json, by the tokenizer's files that it has."""
+    cause = f"{role} folder {folder} has no tokenizer.json"
+    sentence_piece = next(iter(sorted(folder.glob("*.model"))), None)
+    if sentence_piece is not None:
+        return UserError(
+            f"{cause}, only SentencePiece's {sentence_piece.name}",
+            f"make it: pip install sentencepiece && {_SAVE_AGAIN} {shlex.quote(str(folder))}",
+        )
+    if any((folder / name).is_file() for name in ("vocab.json", "vocab.txt")):
+        return UserError(cause, f"make it of the files that are there: {_SAVE_AGAIN} {shlex.quote(str(folder))}")
+    return UserError(cause, "save its fast tokenizer there with save_pretrained")
 
 
 def require_all_tokens(folder: Path, role: str = "model") -> None:
@@ -99,8 +115,7 @@ def require_all_tokens(folder: Path, role: str = "model") -> None:
             raise UserError(
                 f"{role} {folder}: {name} adds the token {shown(token)} with the id {index}, which tokenizer.json {has}"
                 f"{more}: transformers would read it as one token, what runs the model as other tokens",
-                "write it into tokenizer.json: python -c 'import sys, transformers;"
-                f" transformers.AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[1])' {where}",
+                f"write it into tokenizer.json: {_SAVE_AGAIN} {where}",
             )
 
 

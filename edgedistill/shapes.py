@@ -115,7 +115,7 @@ def config_from_shape(
 
 def _refuse_unsayable(config: Mapping[str, Any], model_type: str, where: str) -> None:
     activation = config.get("hidden_act", "silu")
-    if activation != "silu":
+    if activation not in ("silu", "swish"):  # two names of one function
         raise UserError(f"{where}: hidden_act is {activation!r}", "models with silu (SwiGLU) work")
     for key in ("attention_bias", "mlp_bias"):
         # In Llama and Qwen3 this flag also puts a bias on the output projection, which no converter here writes.

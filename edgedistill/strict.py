@@ -258,7 +258,9 @@ def read_json_value(path: Path, *, what: str, max_bytes: int = MAX_JSON_BYTES, m
     try:
         return parse_json(raw, max_depth=max_depth)
     except NotJson as error:
-        raise UserError(f"{what} {path}: {error}", f"replace it with a whole {what}") from error
+        encoded = "UTF-8" in str(error) or "byte order mark" in str(error)
+        remedy = "save it as UTF-8 without a byte order mark" if encoded else f"replace it with a whole {what}"
+        raise UserError(f"{what} {path}: {error}", remedy) from error
 
 
 def parse_json(raw: bytes | str, *, max_depth: int = MAX_JSON_DEPTH, constants: bool = False) -> Any:

@@ -132,6 +132,32 @@ def test_tokens_that_tokenizer_json_lacks_are_refused_until_it_has_them(name: st
     assert open_tokenizer(folder / "tokenizer.json").encode("<|im_start|>").ids[-1:] == [first]
 
 
+def test_a_folder_without_tokenizer_json_gets_it_by_the_remedy(tmp_path: Path) -> None:
+    folder = tiny(tmp_path / "found folder")
+    tree = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(tree["vocab"]))
+    (folder / "merges.txt").write_text("\n".join(" ".join(pair) for pair in tree["merges"]))
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    with pytest.raises(UserError, match=r"has no tokenizer\.json") as error:
+        convert_to_gguf(folder, tmp_path / "out.gguf")
+    command = error.value.remedy.partition(": ")[2].replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True, capture_output=True)
+    convert_to_gguf(folder, tmp_path / "out.gguf")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"")  # which transformers reads where sentencepiece is installed
+    with pytest.raises(UserError, match=r"only SentencePiece's tokenizer\.model(?s:.*)pip install sentencepiece"):
+        convert_to_gguf(folder, tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize("name", ["swish", "silu"])
+def test_one_activation_has_two_names(name: str, untied: Path, tmp_path: Path) -> None:
+    folder = copy(untied, tmp_path / "found")
+    edit_json(folder / "config.json", hidden_act=name)
+    assert open_model(str(folder)).shape == open_model(str(untied)).shape
+    assert gguf(folder) == gguf(copy(untied, tmp_path / "usual"))
+
+
 def _sharded(folder: Path) -> dict[str, Path]:
     """The folder's weights in two shards with an index. Name of a tensor → its shard."""
     tensors = load_file(folder / "model.safetensors")

@@ -173,6 +173,27 @@ def test_a_librarys_failure_is_not_called_a_bug_of_ours(tmp_path: Path) -> None:
     assert done.returncode == 1 and "this is a bug in edgedistill" in done.stderr
 
 
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&-", "<&- >&- 2>&-"])
+def test_a_process_without_standard_streams(closed: str, model: str, tmp_path: Path) -> None:
+    """As a service has none. No file of the work's own takes the number of the stream and what is said."""
+    command = Command(tmp_path)
+    words = ("export", "--student", model, *QUICK, "--out", "out")
+    script = f'exec "$@" {closed}'
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", *command.arguments(*words)], cwd=tmp_path, env=command.env(), capture_output=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "artifact.json").read_bytes()[:1] == b"{"
+    assert b"export:" not in (tmp_path / "out" / "model.gguf").read_bytes()
+    words = ("plan", "--teacher", model, "--data", "none.txt", "-t", "cpu-x86")
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", *command.arguments(*words)], cwd=tmp_path, env=command.env(), capture_output=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2
+
+
 def test_quiet_is_quiet(tmp_path: Path) -> None:
     command = Command(tmp_path, warm=True)
     for words, said in ((("-q",), False), ((), True)):

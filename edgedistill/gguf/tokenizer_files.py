@@ -14,7 +14,7 @@ from typing import Any
 from edgedistill.errors import UserError
 from edgedistill.generation import DEFAULT_TEMPLATE, chat_templates
 from edgedistill.gguf.pretokenizers import OWN_CONVERTER
-from edgedistill.hf_tokenizer import require_all_tokens
+from edgedistill.hf_tokenizer import no_tokenizer_json, require_all_tokens
 from edgedistill.strict import read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
@@ -70,10 +70,7 @@ class TokenizerFiles:
 def read_files(folder: Path) -> TokenizerFiles:
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise UserError(
-            f"{folder} has no tokenizer.json",
-            "save the tokenizer once with transformers: AutoTokenizer.from_pretrained(dir).save_pretrained(dir)",
-        )
+        raise no_tokenizer_json(folder)
     require_all_tokens(folder)
     optional = {
         name: read_json(folder / name, what=name) if (folder / name).is_file() else {}

@@ -15,6 +15,7 @@ from edgedistill.errors import RuntimeCrashed, UserError, did_you_mean
 from edgedistill.export_options import NOT_COMPARED
 from edgedistill.generation import generation_of
 from edgedistill.gguf.architectures import TIED_HEAD, architecture_of, rope_of, tensor_map
+from edgedistill.hf_tokenizer import no_tokenizer_json
 from edgedistill.loading import without_run_settings
 from edgedistill.models import require_sound
 from edgedistill.onnx.generation_settings import write_generation
@@ -124,9 +125,7 @@ def _checked(checkpoint: Path) -> tuple[dict[str, Any], Shape]:
         kept.pop(TIED_HEAD, None)
     check_tensors(kept, expected, where=where)
     if not (checkpoint / TOKENIZER_FILE).is_file():
-        raise UserError(
-            f"{checkpoint} has no tokenizer.json", "save the tokenizer into the folder with save_pretrained"
-        )
+        raise no_tokenizer_json(checkpoint)
     require_sound(checkpoint)
     return config, shape
 
