@@ -26,7 +26,9 @@ MAX_JSON_DEPTH = 64  # what transformers writes has fewer than ten levels
 MAX_NUMBER_CHARS = 100  # a double needs 25
 MAX_COMPONENT_BYTES, MAX_PATH_BYTES = 255, 4095  # of Linux
 SHOWN_CHARS = 120
-MAX_PATTERN_CHARS, MAX_REPEATS = 500, 6
+# A search tries each way to share a text among the parts that repeat: of n characters and r parts about n^(r + 1) / r!,
+# which is a second for 200 characters. Each part that may be left out doubles it.
+MAX_PATTERN_CHARS, MAX_REPEATS, MAX_OPTIONAL, MAX_CHOICES = 500, 3, 3, 64
 _KINDS = {
     stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket",
     stat.S_IFDIR: "a folder",
@@ -204,14 +206,16 @@ def unescape(text: str) -> str:
 
 
 def compiled_pattern(text: str) -> re.Pattern[str]:
-    """A regular expression from outside. ValueError for one that is none, or whose search may never end: a part that
-    repeats, or has a choice, within a group that repeats."""
+    """A regular expression from outside. ValueError for one that is none, or whose search may take for ever: a part
+    that repeats, may be left out, or has a choice, within a group that repeats; or several such parts in a row."""
     try:
         pattern = re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"not a regular expression: {error or 'nested too deep'}") from error
-    inner = [False]
-    at = repeats = 0
+    inner, choices = [False], [1]
+    at = repeats = optional = 0
+    ways = 1
+    before = "("  # what stands in front: a bracket that opens, a sign that repeats, or anything else
     while at < len(text):
         sign = text[at]
         if sign == "\\":
@@ -220,18 +224,29 @@ def compiled_pattern(text: str) -> re.Pattern[str]:
             at = _class_end(text, at)
         elif sign == "(":
             inner.append(False)
-        elif sign == ")" or sign in "*+{":
-            repeated = sign in "*+{" or text[at + 1 : at + 2] in ("*", "+", "{")
+            choices.append(1)
+        elif sign == ")" or sign in "*+{?":
+            means = sign != "?" or before == ""  # `(?:` and `+?` repeat nothing
+            repeated = means if sign != ")" else text[at + 1 : at + 2] in ("*", "+", "{", "?")
             within = inner.pop() if sign == ")" else False
-            if within and repeated:
+            ways *= choices.pop() if sign == ")" else 1
+            if within and repeated and text[at + 1 : at + 2] != "?":
                 raise ValueError(f"{shown(text)} repeats a group in which a part repeats or is chosen")
-            repeats += sign != ")"
+            repeats += sign in "*+{"
+            optional += sign == "?" and means
             inner[-1] = inner[-1] or within or repeated
         elif sign == "|":
             inner[-1] = True
+            choices[-1] += 1
+        before = "(" if sign in "(|" else "*" if sign in "*+?}" else ""
         at += 1
-    if repeats > MAX_REPEATS or len(text) > MAX_PATTERN_CHARS:
-        raise ValueError(f"{shown(text)} is too long, or repeats more than {MAX_REPEATS} parts")
+    if len(text) > MAX_PATTERN_CHARS:
+        raise ValueError(f"{shown(text)} has more than {MAX_PATTERN_CHARS} characters")
+    if repeats > MAX_REPEATS or optional > MAX_OPTIONAL or ways > MAX_CHOICES:
+        raise ValueError(
+            f"{shown(text)} repeats more than {MAX_REPEATS} parts, may leave out more than {MAX_OPTIONAL}, or has more"
+            f" than {MAX_CHOICES} ways through its groups"
+        )
     return pattern
 
 

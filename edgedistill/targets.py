@@ -21,6 +21,7 @@ from edgedistill.strict import compiled_pattern, local_path, read_text, shown
 from edgedistill.strict_yaml import dump_yaml, parse_yaml
 from edgedistill.target_files import MAX_PROFILE_BYTES, target_files
 
+SEARCHED_CHARS = 100  # of a machine's name: a pattern's search takes longer the longer it is
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 # Names as systems give them. A pattern found in two of these names a kind of machine, not a device.
 UNLIKE_DEVICES = (
@@ -286,11 +287,12 @@ def why_not(target: Target, machine: Mapping[str, Any]) -> str | None:
     cores = sum(cluster.cores for cluster in target.cpu.clusters)
     if identify.gpu is None and int(machine.get("cores") or 0) < cores:  # beside a named GPU hosts differ
         return f"it has {machine.get('cores') or 'an unknown number of'} cores, not {cores}"
-    names = f"{machine.get('machine') or ''}\n{machine.get('cpu') or ''}"
+    names = "\n".join(str(machine.get(key) or "")[:SEARCHED_CHARS] for key in ("machine", "cpu"))
     if identify.machine and not re.search(identify.machine, names, re.IGNORECASE):
         return f"its names ({names.strip().replace(chr(10), ', ') or 'none'}) have nothing of {identify.machine!r}"
     gpu = machine.get("gpu") or ""
-    gpus = "\n".join(map(str, gpu)) if isinstance(gpu, (list, tuple)) else str(gpu)
+    listed = dict.fromkeys(map(str, gpu)) if isinstance(gpu, (list, tuple)) else [str(gpu)]
+    gpus = "\n".join(name[:SEARCHED_CHARS] for name in listed)[: 2 * SEARCHED_CHARS]
     if identify.gpu and not re.search(identify.gpu, gpus, re.IGNORECASE):
         return f"its GPU ({gpus.strip() or 'none'}) has nothing of {identify.gpu!r}"
     if not any(_tells_apart(pattern) for pattern in (identify.machine, identify.gpu)):

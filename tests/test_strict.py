@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 
 from edgedistill.errors import UserError
 from edgedistill.safetensors_header import BITS, read_safetensors_header
-from edgedistill.strict import NotJson, local_path, open_regular, parse_json, read_bytes, read_json, shown
+from edgedistill.strict import (
+    NotJson,
+    compiled_pattern,
+    local_path,
+    open_regular,
+    parse_json,
+    read_bytes,
+    read_json,
+    shown,
+)
 from edgedistill.strict_yaml import dump_yaml, parse_yaml, read_yaml
 
 VALUES = st.recursive(
@@ -366,3 +375,39 @@ def test_values_are_shown_short_and_plain():
     assert len(shown("x" * 10**7)) == 120 and len(shown(["x" * 1000])) == 120
     assert shown("\x1b[31m\u202e") == r"'\x1b[31m\u202e'"
     assert "too long" in shown(10**5000)
+
+
+class TestPatterns:
+    """A search ends: whoever writes a pattern, in a profile or within somebody's bundle, cannot make one that hangs."""
+
+    @pytest.mark.parametrize(
+        "pattern",
+        ["(a+)+$", "a?" * 60 + "a" * 60, "a*a*a*a*a*a*b", "(a?){30}b", "(?:a|b)+", "(ab?)+", "(?=a*a*a*a*b)",
+         "a{1,50}a{1,50}a{1,50}a{1,50}b", "(a|a)" * 40 + "b", "((a|a)(a|a)){9}", "a" * 501],
+    )  # fmt: skip
+    def test_what_may_take_for_ever_is_refused(self, pattern):
+        with pytest.raises(ValueError, match=r"repeats|leave out|characters"):
+            compiled_pattern(pattern)
+
+    @pytest.mark.parametrize(
+        "pattern",
+        [r"Raspberry Pi 5\b", "SM8650|Snapdragon 8 Gen 3|pineapple", "(?i)orin.*nano", r"blk\.(0|1|2)\.(attn|ffn)_.+",
+         r"layers\.\d+?\.mlp", "(?:big)?board", r"\+?x", "[*+?({]+", "a++b"],
+    )  # fmt: skip
+    def test_what_people_write_is_taken(self, pattern):
+        assert compiled_pattern(pattern).search("zzz") is None
+
+    def test_a_search_takes_seconds_at_most(self):
+        rng = random.Random(0)
+        parts = ["a", "b", "a*", "a+", "a?", "(a", "(?:a", ")", ")*", ")?", "|", "[ab]*", "a{1,9}", r"\w+", ".*"]
+        taken = 0
+        while taken < 200:
+            text = "".join(rng.choices(parts, k=rng.randint(2, 12))) + "c"
+            try:
+                pattern = compiled_pattern(text)
+            except ValueError:
+                continue
+            taken += 1
+            started = time.process_time()
+            pattern.search("a" * 100 + "\n" + "a" * 100)
+            assert time.process_time() - started < 10, text
