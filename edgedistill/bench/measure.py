@@ -26,6 +26,7 @@ from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.statistics import MIN_VALUES_FOR_P99, rate
 from edgedistill.store import Store
 from edgedistill.targets import Target, why_not
+from edgedistill.unchanged import unchanged
 
 MAPPED_WEIGHTS = (
     "peak_rss_bytes counts the pages of the mapped weights that were touched; "
@@ -56,16 +57,19 @@ def bench(
     threads = min(asked_threads, len(machine.usable_cpus()))
     ttft_ms: list[float] = []
     token_ms: list[list[float]] = []
-    with RuntimeProcess(
-        artifact.runtime,
-        folder / artifact.entry,
-        threads=threads,
-        context_tokens=artifact.context_tokens,
-        logits_all=False,
-        pin=True,
-        spin=True,
-        store=store,
-    ) as runtime:
+    with (
+        unchanged(artifact, folder, store),
+        RuntimeProcess(
+            artifact.runtime,
+            folder / artifact.entry,
+            threads=threads,
+            context_tokens=artifact.context_tokens,
+            logits_all=False,
+            pin=True,
+            spin=True,
+            store=store,
+        ) as runtime,
+    ):
         vocabulary = min(artifact.vocab_size, int(runtime.info["vocab_size"]))
         prompt = np.random.default_rng(seed).integers(0, vocabulary, workload.prompt_tokens)
         for run in range(workload.warmup + workload.repeats):

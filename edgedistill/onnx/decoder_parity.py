@@ -23,6 +23,7 @@ from edgedistill.onnx.graph import EMBEDDING, MODEL_FILE, load_graph
 from edgedistill.records import Parity
 from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.runtimes.graph import GraphProcess
+from edgedistill.runtimes.ort import CONFIG, genai_config
 from edgedistill.shapes import shape_from_config
 from edgedistill.strict import read_json
 from edgedistill.weights import read_tensor, stored_tensors
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 # weights that the graph stores, where it also rounds the activations to 8 bits a block (INT8, INT4). Seen on random
 # models of llama, qwen2 and qwen3: 6e-7 to 1e-6, and 0.026 to 0.040. A wrong rotary embedding or layout costs about 1.
 LIMITS = {"FP32": 1e-4, "INT8": 0.2, "INT4": 0.2}
+PAST, PRESENT = "past_key_values.%d.", "present.%d."  # where genai_config.json does not name them
 EXACT_LIMIT = 1e-3  # of a graph whose products are in float32: seen are 1e-7 to 1e-5
 ATTENTION = "GroupQueryAttention"
 LOOKUPS = ("Gather", "GatherBlockQuantized")  # of the tokens, in a table that may be the head's
@@ -129,7 +131,7 @@ def traced(
 
     "NAME <" stands for the input of a module: attention's output is that of its output projection.
     """
-    named, found = _exposed(checkpoint, folder, ids_T, exact=False)
+    named, found, _ = _exposed(checkpoint, folder, ids_T, exact=False)
     return [(tensor, modules, found[tensor]) for tensor, modules in named]
 
 
@@ -138,11 +140,12 @@ def exact_departure(model: Any, checkpoint: Path, folder: Path, ids_T: NDArray[n
 
     Products are computed in float32 (without the rounding of activations that INT8 and INT4 graphs ask for), so that
     with the stored weights in `model` nothing but the order of sums is left: what is planted in a graph, a scale, a
-    missing sum, another operator, shows beyond EXACT_LIMIT.
+    missing sum, another operator, shows beyond EXACT_LIMIT. The second half of the tokens is computed again from the
+    first half's cache: what is wrong with a cache shows in no run of a whole text.
     """
     from edgedistill.verify.parity import Differences, torch_logits
 
-    named, found = _exposed(checkpoint, folder, ids_T, exact=True)
+    named, found, continued = _exposed(checkpoint, folder, ids_T, exact=True)
     expected = torch_outputs(model, ids_T)
     compared = [(tensor, " + ".join(m), [expected[module] for module in m]) for tensor, m in named]
     compared.append(("logits", "the model's logits", [torch_logits(model, ids_T)]))
@@ -154,13 +157,26 @@ def exact_departure(model: Any, checkpoint: Path, folder: Path, ids_T: NDArray[n
         differences.add(rows, wanted)
         if not differences.relative_rms <= EXACT_LIMIT:
             return tensor, f"is the first that departs from torch ({what}), by {differences.relative_rms:.3g}"
+    for name, values in sorted(continued.items(), key=lambda item: item[0] == "logits"):
+        whole = found[name][:, -values.shape[1] :] if name == "logits" else found[name]
+        differences = Differences()
+        if whole.shape == values.shape:
+            differences.add(values, whole)
+        if whole.shape != values.shape or not differences.relative_rms <= EXACT_LIMIT:
+            return (
+                name,
+                "is another where the text's beginning is read from the cache: tokens decoded one by one differ",
+            )
     return None
 
 
 def _exposed(
     checkpoint: Path, folder: Path, ids_T: NDArray[np.int64], *, exact: bool
-) -> tuple[list[tuple[str, tuple[str, ...]]], dict[str, NDArray[np.float32]]]:
-    """The named tensors of a graph, and every output of it with these exposed, run without optimizations."""
+) -> tuple[list[tuple[str, tuple[str, ...]]], dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
+    """The named tensors of a graph, and every output of it with these exposed, run without optimizations.
+
+    Last, where `exact`: logits and caches of the second half of the tokens, run with the first half's cache.
+    """
     import onnx
 
     graph = load_graph(folder)
@@ -183,8 +199,16 @@ def _exposed(
         exposed = Path(scratch) / MODEL_FILE
         exposed.write_bytes(graph.SerializeToString())
         with GraphProcess(exposed, threads=1, optimize=False) as process:
-            feeds = _feeds(graph, ids_T, heads=shape.num_key_value_heads, head_dim=shape.head_dim)
-            return named, dict(process.run(feeds))
+            half = len(ids_T) // 2
+            empty = np.zeros((1, shape.num_key_value_heads, 0, shape.head_dim), dtype=np.float32)
+            presents = _presents(graph, folder)
+            found = dict(process.run(_feeds(graph, ids_T, dict.fromkeys(presents, empty))))
+            if not exact or not presents or not half:
+                return named, found, {}
+            first = process.run(_feeds(graph, ids_T[:half], dict.fromkeys(presents, empty)))
+            past = {name: first[present] for name, present in presents.items()}
+            second = process.run(_feeds(graph, ids_T[half:], past))
+            return named, found, {name: second[name] for name in ("logits", *presents.values())}
 
 
 def torch_outputs(model: Any, ids_T: NDArray[np.int64]) -> Mapping[str, NDArray[np.float32]]:
@@ -236,19 +260,42 @@ def _named_tensors(graph: ModelProto) -> list[tuple[str, tuple[str, ...]]]:
     return [(tensor, modules) for modules, (_, tensor) in sorted(last.items(), key=lambda item: item[1][0])]
 
 
-def _feeds(graph: ModelProto, ids_T: NDArray[np.int64], *, heads: int, head_dim: int) -> dict[str, NDArray[Any]]:
-    """The graph's inputs for one sequence from an empty cache."""
+def _presents(graph: ModelProto, folder: Path) -> dict[str, str]:
+    """The graph's input that holds a cache → the output that is fed to it at the next token, as genai_config.json says.
+
+    Raises UserError where that names what the graph has not.
+    """
+    decoder = genai_config(folder).get("model", {}).get("decoder", {})
+    taken, given = decoder.get("inputs", {}), decoder.get("outputs", {})
+    inputs, outputs = ({value.name for value in side} for side in (graph.graph.input, graph.graph.output))
+    found = {}
+    for layer in range(int(decoder.get("num_hidden_layers", 0))):
+        for part in ("key", "value"):
+            past, present = (
+                taken.get(f"past_{part}_names", PAST + part),
+                given.get(f"present_{part}_names", PRESENT + part),
+            )
+            found[past.replace("%d", str(layer))] = present.replace("%d", str(layer))
+    caches = {name for name in inputs if name.startswith("past_key_values.")}
+    if caches != set(found) or not outputs.issuperset(found.values()):
+        odd = sorted((caches ^ set(found)) | (set(found.values()) - outputs))[0]
+        raise UserError(f"{CONFIG} and {MODEL_FILE} do not have the same caches: {odd}", "export the artifact again")
+    return found
+
+
+def _feeds(graph: ModelProto, ids_T: NDArray[np.int64], past: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The graph's inputs for tokens that follow those in the cache."""
     import onnx
 
+    filled = next((values.shape[2] for values in past.values()), 0)
     known = {
         "input_ids": ids_T[None],
-        "attention_mask": np.ones((1, len(ids_T)), dtype=np.int64),
-        "position_ids": np.arange(len(ids_T))[None],
+        "attention_mask": np.ones((1, filled + len(ids_T)), dtype=np.int64),
+        "position_ids": np.arange(filled, filled + len(ids_T))[None],
+        **past,
     }
-    empty = np.zeros((1, heads, 0, head_dim))
     return {
-        value.name: known.get(value.name, empty).astype(
-            onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-        )
+        value.name: known[value.name].astype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
         for value in graph.graph.input
+        if value.name in known
     }

@@ -128,7 +128,7 @@ def climb(
         metric="perplexity",
         higher_is_better=False,
         examples=len(scored.document),
-        documents=len(text.used),
+        documents=len(set(text.unit_of.values())),
         effective_documents=statistics.effective_units(np.bincount(scored.document)),
         duplicate_documents=text.duplicates,
         eval_sha256=windows_sha256(text.windows),

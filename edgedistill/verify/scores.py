@@ -23,9 +23,11 @@ from edgedistill.progress import Progress
 from edgedistill.recipe import Verify
 from edgedistill.records import RungName, StudentResult, TeacherResult
 from edgedistill.statistics import ByUnit, by_unit
+from edgedistill.strict import shown
 from edgedistill.tasks.causal_lm import TextTokenizer, Window, encode_blocks, scoring_windows
 from edgedistill.verification_memory import GROUP_TOKENS
 from edgedistill.verify.metrics import PairScores, TokenScores
+from edgedistill.verify.near_copies import units_of
 from edgedistill.verify.runners import Scorer
 
 RUNGS: tuple[RungName, ...] = ("teacher", "student", "quantized", "shipped")
@@ -35,10 +37,14 @@ TRACED_TOKENS = 64  # of a window, where a runtime's tensors are compared with t
 
 @dataclass(frozen=True)
 class Text:
-    """What is scored: windows of token ids, the documents that they stand in, and what of the vocabulary counts."""
+    """What is scored: windows of token ids, the unit of each document, and what of the vocabulary counts.
+
+    `unit_of`: document → the unit that intervals resample, from 0; near copies share one. `duplicates`: how many
+    documents are no unit of their own.
+    """
 
     windows: list[Window]
-    used: list[int]
+    unit_of: dict[int, int]
     duplicates: int
     bos: bool
     vocab: int
@@ -52,26 +58,50 @@ def text_of(teacher: TeacherResult, student: StudentResult, held_out: list[list[
     tokenizer = TextTokenizer.load(Path((teacher if kept is None else student).path))
     once = [list(block) for block in dict.fromkeys(tuple(block) for block in held_out)]
     documents = encode_blocks(tokenizer, once)
+    if kept is None:
+        _require_same_cuts(tokenizer, Path(student.path), once)
     numbering = None if kept is None else _numbering(teacher, student, np.array(kept, dtype=np.int64), once, documents)
     windows = scoring_windows(
         documents, context=settings.context_tokens, stride=settings.stride_tokens, max_tokens=settings.max_tokens
     )
     used = sorted({window.document for window in windows})
-    if len(used) < 2:
-        repeated = f" ({len(held_out) - len(once)} more have a text that stands there already)"
+    unit_of = dict(zip(used, units_of([documents[number] for number in used]), strict=True))
+    units = len(set(unit_of.values()))
+    duplicates = len(held_out) - len(once) + len(used) - units
+    if units < 2:
+        repeated = f" ({duplicates} more have a text that stands there already)" if duplicates else ""
         raise UserError(
-            f"the held-out part has {len(used)} document(s) to score{repeated if len(held_out) > len(once) else ''}",
+            f"the held-out part has {units} document(s) to score{repeated}",
             "give more held-out text: intervals need two",
         )
     return Text(
         windows=windows,
-        used=used,
-        duplicates=len(held_out) - len(once),
+        unit_of=unit_of,
+        duplicates=duplicates,
         bos=tokenizer.bos is not None,
         vocab=min(tokenizer.vocab, teacher.shape.vocab_size, student.shape.vocab_size),
         teacher_tokens=tokenizer.vocab if numbering is None else numbering.tokens,
         numbering=numbering,
     )
+
+
+def _require_same_cuts(teachers: TextTokenizer, student: Path, held_out: list[list[str]]) -> None:
+    """The student's tokenizer, with which the artifact ships, cuts the text as the teacher's, whose tokens are scored.
+
+    That both know the same tokens does not say so: merges or normalizer may differ. Raises UserError.
+    """
+    own = TextTokenizer.load(student)
+    for number, block in enumerate(held_out):
+        cut, wanted = (side.backend.encode_batch(block, add_special_tokens=False) for side in (own, teachers))
+        for text, ours, theirs in zip(block, cut, wanted, strict=True):
+            if ours.ids != theirs.ids:
+                at = next((i for i, (a, b) in enumerate(zip(ours.ids, theirs.ids, strict=False)) if a != b), 0)
+                raise UserError(
+                    f"block {number} of the held-out text ({shown(text[:60])}) has other tokens in the student's"
+                    f" tokenizer than in the teacher's, first {ours.ids[at : at + 4]} and {theirs.ids[at : at + 4]} at"
+                    f" {at}, though both know the same tokens: merges, normalizer or pre-tokenizer differ",
+                    "verify against the teacher whose tokenizer.json the student has",
+                )
 
 
 @dataclass(frozen=True)
@@ -93,7 +123,6 @@ class Scores:
 def score(text: Text, scorers: Mapping[RungName, Scorer], progress: Progress) -> Scores:
     scores = {name: TokenScores() for name in RUNGS}
     pairs = {pair: PairScores() for pair in NEIGHBOURS}
-    place = {document: index for index, document in enumerate(text.used)}
     targets_seen: list[NDArray[np.int64]] = []
     owner: list[NDArray[np.int64]] = []
     total, done = sum(window.scored for window in text.windows), 0
@@ -110,7 +139,7 @@ def score(text: Text, scorers: Mapping[RungName, Scorer], progress: Progress) ->
                 pairs[RUNGS[RUNGS.index(name) - 1], name].add(above, logits)
             above = logits
         targets_seen.append(targets.numpy())
-        owner.extend(np.full(w.scored, place[w.document], dtype=np.int64) for w in group)
+        owner.extend(np.full(w.scored, text.unit_of[w.document], dtype=np.int64) for w in group)
         done += sum(w.scored for w in group)
         progress.step("verify", done, total)
     return Scores(scores, pairs, np.concatenate(targets_seen), np.concatenate(owner))

@@ -9,15 +9,17 @@ from typing import Any
 
 from edgedistill import machine, statistics
 from edgedistill.errors import GateFailed
+from edgedistill.generation import generation_sha256
 from edgedistill.models import require_weights
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Verify
 from edgedistill.records import Artifact, Measured, QadResult, Retention, StudentResult, TeacherResult
 from edgedistill.runtimes.facts import runtime_facts
 from edgedistill.store import Store, Stored, Work, canonical_json, versions, write_durably
+from edgedistill.unchanged import unchanged
 from edgedistill.verify.gate import failures, judged, remedy, spanned
 
-RECORD_VERSION = 2  # what Measured holds: raise it where the ladder measures something else
+RECORD_VERSION = 3  # what Measured holds: raise it where the ladder measures something else
 
 
 def verify_artifact(
@@ -41,6 +43,8 @@ def verify_artifact(
         # what the record says of the bytes decides what they are held to
         "artifact_record": exported.result.model_dump(mode="json", exclude={"speed", "sensitivity", "parity"}),
         "student": student.weights_sha256,
+        # what ends a text, and with what settings, is held to the student's files too
+        "generation": generation_sha256(Path(student.path)),
         "masters": None if masters is None else masters.weights_sha256,
         "teacher": teacher.weights_sha256,
         "held_out": hashlib.sha256(canonical_json(held_out).encode()).hexdigest(),
@@ -59,22 +63,29 @@ def verify_artifact(
         from edgedistill.verify.ladder import Subject, climb
 
         progress.say(f"verify: {exported.result.format}:{exported.result.quantization} in {exported.result.runtime}")
-        require_weights(Path(student.path), student.weights_sha256, store, role="student")
-        require_weights(Path(teacher.path), teacher.weights_sha256, store, role="teacher")
-        return climb(
-            Subject(
-                artifact=exported.result,
-                folder=exported.directory,
-                student=student,
-                teacher=teacher,
-                masters=None if masters is None else Path(masters.path),
-            ),
-            held_out=held_out,
-            settings=settings,
-            threads=max(1, len(machine.usable_cpus())),
-            store=store,
-            progress=progress,
-        )
+
+        def require_models() -> None:
+            require_weights(Path(student.path), student.weights_sha256, store, role="student")
+            require_weights(Path(teacher.path), teacher.weights_sha256, store, role="teacher")
+
+        require_models()
+        with unchanged(exported.result, exported.directory, store):
+            measured = climb(
+                Subject(
+                    artifact=exported.result,
+                    folder=exported.directory,
+                    student=student,
+                    teacher=teacher,
+                    masters=None if masters is None else Path(masters.path),
+                ),
+                held_out=held_out,
+                settings=settings,
+                threads=max(1, len(machine.usable_cpus())),
+                store=store,
+                progress=progress,
+            )
+        require_models()
+        return measured
 
     stored = store.run("verify", inputs, measure, Measured, progress.say)
     retention = judged(stored.result, settings.min_retention)

@@ -240,6 +240,36 @@ def _bypass(decoder: Decoder, rng: Random) -> None:
     multiply.input[list(multiply.input).index(sigmoid.output[0])] = sigmoid.input[0]
 
 
+def _attentions(decoder: Decoder) -> Any:
+    return decoder.nodes(GQA)[:2]
+
+
+def _swap_presents(decoder: Decoder, rng: Random) -> None:
+    """A layer's key leaves as its value: nothing that reads a whole text at once shows it."""
+    node = _attentions(decoder)[0]
+    node.output[1], node.output[2] = node.output[2], node.output[1]
+
+
+def _swap_pasts(decoder: Decoder, rng: Random) -> None:
+    one, other = _attentions(decoder)
+    one.input[3], other.input[3] = other.input[3], one.input[3]
+
+
+def _swap_layers_presents(decoder: Decoder, rng: Random) -> None:
+    one, other = _attentions(decoder)
+    one.output[1], other.output[1] = other.output[1], one.output[1]
+
+
+def _two_layers(decoder: Decoder) -> bool:
+    return len(_attentions(decoder)) == 2
+
+
+def _swap_cache_names(decoder: Decoder, rng: Random) -> None:
+    outputs = decoder.config["model"]["decoder"]["outputs"]
+    key, value = outputs["present_key_names"], outputs["present_value_names"]
+    outputs["present_key_names"], outputs["present_value_names"] = value, key
+
+
 GQA, SKIP, NORMALIZE = "GroupQueryAttention", "SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization"
 NODE_NAMES = {GQA: GQA, SKIP: "SkipLayerNorm", NORMALIZE: "input_layernorm"}
 
@@ -264,6 +294,10 @@ GRAPH_PLANS: list[Plan[Decoder]] = [
          lambda d: any("/mlp/gate_proj" in n.name for n in d.model.graph.node)),
     plan("a residual left out", "residual", "post_attention_layernorm", _drop_residual,
          lambda d: bool(d.nodes(SKIP, "layers.0/post_attention"))),
+    plan("present key and value of a layer swapped", "cache", f"{GQA}|present", _swap_presents, _two_layers),
+    plan("past keys of two layers swapped", "cache", f"{GQA}|present", _swap_pasts, _two_layers),
+    plan("present keys of two layers swapped", "cache", f"{GQA}|present", _swap_layers_presents, _two_layers),
+    plan("caches named the other way round", "cache", "present_key_names|present", _swap_cache_names, _two_layers),
     plan("the activation without its sigmoid", "activation", "act_fn", _bypass, lambda d: bool(d.nodes("Sigmoid"))),
 ]  # fmt: skip
 
