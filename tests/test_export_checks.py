@@ -24,7 +24,7 @@ from edgedistill.verify.faithful import check_faithful
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\r\n{{ m['content'] }}\n{% endfor %}"
 # The artifact says nothing less that way, or says it of nothing that is computed with.
-COSMETIC = {"another file type", "another name"}
+COSMETIC = {"another name"}
 # The converter is asked for the file that was prepared: name → the words that the refusal must hold.
 PLANTED = {
     "token ids shifted by one": "tokenizer.ggml.tokens",
@@ -106,7 +106,9 @@ def test_every_fault_of_a_gguf_is_found_without_running_it(model: Path, quantiza
     assert check_faithful(made, good, model) == []
     faults = [f for f in gguf_faults(good / "model.gguf") if f.name not in COSMETIC]
     step, first = 7, 0 if quantization == "F16" else 3
-    for fault in faults[first::step]:
+    added = [f for f in faults if f.kind == "added key"]
+    assert len(added) > 10
+    for fault in [*faults[first::step], *added]:
         bad = tmp_path / "bad"
         shutil.copytree(good, bad)
         fault.apply(bad / "model.gguf", seeded(fault))

@@ -11,7 +11,7 @@ from typing import Any
 from edgedistill.bundle.claims import context_asked, refuse
 from edgedistill.bundle.manifest import MANIFEST, BundleArtifact, Manifest
 from edgedistill.bundle.tokenizer_facts import CONVERTED, check_gguf_tokenizer
-from edgedistill.gguf.mixes import quantizable, types_of
+from edgedistill.gguf.mixes import FILE_TYPES, quantizable, types_of
 from edgedistill.guards.gguf import GgufHeader, check_ggufs
 from edgedistill.strict import shown
 
@@ -20,13 +20,6 @@ TYPE_NAMES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
     13: "Q5_K", 14: "Q6_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
     22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 30: "BF16",
-}  # fmt: skip
-# general.file_type, as llama.cpp numbers its mixes
-FILE_TYPES = {
-    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12,
-    "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20,
-    "Q2_K_S": 21, "IQ3_XS": 22, "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25, "IQ3_S": 26, "IQ3_M": 27, "IQ2_S": 28,
-    "IQ2_M": 29, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32,
 }  # fmt: skip
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # of a shape's family
 DERIVED = "rope_"  # factors of positions, which torch computes and does not count

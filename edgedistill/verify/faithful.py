@@ -43,6 +43,7 @@ def _gguf(artifact: Artifact, folder: Path, checkpoint: Path) -> list[Finding]:
     from edgedistill.generation import generation_of
     from edgedistill.gguf.architectures import model_of
     from edgedistill.gguf.convert import tokenizer_of
+    from edgedistill.gguf.mixes import FILE_TYPES
     from edgedistill.gguf.split import open_gguf
     from edgedistill.runtimes.child import RuntimeProcess
     from edgedistill.verify.faithful_gguf import key_findings, tensor_findings
@@ -53,6 +54,11 @@ def _gguf(artifact: Artifact, folder: Path, checkpoint: Path) -> list[Finding]:
     converted = CONVERTER in artifact.tool_versions
     readers = open_gguf(entry)
     found: list[Finding] = []
+    said = readers[0].value("general.file_type")
+    if said not in (FILE_TYPES[artifact.quantization], None if converted else FILE_TYPES[artifact.quantization]):
+        found.append(
+            Finding("metadata", "general.file_type", f"is {said}, and the artifact is {artifact.quantization}")
+        )
     tokenizer = None
     try:
         model = model_of(config, where=str(checkpoint))

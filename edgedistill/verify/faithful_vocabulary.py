@@ -14,12 +14,15 @@ from typing import Any
 from edgedistill.generation import Generation
 from edgedistill.gguf.generation_keys import GAPS_BY_TEXT, SAMPLING, STOP_ROLES, STOPS_BY_TEXT
 from edgedistill.gguf.reader import GgufFile
+from edgedistill.gguf.tokenizer import general_name
 from edgedistill.gguf.tokenizer_files import UNUSED, GgufTokenizer
 from edgedistill.verify.finding import Finding, shown
 
 GGML = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
 SETTING_TOLERANCE = 1e-6
+# Of general.*, what this package writes: more says who made the model and under which licence, and nothing here knows.
+GENERAL = frozenset(["architecture", "type", "name", "file_type", "quantization_version", "alignment"])
 # Keys that end a text beside the stop roles; a code model's gaps.
 GAP_ROLES = ("fim_pad", "fim_rep", "fim_sep")
 
@@ -80,7 +83,7 @@ def _list(reader: GgufFile, name: str, wanted: Sequence[Any]) -> Iterator[Findin
 
 
 def _own_keys(reader: GgufFile, tokenizer: GgufTokenizer) -> Iterator[Finding]:
-    """All that this package's own converter writes."""
+    """All that this package's own converter writes, and nothing else: a runtime may heed whatever is there."""
     import numpy as np
 
     yield from _list(reader, "token_type", tokenizer.types)
@@ -93,6 +96,21 @@ def _own_keys(reader: GgufFile, tokenizer: GgufTokenizer) -> Iterator[Finding]:
         found = reader.value(f"{GGML}{key}")
         if found != value:
             yield Finding("tokenizer", f"{GGML}{key}", f"is {shown(found)}, the model's is {shown(value)}")
+    known = {f"{GGML}{key}" for key in (*wanted, "tokens", "model", "scores", "token_type", "merges")}
+    # of an encoder with one type of tokens; the sequence's templates are compared by themselves
+    known |= {f"{GGML}token_type_count"}
+    architecture = reader.value("general.architecture")
+    for field in reader.keys:
+        named = field.startswith(("GGUF.", f"{architecture}.", TEMPLATE, SAMPLING, "split."))
+        general = field.startswith("general.") and field.removeprefix("general.") in GENERAL
+        if not named and not general and field not in known:
+            said = f"is {shown(reader.value(field))}, and the model's files say nothing of it"
+            yield Finding("tokenizer" if field.startswith("tokenizer.") else "metadata", field, said)
+    kind, name = reader.value("general.type"), reader.value("general.name")
+    if kind != "model":
+        yield Finding("metadata", "general.type", f"is {shown(kind)}, not 'model'")
+    if name is None or general_name(str(name), tokenizer) != name:
+        yield Finding("metadata", "general.name", f"is {shown(name)}, and llama.cpp reads tokens by it")
 
 
 def _ends(reader: GgufFile, tokenizer: GgufTokenizer, runtime: Mapping[str, Any]) -> Iterator[Finding]:
@@ -142,10 +160,13 @@ def template_findings(reader: GgufFile, generation: Generation, runtime: Mapping
         found = reader.value(key) or ""
         if found != wanted:
             yield Finding("template", key, difference_of(found, wanted))
-    known = {TEMPLATE, f"{TEMPLATE}s", *(f"{TEMPLATE}.{name}" for name in generation.templates)}
-    for key in reader.keys:
-        if key.startswith(TEMPLATE) and key not in known:
-            yield Finding("template", key, "is in the file, and the model has no such template")
+    known = {TEMPLATE, *(f"{TEMPLATE}.{name}" for name in generation.templates)}
+    named = [name for name in generation.templates if name != "default"]
+    if named or reader.value(f"{TEMPLATE}s") is None:
+        known.add(f"{TEMPLATE}s")
+    for field in reader.keys:
+        if field.startswith(TEMPLATE) and field not in known:
+            yield Finding("template", field, "is in the file, and the model has no such template")
     if (runtime.get("template") or "") != generation.template:
         said = difference_of(runtime.get("template") or "", generation.template)
         yield Finding("template", "llama.cpp's chat template", said)

@@ -260,4 +260,21 @@ NUMBERS: list[Plan[Gguf]] = [
          lambda model: model.get(".attention.causal") is None),
 ]  # fmt: skip
 
-KEY_PLANS = VOCABULARY + STOPPING + NUMBERS
+# Keys that the model's files say nothing of, and a runtime or a person may heed.
+ADDED: dict[str, Any] = {
+    special("fim_pre"): 3, special("mask"): 3, special("seperator"): 3, special("cls"): 3,
+    "tokenizer.ggml.add_sep_token": True, "tokenizer.ggml.remove_extra_whitespaces": True,
+    "tokenizer.ggml.treat_whitespace_as_suffix": True, "tokenizer.ggml.normalizer.lowercase": True,
+    "tokenizer.huggingface.json": "{}", "tokenizer.chat_templates": "tool_use", "general.license": "mit",
+    "general.base_model.0.name": "gpt-5", "general.author": "somebody", "adapter.type": "lora",
+}  # fmt: skip
+
+
+def _added(key: str, value: Any) -> Plan[Gguf]:
+    def edit(model: Gguf, rng: Random) -> None:
+        model.set(key, value)
+
+    return plan(f"{key} added", key, edit, lambda model: model.get(key) is None, "added key")
+
+
+KEY_PLANS = VOCABULARY + STOPPING + NUMBERS + [_added(key, value) for key, value in ADDED.items()]
