@@ -108,9 +108,11 @@ def _require_exportable(recipe: Recipe, targets: Sequence[Target]) -> None:
     if formats:
         generation_of(folder.path, vocab_size=folder.shape.vocab_size)
     if "onnx" in formats:
-        from edgedistill.onnx.decoder import require_runnable_heads
+        from edgedistill.onnx.decoder import require_runnable
 
-        require_runnable_heads(folder.shape, where=str(folder.path))
+        # a fresh student has no scaling, whatever its teacher has
+        config = {} if recipe.student.start == "fresh" else folder.config
+        require_runnable(config, folder.shape, where=str(folder.path))
 
 
 def _require_widths(planned: Plan) -> None:

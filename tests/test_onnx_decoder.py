@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import copy, mean_nll, tiny, torch_greedy, torch_logits, torch_model, with_weights
+from checkpoints import copy, edit_json, mean_nll, tiny, torch_greedy, torch_logits, torch_model, with_weights
 
 from edgedistill.errors import RuntimeCrashed, UserError
 from edgedistill.onnx.decoder import QUANTIZATIONS, export_onnx
 from edgedistill.onnx.dequantize import dequantized, unpack
 from edgedistill.onnx.parity import relative_rms
+from edgedistill.preflight import _require_exportable
+from edgedistill.recipe import load_recipe
 from edgedistill.records import Artifact
 from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.targets import load_target
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -188,6 +191,24 @@ def test_quantizations_that_do_not_work_are_refused(name: str, cause: str, tmp_p
 def test_heads_that_onnxruntime_cannot_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"heads of 20; onnxruntime's GroupQueryAttention takes multiples of 8"):
         export(tiny(tmp_path / "model", head_dim=20), tmp_path / "out", "FP32")
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_scaled_tables_that_the_builder_writes_wrongly_are_refused(kind: str, key: str, tmp_path: Path) -> None:
+    """Before the builder and before any training: what it wrote was held to torch, and failed each time."""
+    folder = tiny(tmp_path / "model")
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 64}
+    named = {"rope_type": kind} if key == "rope_parameters" else {"type": kind}
+    edit_json(folder / "config.json", rope_parameters=None)
+    edit_json(folder / "config.json", **{key: {**named, **scaling}})
+    with pytest.raises(UserError, match=f"rope_type is '{kind}'(?s:.*)GGUF"):
+        export(folder, tmp_path / "out", "FP32")
+    recipe = load_recipe("own", [f"teacher.model={folder}", "export.artifacts=onnx:INT4"])
+    with pytest.raises(UserError, match=f"rope_type is '{kind}'"):
+        _require_exportable(recipe, [load_target("cpu-x86")])
+    fresh = load_recipe("own", [f"teacher.model={folder}", "export.artifacts=onnx:INT4", "student.start=fresh"])
+    _require_exportable(fresh, [load_target("cpu-x86")])
 
 
 def test_damaged_weights_are_refused_before_the_builder(tmp_path: Path) -> None:

@@ -35,13 +35,22 @@ QUANTIZATIONS = ("FP32", "INT8", "INT4")
 DECODED_TOKENS = 4
 HEAD_MULTIPLE = 8
 FUSED_ROPE_MULTIPLE = 16  # of the head size: GroupQueryAttention rotates no others
+WRONG_ROPES = ("linear", "yarn")  # whose tables the builder leaves unscaled
 BUILD_TIMEOUT_S = 6 * 3600.0
 LOG_LINES_SHOWN = 6
 TOKENIZER_FILE = "tokenizer.json"
 
 
-def require_runnable_heads(shape: Shape, *, where: str) -> None:
-    """UserError for a head size that onnxruntime cannot run."""
+def require_runnable(config: Mapping[str, Any], shape: Shape, *, where: str) -> None:
+    """UserError for a head size that onnxruntime cannot run, and a rotary embedding that its builder writes wrongly."""
+    rope_of(config, shape, where=where)
+    written = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = written.get("rope_type", written.get("type", "default"))
+    if kind in WRONG_ROPES:
+        raise UserError(
+            f"{where}: rope_type is {kind!r}, and onnxruntime-genai's builder (0.18) writes unscaled tables",
+            "export as GGUF",
+        )
     if shape.head_dim % HEAD_MULTIPLE:
         raise UserError(
             f"{where}: heads of {shape.head_dim}; onnxruntime's GroupQueryAttention takes multiples of {HEAD_MULTIPLE}",
@@ -117,8 +126,7 @@ def _checked(checkpoint: Path) -> tuple[dict[str, Any], Shape]:
     config = read_json(checkpoint / "config.json", what="config.json")
     architecture = architecture_of(config, where=where)
     shape = shape_from_config(config, where=where)
-    rope_of(config, shape, where=where)
-    require_runnable_heads(shape, where=where)
+    require_runnable(config, shape, where=where)
     expected = {k: s.shape for k, s in tensor_map(shape, architecture).items()}
     kept = {k: v for k, v in stored.items() if not k.endswith("inv_freq")}
     if shape.tie_word_embeddings:
@@ -137,11 +145,7 @@ def _stage(checkpoint: Path, staged: Path, config: Mapping[str, Any], context: i
     for file in checkpoint.iterdir():
         if file.is_file() and file.name != "config.json":
             (staged / file.name).symlink_to(file.resolve())
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    changed = without_run_settings(config)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "yarn":  # there the number of positions is part of the computation
-        changed["max_position_embeddings"] = context
+    changed = without_run_settings(config) | {"max_position_embeddings": context}
     (staged / "config.json").write_text(json.dumps(changed, indent=1), encoding="utf-8")
     return staged
 
