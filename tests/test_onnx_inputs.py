@@ -24,7 +24,7 @@ from edgedistill.onnx.float_export import module_graph, trace
 from edgedistill.onnx.inputs import longest_compared
 from edgedistill.onnx.model_inputs import text_inputs
 from edgedistill.onnx.parity import _of_one, check_parity
-from edgedistill.onnx.processors import open_tokenizer, read, require_same_tokens, ship
+from edgedistill.onnx.processors import given_names, open_tokenizer, read, require_same_tokens, ship
 from edgedistill.onnx.tasks import open_task
 from edgedistill.records import Artifact, TensorSpec
 from edgedistill.runtimes.graph import GraphProcess
@@ -210,6 +210,8 @@ def test_a_tokenizer_that_takes_no_text_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="its tokenizer cannot be used: Table must be"):
         read(tables_alone, "text", where=tmp_path)
+    tables_alone.model_input_names = ["input_ids", "bbox"]  # type: ignore[attr-defined]
+    assert given_names(tables_alone, tmp_path) == ["input_ids", "bbox"]
 
 
 # Lengths

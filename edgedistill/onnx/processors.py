@@ -71,7 +71,10 @@ def read(tokenizer: Any, *texts: Any, where: Path, **options: Any) -> Any:
 
 def given_names(tokenizer: Any, where: Path) -> list[str]:
     """The inputs that it gives for a text: those that it names, and those beside them (RoCBert's shapes of words)."""
-    made = read(tokenizer, "a", where=where)
+    try:
+        made = read(tokenizer, "a", where=where)
+    except UserError:  # of tables, or words with boxes: what it names says which, before its first text says so again
+        return list(tokenizer.model_input_names)
     several = [name for name, value in made.items() if isinstance(value, list) and value and type(value[0]) is int]
     return list(dict.fromkeys([*tokenizer.model_input_names, *several]))
 
