@@ -87,9 +87,11 @@ class Decoder(nn.Module):
         # Only its length is read, for the cross-attention's keys are in the cache.
         model: Any = self.model
         states_BSD = torch.zeros(mask.shape[0], mask.shape[1], model.config.hidden_size)
+        encoded: Any = BaseModelOutput(last_hidden_state=states_BSD)
+        encoded.router_logits = None  # which mixtures of experts hand on
         found = self.model(
-            decoder_input_ids=inputs["input_ids"], encoder_outputs=BaseModelOutput(last_hidden_state=states_BSD),
-            attention_mask=mask, use_cache=True, **{_cache_name(self.model): cache},
+            decoder_input_ids=inputs["input_ids"], encoder_outputs=encoded, attention_mask=mask,
+            use_cache=True, **{_cache_name(self.model): cache},
         )  # fmt: skip
         outputs = {"logits": found.logits}
         for index, layer in enumerate(past.layers):
