@@ -168,6 +168,8 @@ def distill(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress
             f" {data.result.parts['held_out'].documents} held-out documents share a run of 13 words with the training"
             f" part ({data.result.overlap['share_of_13_word_runs']:.2%} of such runs)"
         )
+    if left_out := data.result.overlap.get("left_out_of_training"):
+        progress.say(f"data: {left_out:.0f} documents are held out in --eval-data, and left out of the training")
     teacher = obtain_teacher(recipe, data=data, store=store, progress=progress)
     progress.say(f"teacher: {teacher.name}, {teacher.parameters:,} parameters")
     recipe = with_start(recipe, planned)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from hypothesis import strategies as st
 
 from edgedistill.bundle import golden_rules
 from edgedistill.bundle.build import _exchange, without_folders
-from edgedistill.bundle.card import DIGEST_STARTS, digest_line
+from edgedistill.bundle.card import digest_line
 from edgedistill.bundle.check import check_sealed, verify_bundle
 from edgedistill.bundle.claims import profile_notes
 from edgedistill.bundle.manifest import (
@@ -53,7 +54,7 @@ from edgedistill.onnx.graph import stored_weights
 from edgedistill.recipe import Recipe
 from edgedistill.records import Fallback, FileEntry, FurtherTeacher, Scored
 from edgedistill.runtimes.child import RuntimeProcess
-from edgedistill.store import files_under, sha256_of
+from edgedistill.store import combined_sha256, files_under, sha256_of
 from edgedistill.targets import load_target
 
 REPO = Path(__file__).resolve().parent.parent
@@ -97,6 +98,21 @@ def reseal(folder: Path, change: Callable[[Manifest], Manifest] = lambda m: m) -
     changed = changed.model_copy(update={"files": files})
     (folder / "manifest.json").write_bytes(manifest_bytes(changed))
     hashes = {entry.path: entry.sha256 for entry in files} | {"manifest.json": sha256_of(folder / "manifest.json")}
+    (folder / "SHA256SUMS").write_text(sums_text(hashes), encoding="utf-8", newline="\n")
+
+
+DIGEST_STARTS = "sha256 of all that manifest.json says"
+
+
+def reseal_card(folder: Path, change: Callable[[str], str]) -> None:
+    """The card changed, its hash right, and nothing else: what it says of the manifest is as it was."""
+    text = change((folder / CARD).read_text(encoding="utf-8"))
+    (folder / CARD).write_text(text, encoding="utf-8", newline="\n")
+    manifest = read_manifest(folder)
+    entry = FileEntry(path=CARD, bytes=len(text.encode()), sha256=sha256_of(folder / CARD))
+    files = [entry if one.path == CARD else one for one in manifest.files]
+    (folder / "manifest.json").write_bytes(manifest_bytes(manifest.model_copy(update={"files": files})))
+    hashes = {one.path: one.sha256 for one in files} | {"manifest.json": sha256_of(folder / "manifest.json")}
     (folder / "SHA256SUMS").write_text(sums_text(hashes), encoding="utf-8", newline="\n")
 
 
@@ -497,6 +513,55 @@ class TestLies:
         (copy / name).write_text(f"{(copy / name).read_text(encoding='utf-8')}\nanother\n", encoding="utf-8")
         reseal(copy)
         refused(copy, name, "is not what manifest.json and the records say")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda t: t.replace("\n# ", f"\n{DIGEST_STARTS} was checked by somebody: the licence is MIT\n# ", 1),
+            lambda t: t.replace(DIGEST_STARTS, f"{DIGEST_STARTS}: retention 0.999 <img src=x>\u2028{DIGEST_STARTS}"),
+            lambda t: t.replace(DIGEST_STARTS, f"{DIGEST_STARTS}: retention 0.999\x0c{DIGEST_STARTS}"),
+            lambda t: t.replace(DIGEST_STARTS, f"| shipped | 1.000 |\r{DIGEST_STARTS}"),
+            lambda t: t + t.splitlines()[-1] + "\n",
+            lambda t: t.replace("published.", "published. It is the best."),
+        ],
+    )
+    def test_the_line_of_the_cards_hash_holds_nothing_else(self, copy: Path, change: Callable[[str], str]) -> None:
+        reseal_card(copy, change)
+        refused(copy, CARD)
+
+    @pytest.mark.parametrize(
+        ("pattern", "by"),
+        [
+            (r"(<text [^>]*?)>", r'\1transform="scale(0)">'),
+            (r'(<text [^>]*?) transform="[^"]*"', r"\1"),
+            (r'\bd="M [^"]*"', 'd="M 0 0 L 300 300"'),
+            (r'\bhref="#', 'href="https://example.org/x.svg#'),
+            (r'\bhref="#[^"]*"', 'href="javascript:alert(1)"'),
+            (r'viewBox="0 0 ', 'viewBox="0 200 '),
+            (r'(<use [^>]*?)\by="[0-9.]+"', r'\1y="20"'),
+            (r"(<svg )viewBox", r'\1width="1" viewBox'),
+        ],
+    )
+    def test_a_plot_that_is_drawn_otherwise_is_not_the_records(self, copy: Path, pattern: str, by: str) -> None:
+        path = copy / "reports/report.html"
+        page = path.read_text(encoding="utf-8")
+        start, end = page.index("<svg"), page.rindex("</svg>")
+        drawn = re.sub(pattern, by, page[start:end])
+        assert drawn != page[start:end]
+        path.write_text(page[:start] + drawn + page[end:], encoding="utf-8", newline="\n")
+        reseal(copy)
+        refused(copy, "reports/report.html is not what manifest.json and the records say")
+
+    def test_a_plots_last_digits_are_a_machines_own(self, copy: Path) -> None:
+        path = copy / "reports/report.html"
+        page = path.read_text(encoding="utf-8")
+        start, end = page.index("<svg"), page.rindex("</svg>")
+        drawn = re.sub(r"(?<=[ML] )(\d+)\.(\d+)", lambda found: f"{float(found[0]) + 0.003:.4f}", page[start:end])
+        drawn = re.sub(r"\b(a0-\w+-[mp][0-9a-f]{10})\b", r"\1x", drawn)
+        assert drawn != page[start:end]
+        path.write_text(page[:start] + drawn + page[end:], encoding="utf-8", newline="\n")
+        reseal(copy)
+        verify_bundle(copy, replay=False)
 
     def test_another_version_says_that_its_documents_were_not_compared(self, copy: Path) -> None:
         (copy / "NOTICE").write_text("another\n", encoding="utf-8")
@@ -1145,6 +1210,40 @@ class TestOnnx:
         assert artifact.inputs[0].name == "input_ids"
         assert artifact.inputs[0].dtype == "int64"
         assert any(tensor.name == "logits" for tensor in artifact.outputs)
+
+    @pytest.mark.parametrize(
+        "name", ["pytorch_model.bin", "libcustom.so", "sitecustomize.py", "adapter.safetensors", "templates/x.jinja"]
+    )
+    def test_what_the_runtime_does_not_open_is_no_part_of_an_artifact(
+        self, second: Path, tmp_path: Path, name: str
+    ) -> None:
+        copy = Path(shutil.copytree(second, tmp_path / second.name))
+        artifact = read_manifest(copy).artifacts[1]
+        path = copy / artifact.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"\x80\x04cos\nsystem\n")
+
+        def with_it(manifest: Manifest) -> Manifest:
+            entry = FileEntry(path=name, bytes=path.stat().st_size, sha256=sha256_of(path))
+            one = manifest.artifacts[1]
+            files = sorted([*one.files, entry], key=lambda each: each.path)
+            changed = one.model_copy(
+                update={"files": files, "bytes": one.bytes + entry.bytes, "sha256": combined_sha256(files)}
+            )
+            for report in (one.retention, one.latency):
+                text = (copy / report).read_text().replace(one.sha256, changed.sha256) if report else ""
+                if report:
+                    (copy / report).write_text(text, newline="\n")
+            listed = [*manifest.files, entry.model_copy(update={"path": f"{one.folder}/{name}"})]
+            return manifest.model_copy(
+                update={
+                    "artifacts": [manifest.artifacts[0], changed],
+                    "files": sorted(listed, key=lambda each: each.path),
+                }
+            )
+
+        reseal(copy, with_it)
+        refused(copy, f"onnx:INT4 holds '{name}', which onnxruntime-genai does not open")
 
     def test_sample(self, second: Path) -> None:
         done = subprocess.run(

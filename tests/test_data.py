@@ -134,8 +134,24 @@ def test_duplicates_are_dropped_and_shared_text_is_reported():
     assert made.duplicates_dropped == 1
     assert made.parts["held_out"] == [[text] for text in held_out]
     assert made.overlap["documents_sharing_13_words"] >= 1
-    assert made.overlap["documents_in_both"] == 1
+    assert made.overlap["documents_in_both"] == 0
+    assert made.overlap["left_out_of_training"] == 1
+    trained_on = [t for name in ("train", "calibration") for block in made.parts[name] for t in block]
+    assert held_out[0] not in trained_on and f"in training {shared}" in trained_on
+    assert overlap([held_out[0]], held_out)["documents_in_both"] == 1
     assert overlap(["nothing alike"], held_out)["documents_in_both"] == 0
+
+
+@pytest.mark.parametrize("change", [lambda text: text, lambda text: f"{text} ", lambda text: f"Page 3. {text}"])
+def test_held_out_text_that_is_the_training_text_is_refused(change):
+    texts = [" ".join(f"w{i}x{j}" for j in range(40)) for i in range(60)]
+    ask = Data(min_document_chars=0)
+    with pytest.raises(UserError, match=r"left to train on|stands in the training part too"):
+        split_documents([Group(texts)], ask, [Group([change(text) for text in texts])])
+    made = split_documents([Group(texts)], ask, [Group(texts[:20])])
+    assert made.overlap["left_out_of_training"] == 20
+    assert made.overlap["share_of_13_word_runs"] == 0
+    assert not {b[0] for b in made.parts["train"] + made.parts["calibration"]} & set(texts[:20])
 
 
 @pytest.mark.parametrize("texts", [[], ["only one"], ["same"] * 50, ["a", "b"]])

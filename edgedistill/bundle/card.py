@@ -77,13 +77,16 @@ def _body(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]
 
 def digest_line(manifest: Manifest) -> str:
     """What ties the card to the manifest, and by it to every other file."""
+    return digest_text(claims_digest(manifest))
+
+
+def digest_text(digest: str) -> str:
     return (
-        f"{DIGEST_STARTS}, the hashes of all other files among it: `{claims_digest(manifest)}`."
+        f"sha256 of all that manifest.json says, the hashes of all other files among it: `{digest}`."
         " Compare it with what the maker published."
     )
 
 
-DIGEST_STARTS = "sha256 of all that manifest.json says"
 OUTCOMES = {True: "passed", False: "FAILED", None: "cannot tell"}
 
 

@@ -12,7 +12,7 @@ from importlib import metadata, util
 from typing import Any
 
 from edgedistill import __version__
-from edgedistill.bundle.card import DIGEST_STARTS, digest_line, model_card
+from edgedistill.bundle.card import digest_line, digest_text, model_card
 from edgedistill.bundle.claims import refuse
 from edgedistill.bundle.licenses import Source, license_text, notice_text
 from edgedistill.bundle.manifest import CARD, MANIFEST, Manifest
@@ -24,10 +24,19 @@ Read = Callable[[str], bytes]
 Figures = Sequence[tuple[Retention, Latency | None]]
 REPORT = "reports/report.html"
 REPORT_PACKAGES = ("jinja2", "matplotlib")
-# Where a plot's ink is; the last digit may differ from CPU to CPU. Its words and figures are not in these.
+# Where a plot's ink is; the last digit may differ from CPU to CPU, and with it the ids that are made of the rest.
 _GEOMETRY = re.compile(
-    r'(?<=[\s"])(?:d|x|y|x1|x2|y1|y2|cx|cy|r|width|height|points|transform|viewBox|clip-path|xlink:href|id)="[^"<>]*"'
+    r'(?<=[\s"])(d|x|y|x1|x2|y1|y2|cx|cy|r|width|height|points|transform|viewBox|clip-path|(?:xlink:)?href|id)="([^"<>]*)"'
 )
+_NAMED = ("id", "href", "xlink:href", "clip-path")
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?")
+_REFERENCE = {
+    "id": re.compile(r"()([A-Za-z][\w.-]*)()"),
+    "href": re.compile(r"(#)([A-Za-z][\w.-]*)()"),
+    "clip-path": re.compile(r"(url\(#)([A-Za-z][\w.-]*)(\))"),
+}
+INK = 0.05  # of a plot's units, 72 to the inch
+_DIGEST = re.compile(re.escape(digest_text("?")).replace(r"\?", "[0-9a-f]{64}").encode(), re.MULTILINE)
 _SVG = re.compile(r"<svg .*?</svg>", re.DOTALL)
 
 
@@ -50,7 +59,7 @@ def check_documents(manifest: Manifest, figures: Figures, read: Read) -> list[st
     if ours:
         _check_texts(manifest, figures, read)
     # After those, since it names no file; of whatever version, since a card of another says it in the same words.
-    if digest_line(manifest) not in read(CARD).decode("utf-8", errors="replace").splitlines():
+    if digest_line(manifest) not in read(CARD).decode("utf-8", errors="replace").split("\n"):
         refuse(f"{CARD} was written for another {MANIFEST}, or for other files: its sha256 of them is not theirs")
     if not ours:
         return [
@@ -81,8 +90,9 @@ def _check_texts(manifest: Manifest, figures: Figures, read: Read) -> None:
         refuse(f"{CARD} is not what {MANIFEST} and the records say{_first_difference(card, made)}")
 
 
-def _without_digest(card: bytes) -> list[bytes]:
-    return [line for line in card.split(b"\n") if not line.startswith(DIGEST_STARTS.encode())]
+def _without_digest(card: bytes) -> bytes:
+    """The card with its one line of a hash blank, so that what else differs is named first."""
+    return _DIGEST.sub(b"", card, count=1)
 
 
 def _check_report(manifest: Manifest, figures: Figures, read: Read) -> list[str]:
@@ -93,13 +103,39 @@ def _check_report(manifest: Manifest, figures: Figures, read: Read) -> list[str]
     from edgedistill.report.html import render
 
     found, made = read(REPORT).decode("utf-8", errors="replace"), render(manifest, figures)
-    if found != made and _without_geometry(found) != _without_geometry(made):
+    if found != made and not _same_page(found, made):
         refuse(f"{REPORT} is not what manifest.json and the records say")
     return []
 
 
-def _without_geometry(page: str) -> str:
-    return _SVG.sub(lambda svg: _GEOMETRY.sub("", svg.group()), page)
+def _same_page(found: str, made: str) -> bool:
+    """Equal but for the last digits of where a plot's ink is; every attribute counts, and no link leads outside."""
+    plots = [_SVG.findall(page) for page in (found, made)]
+    if _SVG.sub("", found) != _SVG.sub("", made) or len(plots[0]) != len(plots[1]):
+        return False
+    return all(_same_plot(one, other) for one, other in zip(*plots, strict=True))
+
+
+def _same_plot(found: str, made: str) -> bool:
+    if _GEOMETRY.sub("", found) != _GEOMETRY.sub("", made):
+        return False
+    pairs = list(zip(_GEOMETRY.finditer(found), _GEOMETRY.finditer(made), strict=False))
+    if len(pairs) != len(_GEOMETRY.findall(made)) or len(pairs) != len(_GEOMETRY.findall(found)):
+        return False
+    names: dict[str, str] = {}
+    for one, other in pairs:
+        kind, value, wanted = one[1], one[2], other[2]
+        if kind != other[1] or found[one.start() - 1] != made[other.start() - 1]:
+            return False
+        if kind in _NAMED:
+            here, there = (_REFERENCE[kind.removeprefix("xlink:")].fullmatch(text) for text in (value, wanted))
+            if here is None or there is None or names.setdefault(there[2], here[2]) != here[2]:
+                return False
+        elif _NUMBER.split(value) != _NUMBER.split(wanted) or any(
+            abs(float(a) - float(b)) > INK for a, b in zip(_NUMBER.findall(value), _NUMBER.findall(wanted), strict=True)
+        ):
+            return False
+    return len(set(names.values())) == len(names)
 
 
 def _version(package: str) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from math import prod
@@ -16,13 +17,20 @@ from typing import Any, NamedTuple
 from edgedistill.bundle.claims import refuse
 from edgedistill.bundle.manifest import MANIFEST, BundleArtifact, Tensor
 from edgedistill.bundle.tokenizer_facts import check_copied_tokenizer, check_stop_tokens
+from edgedistill.companions import TOKENIZER_NAMES
 from edgedistill.guards.onnx_model import BITS, OnnxModel, check_onnx
+from edgedistill.guards.transformers_folder import CONFIG_FILE, INDEX, rebuilt_folder
+from edgedistill.hf_tokenizer import TOKENIZER_FILES
 from edgedistill.onnx.graph import COMPUTED, MODEL_FILE, matrix_name
 from edgedistill.safetensors_header import read_safetensors_header
 from edgedistill.strict import shown
 
 Read = Callable[[str], bytes]
 GENAI_CONFIG = "genai_config.json"
+# What else such a folder may hold: no code, no weights of another kind, nothing that nobody asked for.
+TOKENIZER_PARTS = frozenset([*TOKENIZER_FILES, *TOKENIZER_NAMES])
+TEMPLATES = re.compile(r"additional_chat_templates/[A-Za-z0-9_.\-]{1,100}\.jinja")
+FOLDER_FILES = frozenset([CONFIG_FILE, "generation_config.json", INDEX])
 # TensorProto.DataType → its name there, and numpy's
 NAMES = {
     1: ("FLOAT", "float32"), 2: ("UINT8", "uint8"), 3: ("INT8", "int8"), 4: ("UINT16", "uint16"),
@@ -52,6 +60,7 @@ def check_onnx_facts(folder: Path, artifact: BundleArtifact, read: Read) -> None
     for name in graph.files:
         if name not in {entry.path for entry in artifact.files}:
             refuse(f"{MANIFEST}: the weights of {artifact.name} lie in {shown(name)}, which is none of its files")
+    _check_names(artifact, {MODEL_FILE, GENAI_CONFIG, *graph.files})
     weights = _stored(graph)
     _check_quantization(artifact.name, artifact.quantization, graph, weights)
     fallbacks = sorted(
@@ -76,6 +85,8 @@ def check_onnx_facts(folder: Path, artifact: BundleArtifact, read: Read) -> None
 
 def check_folder_facts(folder: Path, artifact: BundleArtifact, read: Read) -> None:
     """The same of a transformers folder with bitsandbytes' layers: types and bytes of its safetensors."""
+    _, weights = rebuilt_folder(folder / artifact.folder)
+    _check_names(artifact, {*FOLDER_FILES, *weights})
     counts: Counter[str] = Counter()
     size = 0
     for entry in artifact.files:
@@ -93,6 +104,13 @@ def check_folder_facts(folder: Path, artifact: BundleArtifact, read: Read) -> No
         },
     )
     check_copied_tokenizer(artifact, read)
+
+
+def _check_names(artifact: BundleArtifact, own: set[str]) -> None:
+    """The artifact's files are those that its runtime opens, and its tokenizer's."""
+    for entry in artifact.files:
+        if entry.path not in own | TOKENIZER_PARTS and not TEMPLATES.fullmatch(entry.path):
+            refuse(f"{MANIFEST}: {artifact.name} holds {shown(entry.path)}, which {artifact.runtime} does not open")
 
 
 def _equal(artifact: BundleArtifact, claims: dict[str, tuple[Any, Any]]) -> None:

@@ -18,7 +18,7 @@ from edgedistill.recipe import Data
 from edgedistill.records import DataResult, SourceRead
 from edgedistill.store import Store, Stored, Work, canonical_json
 
-LAYOUT = 2  # of the record and its parts: 2 since files of running text end their blocks and rows are counted
+LAYOUT = 3  # of the record and its parts: 3 since what is held out is left out of the training
 
 
 def prepare_data(data: Data, *, store: Store, progress: Progress = QUIET) -> Stored[DataResult]:

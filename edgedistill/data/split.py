@@ -25,6 +25,7 @@ Block = list[str]
 PARTS = ("train", "calibration", "held_out")
 MIN_DOCUMENTS = 3
 MIN_HELD_OUT_DOCUMENTS = 2
+MOST_SHARED = 0.5  # of the held-out text's runs of 13 words: a text of which more was trained on holds nothing out
 OVERLAP_WORDS = 13  # as GPT-3's decontamination: shorter runs are common phrases
 
 
@@ -51,11 +52,20 @@ class Split:
 def split_documents(documents: Sequence[Group], data: Data, held_out: Sequence[Group] | None = None) -> Split:
     """Split by the recipe. `held_out`: a text of its own; then nothing is split off for it.
 
-    Exact duplicates are dropped first (the first stays). Raises UserError where a part would be empty.
+    Exact duplicates are dropped first (the first stays), and what is held out is left out of the training. Raises
+    UserError where a part would be empty, or most of a held-out text of its own is in the training part all the same.
     """
     unique = _unique(documents)
     count = sum(len(group.texts) for group in unique)
     dropped = sum(len(group.texts) for group in documents) - count
+    unique, left_out = _without(unique, held_out or ())
+    count -= left_out
+    if left_out and count < MIN_DOCUMENTS:
+        raise UserError(
+            f"{left_out:,} of {count + left_out:,} documents of the data are held out in --eval-data: {count} are left"
+            " to train on",
+            "give held-out text that is not the training text, or leave --eval-data away: then a part is split off",
+        )
     if count < MIN_DOCUMENTS:
         raise UserError(
             f"the data holds {count} document(s); {MIN_DOCUMENTS} are needed to train, calibrate and hold out",
@@ -69,6 +79,15 @@ def split_documents(documents: Sequence[Group], data: Data, held_out: Sequence[G
         tail = blocks_of_groups(_unique(held_out), data.min_document_chars)
     parts = {"train": train, "calibration": calibration, "held_out": tail}
     shared = overlap([t for block in train for t in block], [t for block in tail for t in block])
+    share = shared["share_of_13_word_runs"]
+    if held_out is not None and share > MOST_SHARED:
+        raise UserError(
+            f"{share:.0%} of the text of --eval-data (its runs of 13 words) stands in the training part too: what is"
+            " kept of it would say nothing of other text",
+            "hold out text that is not trained on, or leave --eval-data away: then a part is split off",
+        )
+    if left_out:
+        shared["left_out_of_training"] = float(left_out)
     if data.source == PYTHON_DOCS:
         parts = {
             name: [["\n".join(block)] for block in blocks_of([t for b in part for t in b], data.min_document_chars)]
@@ -92,6 +111,13 @@ def _unique(groups: Sequence[Group]) -> list[Group]:
         seen.update(texts)
         made.append(Group(texts, group.running))
     return made
+
+
+def _without(groups: Sequence[Group], held_out: Sequence[Group]) -> tuple[list[Group], int]:
+    """The groups without the documents that are held out, and how many those are."""
+    own = {text for group in held_out for text in group.texts}
+    kept = [Group([text for text in group.texts if text not in own], group.running) for group in groups]
+    return kept, sum(len(group.texts) for group in groups) - sum(len(group.texts) for group in kept)
 
 
 def _by_hash(blocks: list[Block], eval_share: float, calibration_share: float) -> tuple[list[Block], ...]:
