@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from edgedistill import machine
 from edgedistill.data.prepare import Texts, find_data, prepare_data, read_part, read_texts
+from edgedistill.data.split import held_out_chars
 from edgedistill.errors import UserError
 from edgedistill.fit import artifacts_of
 from edgedistill.generation import generation_of
@@ -24,8 +25,10 @@ from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Recipe
 from edgedistill.records import DataResult, Shape, StudentResult
 from edgedistill.refusals import refuse_trimming
+from edgedistill.statistics import MIN_UNITS, effective_units
 from edgedistill.store import Store, Stored
 from edgedistill.targets import Target, parse_artifact
+from edgedistill.verify.gate import MORE_DOCUMENTS
 
 # English with a vocabulary of 2,048 (the quickstart's); larger vocabularies give fewer.
 TOKENS_A_BYTE = 0.33
@@ -69,7 +72,22 @@ def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store, progre
         machine_memory_bytes=machine.describe()["memory_bytes"],
         machine_cores=len(machine.usable_cpus()),
     )
-    return planned.model_copy(update={"warnings": [*planned.warnings, *model_notes(recipe)]})
+    further = [*_too_little_held_out(recipe, texts), *model_notes(recipe)]
+    return planned.model_copy(update={"warnings": [*planned.warnings, *further]})
+
+
+def _too_little_held_out(recipe: Recipe, texts: Texts) -> Iterator[str]:
+    """Where the held-out part is so small that no gate will tell: said before the training, not after it."""
+    if texts.documents is None:
+        return
+    held_out = texts.held_out.groups if texts.held_out is not None else None
+    chars = held_out_chars(texts.documents.groups, recipe.data, held_out)
+    weight = effective_units(chars) if chars else 0.0
+    if weight < MIN_UNITS:
+        yield (
+            f"{len(chars)} documents are held out, the weight of {weight:.1f} equal ones: too few for the gate to tell,"
+            f" so that there will be no bundle; {MORE_DOCUMENTS}"
+        )
 
 
 def _teacher_sizes(recipe: Recipe) -> tuple[Shape, int]:

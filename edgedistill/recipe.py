@@ -376,19 +376,31 @@ def parse_recipe(
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"recipe {where} holds a {type(tree).__name__}", "a recipe is a mapping, like `data: {...}`")
+    _refuse_unknown(tree, Recipe, f"recipe {where}", "")
+    sources: dict[str, str] = {}
     for path, value, said in _asked(overrides, values or {}):
+        _refuse_unknown(_nested(path, value), Recipe, said, "")
         _set(tree, path, value, said)
-    _refuse_unknown(tree, Recipe, where, "")
+        sources[path] = said
+    _refuse_unknown(tree, Recipe, f"recipe {where}", "")
     _refuse_huge(tree, where, "")
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = shown(".".join(str(part) for part in first["loc"]))[1:-1]
+        asked = next((one for one in sources if path == one or path.startswith(f"{one}.")), None)
+        cause = f"recipe {where}: {path} = {shown(first['input'])}" if asked is None else sources[asked]
         raise UserError(
-            f"recipe {where}: {path} = {shown(first['input'])}: {first['msg']}",
-            f"see {path} in `edgedistill recipes show`",
+            f"{cause}: {first['msg']}", f"docs/recipe-reference.md says what {path} may be, and what it is by default"
         ) from error
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} of "a.b"."""
+    tree: dict[str, Any] = {}
+    _set(tree, path, value, path)
+    return tree
 
 
 def _asked(overrides: Iterable[str], values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
@@ -449,12 +461,13 @@ def _refuse_huge(value: Any, where: str, path: str) -> None:
         raise UserError(f"recipe {where}: {path} = {shown(value)}", f"at most {MAX_WHOLE_NUMBER:,}")
 
 
-def _refuse_unknown(tree: dict[str, Any], section: type[BaseModel], where: str, prefix: str) -> None:
+def _refuse_unknown(tree: dict[str, Any], section: type[BaseModel], source: str, prefix: str) -> None:
+    """`source`: the recipe, or the option that says it."""
     for key, value in tree.items():
         field = section.model_fields.get(key)
         if field is None:
             raise UserError(
-                f"recipe {where}: unknown key '{prefix}{shown(key)[1:-1]}'", did_you_mean(key, section.model_fields)
+                f"{source}: unknown key '{prefix}{shown(key)[1:-1]}'", did_you_mean(key, section.model_fields)
             )
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
@@ -462,7 +475,7 @@ def _refuse_unknown(tree: dict[str, Any], section: type[BaseModel], where: str, 
                 value = tree[key] = {}
             if not isinstance(value, dict):
                 raise UserError(
-                    f"recipe {where}: '{prefix}{key}' is {shown(value)}",
+                    f"{source}: '{prefix}{key}' is {shown(value)}",
                     f"it is a section with the keys {', '.join(inner.model_fields)}",
                 )
-            _refuse_unknown(value, inner, where, f"{prefix}{key}.")
+            _refuse_unknown(value, inner, source, f"{prefix}{key}.")

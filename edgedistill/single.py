@@ -63,6 +63,7 @@ def export(
     from edgedistill.gguf.convert import gguf_positions
 
     format_, quantization = parse_artifact(f"{format_}:{quantization}")
+    out, beside = _place(out)
     arrays = calibration is not None and Path(calibration).suffix.lower() in ARRAYS
     if arrays and (format_ != "onnx" or is_decoder(locate(student, role="student")[0], task)):
         raise UserError(f"{calibration} holds arrays, but {format_} of a decoder is calibrated on text", "give text")
@@ -87,7 +88,7 @@ def export(
     if converter is None and (format_ == "gguf" or is_decoder(path, task)):
         require_finite_weights(path, "student")
     options = _options(recipe or Recipe(), calibration, converter, task, progress)
-    out, beside = _place(out)
+    beside.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=beside))
     try:
         artifact = write_artifact(
@@ -115,6 +116,8 @@ def _place(asked: Path) -> tuple[Path, Path]:
     means that folder. UserError where something is there, or nothing can be written.
     """
     out = local_path(asked, what="--out").absolute()
+    if ".." in out.parts:
+        out = out.resolve()  # also where a folder on the way is not there yet
     if out.is_symlink() and out.is_dir():
         out = out.resolve()
     if os.path.lexists(out) and (not out.is_dir() or any(p.name not in NO_CONTENT for p in out.iterdir())):
@@ -123,7 +126,6 @@ def _place(asked: Path) -> tuple[Path, Path]:
         require_writable(out, what="--out")
         return out, out
     require_writable(out.parent, what="--out")
-    out.parent.mkdir(parents=True, exist_ok=True)
     return out, out.parent
 
 
@@ -153,7 +155,7 @@ def _options(
         if not arrays.is_file():
             raise UserError(f"no calibration file {arrays}", "check the path given with --calibration")
     elif calibration is not None:
-        documents = read_source(calibration, recipe.data)
+        documents = read_source(calibration, recipe.data, option="--calibration")
         if documents.read is not None:
             tell(documents.read, progress)
         blocks = [[text] for text in documents.texts]

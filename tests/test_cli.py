@@ -97,7 +97,10 @@ def test_no_such_things(command):
     refused(command("build", "-t", "jetsn"), "no target 'jetsn'", "did you mean 'jetson'?")
     refused(command("build", "-t", "phone", "--teacher", "./nowhere"), "no teacher ./nowhere")
     refused(command("build", "-t", "phone", "--teacher", "org/model"), "no teacher 'org/model'")
-    refused(command("build", "-t", "phone", "--data", "./missing.txt"), "no data file ./missing.txt")
+    missing = "no data file ./missing.txt"
+    refused(command("build", "-t", "phone", "--data", "./missing.txt"), missing, "given with --data")
+    asked = ("plan", command.recipe(), "-t", "phone", "--eval-data", "./missing.txt")
+    refused(command(*asked), missing, "given with --eval-data")
     done = command("build", "-t", "phone", "--on", "pixel")
     assert done.returncode == 5
     assert "'pixel'" in done.stderr
@@ -109,7 +112,7 @@ def test_no_such_things(command):
 def test_wrong_recipes(command):
     recipe = command.recipe()
     refused(command("plan", recipe, "-t", "phone", "--set", "distil.tokens=3"), "did you mean 'distill'?")
-    refused(command("plan", recipe, "-t", "phone", "--set", "distill.tokens=few"), "distill.tokens = 'few'")
+    refused(command("plan", recipe, "-t", "phone", "--set", "distill.tokens=few"), "--set 'distill.tokens=few': ")
     path = command.folder / "wrong.yaml"
     path.write_text("data: {sorce: x}")
     refused(command("plan", str(path), "-t", "phone"), "unknown key 'data.sorce'", "did you mean 'source'?")
@@ -243,6 +246,28 @@ def test_other_tokenizer_is_refused_and_named(command, teacher, test_data):
         str(command.folder / "text.txt"),
     )
     refused(done, "do not share a tokenizer", "token ")
+
+
+def test_a_held_out_part_too_small_for_the_gate_is_said_before_the_work(command):
+    said = "too few for the gate to tell"
+    assert said not in command("plan", command.recipe(), "-t", "phone").stderr
+    asked = ("plan", command.recipe(), "-t", "phone", "--set", "data.eval_share=0.02")
+    done = command(*asked)
+    assert done.returncode == 0 and said in done.stdout + done.stderr, done.stdout + done.stderr
+    assert "documents are held out, the weight of" in done.stdout + done.stderr
+
+
+def test_a_missing_calibration_text_is_named_with_its_option(command, teacher):
+    asked = ("export", "--student", str(teacher), "--format", "gguf", "--quantization", "Q4_0", "--out", "small")
+    refused(command(*asked, "--calibration", "./nope.txt"), "no data file ./nope.txt", "given with --calibration")
+    assert not (command.folder / "small").exists()
+
+
+def test_out_through_a_folder_that_is_not_there_is_the_folder_that_it_names(command, teacher):
+    (command.folder / "mine").mkdir(exist_ok=True)
+    (command.folder / "mine" / "mine.txt").write_text("precious")
+    refused(command("export", "--student", str(teacher), "--out", "gone/../mine"), "not an empty folder")
+    assert not (command.folder / "gone").exists()
 
 
 def test_export_into_a_folder_in_use(command, teacher):

@@ -50,7 +50,7 @@ def test_every_shipped_recipe_loads(name):
         ("distil: {}", "unknown key 'distil'", "did you mean 'distill'?"),
         ("distill: {learning_rat: 1}", "unknown key 'distill.learning_rat'", "did you mean 'learning_rate'?"),
         ("teacher: {train: {shape: {hiden_size: 8}}}", "unknown key 'teacher.train.shape.hiden_size'", "hidden_size"),
-        ("seed: many", "seed = 'many'", "recipes show"),
+        ("seed: many", "seed = 'many'", "recipe-reference"),
         ("distill: 3", "'distill' is 3", "section"),
         ("- a\n- b", "holds a list", "mapping"),
         ("a: [", "not YAML", ""),
@@ -103,3 +103,18 @@ def test_any_text_is_a_recipe_or_a_user_error(text):
         parse_recipe(text, where="fuzz")
     except UserError:
         pass
+
+
+@pytest.mark.parametrize(
+    ("override", "cause"),
+    [
+        ("distil.epochs=5", "--set 'distil.epochs=5': unknown key 'distil'"),
+        ("distill.epoch=5", "--set 'distill.epoch=5': unknown key 'distill.epoch'"),
+        ("distill.epochs=five", "--set 'distill.epochs=five': Input should be a valid number"),
+        ("distill=5", "--set 'distill=5': 'distill' is 5"),
+    ],
+)
+def test_what_an_option_says_wrongly_is_the_options(override, cause):
+    with pytest.raises(UserError) as error:
+        parse_recipe("name: mine", where="mine.yaml", overrides=[override])
+    assert error.value.cause.startswith(cause) and "mine.yaml" not in error.value.cause

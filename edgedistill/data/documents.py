@@ -59,8 +59,8 @@ def read_documents(source: str, data: Data) -> list[str]:
     return read_source(source, data).texts
 
 
-def read_source(source: str, data: Data) -> Documents:
-    """All documents of `source`, none of them empty, and what was read, kept and left out.
+def read_source(source: str, data: Data, *, option: str = "--data") -> Documents:
+    """All documents of `source`, none of them empty, and what was read, kept and left out. `option`: what named it.
 
     Raises UserError naming the source: missing, empty, binary, another encoding, no such column.
     """
@@ -80,7 +80,7 @@ def read_source(source: str, data: Data) -> Documents:
     elif "://" in name:
         made = _read_url(name, data)
     elif path.suffix or name.startswith((".", "/", "~")):
-        raise UserError(f"no data file {name}", "check the path given with --data")
+        raise UserError(f"no data file {name}", f"check the path given with {option}")
     else:
         made = _load(name, data)
     if not any(group.texts for group in made.groups):

@@ -60,7 +60,11 @@ def read_texts(data: Data) -> Texts:
     """The text of `data.source` and `data.eval_data`. UserError as `read_source`."""
     if data.source == PYTHON_DOCS and data.eval_data is None:
         return Texts(None, None)
-    return Texts(read_source(data.source, data), read_source(data.eval_data, data) if data.eval_data else None)
+    return Texts(read_source(data.source, data), _held_out_of_its_own(data))
+
+
+def _held_out_of_its_own(data: Data) -> Documents | None:
+    return read_source(data.eval_data, data, option="--eval-data") if data.eval_data else None
 
 
 def _inputs(data: Data, texts: Texts) -> dict[str, Any]:

@@ -71,12 +71,7 @@ def split_documents(documents: Sequence[Group], data: Data, held_out: Sequence[G
             f"the data holds {count} document(s); {MIN_DOCUMENTS} are needed to train, calibrate and hold out",
             "give more text, or say what ends a document with --document-separator",
         )
-    eval_share = 0.0 if held_out is not None else data.eval_share
-    blocks = blocks_of_groups(unique, data.min_document_chars)
-    cut = _by_hash if data.split == "hash" else _by_tail
-    train, calibration, tail = cut(blocks, eval_share, data.calibration_share)
-    if held_out is not None:
-        tail = blocks_of_groups(_unique(held_out), data.min_document_chars)
+    train, calibration, tail = _cut(unique, data, held_out)
     parts = {"train": train, "calibration": calibration, "held_out": tail}
     shared = overlap([t for block in train for t in block], [t for block in tail for t in block])
     share = shared["share_of_13_word_runs"]
@@ -100,6 +95,25 @@ def split_documents(documents: Sequence[Group], data: Data, held_out: Sequence[G
                 "give more text, a smaller data.min_document_chars, or --eval-data a file of its own",
             )
     return Split(parts=parts, duplicates_dropped=dropped, overlap=shared)
+
+
+def held_out_chars(documents: Sequence[Group], data: Data, held_out: Sequence[Group] | None = None) -> list[int]:
+    """Characters of each held-out document, as `split_documents` would hold them out."""
+    if held_out is not None:
+        tail = blocks_of_groups(_unique(held_out), data.min_document_chars)
+    else:
+        _, _, tail = _cut(_unique(documents), data, None)
+    return [sum(len(text) for text in block) for block in tail]
+
+
+def _cut(unique: Sequence[Group], data: Data, held_out: Sequence[Group] | None) -> tuple[list[Block], ...]:
+    """Blocks to train on, to calibrate on and held out; `held_out`: a text of its own, which is that part."""
+    blocks = blocks_of_groups(unique, data.min_document_chars)
+    cut = _by_hash if data.split == "hash" else _by_tail
+    train, calibration, tail = cut(blocks, 0.0 if held_out is not None else data.eval_share, data.calibration_share)
+    if held_out is not None:
+        tail = blocks_of_groups(_unique(held_out), data.min_document_chars)
+    return train, calibration, tail
 
 
 def _unique(groups: Sequence[Group]) -> list[Group]:

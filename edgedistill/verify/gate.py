@@ -13,10 +13,10 @@ from edgedistill.statistics import MIN_UNITS
 from edgedistill.verify.limits import DEFAULT_MIN_RETENTION, MAX_MISMATCH_SHARE, quantizing_limit, runtime_limit
 
 MORE_DOCUMENTS = (
-    f"give at least {MIN_UNITS:g} documents of about equal length, better 20 or more: a longer --eval-data or --data, a"
-    " larger data.eval_share, and a larger verify.max_tokens where it cut some off. Lines and paragraphs of one text"
-    " file count together, in blocks of data.min_document_chars: give a row a document (.jsonl), or name what ends one"
-    " with --document-separator"
+    f"give at least {MIN_UNITS:g} documents of about equal length, better 20 or more: a longer text with --data (in a"
+    " build also --eval-data, or a larger data.eval_share), and a larger verify.max_tokens where it cut some off. Lines"
+    " and paragraphs of one text file count together, in blocks of data.min_document_chars: give a row a document"
+    " (.jsonl), or name what ends one with --document-separator"
 )
 
 
@@ -91,7 +91,9 @@ def spanned(scored: Scored, digits: int = 3) -> str:
 
 
 def _too_few(measured: Measured) -> str:
-    return f": too few documents to tell, {measured.documents}"
+    weight = measured.effective_documents
+    equal = f", the weight of {weight:.1f} equal ones" if weight < measured.documents - 0.05 else ""
+    return f": too few documents to tell, {measured.documents}{equal}"
 
 
 def _teacher(measured: Measured) -> Iterator[Check]:
