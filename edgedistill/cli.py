@@ -525,10 +525,12 @@ def _outcome(arguments: list[str]) -> int:
         return errors.EXIT_DONE
     except ClickException as error:
         error.show()
+        if hint := cli_edge.hint(error.format_message()):
+            print(f"  try: {hint}", file=sys.stderr)
         return errors.EXIT_USER
     except (KeyboardInterrupt, typer.Abort):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print("\ninterrupted: what was finished is kept; the same command goes on from there", file=sys.stderr)
+        print(f"\ninterrupted: {cli_edge.after_interrupt(arguments)}", file=sys.stderr)
         return errors.EXIT_INTERRUPTED
     except errors.EdgedistillError as error:
         _complain(error.cause, error.remedy)

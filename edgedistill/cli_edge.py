@@ -67,6 +67,30 @@ def require_text(arguments: list[str]) -> None:
             ) from error
 
 
+# Their work is not in the store: what was begun is taken away again.
+NOT_KEPT = ("export", "bench", "report")
+HINTS = (
+    (
+        "Missing option '--target'",
+        "-t with a device, as `edgedistill targets list` shows them, or with a profile's file",
+    ),
+    ("No such option: --quantization", "--set export.artifacts=gguf:Q4_0, or leave it to the target's profile"),
+    ("No such option: --format", "--set export.artifacts=gguf:Q4_0, or leave it to the target's profile"),
+)
+
+
+def after_interrupt(arguments: list[str]) -> str:
+    """What an interrupted command leaves."""
+    if arguments[:1] and arguments[0] in NOT_KEPT:
+        return "nothing was written; the same command begins again"
+    return "what was finished is kept; the same command goes on from there"
+
+
+def hint(said: str) -> str:
+    """What to do about an option that is missing or not there; "" where the message says it."""
+    return next((remedy for begin, remedy in HINTS if said.startswith(begin)), "")
+
+
 def plain(text: str) -> str:
     """Text for a terminal: what is no letter but a command to it is shown as its escape."""
     return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)

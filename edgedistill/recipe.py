@@ -361,9 +361,11 @@ def recipe_text(name_or_path: str) -> str:
         return (resources.files("edgedistill") / "recipes" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
     path = local_path(name_or_path, what="recipe")
     if not os.path.lexists(path):
+        endings = (".yaml", ".yml") if path.suffix in (".yaml", ".yml") else ()
+        near = [path.with_suffix(ending) for ending in endings if path.with_suffix(ending).is_file()]
         raise UserError(
             f"no recipe {shown(name_or_path)}: not a built-in one and no such file",
-            did_you_mean(name_or_path, builtin_recipes()),
+            f"did you mean {shown(str(near[0]))}?" if near else did_you_mean(name_or_path, builtin_recipes()),
         )
     return read_text(path, what="recipe", max_bytes=MAX_YAML_BYTES)
 

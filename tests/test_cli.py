@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edgedistill.cli import QUICK_GROUPS
+from edgedistill.cli_edge import after_interrupt
 from edgedistill.show import table
 from edgedistill.target_files import targets_folder
 
@@ -107,6 +108,26 @@ def test_no_such_things(command):
     done = command("buidl")
     assert done.returncode == 2
     assert "build" in done.stderr
+
+
+def test_what_is_near_is_named(command):
+    path = Path(command.recipe())
+    refused(command("plan", str(path.with_suffix(".yml")), "-t", "phone"), "no recipe", f"did you mean '{path}'?")
+    for words, said in (
+        (("build",), "edgedistill targets list"),
+        (("build", "-t", "phone", "--quantization", "Q4_0"), "--set export.artifacts="),
+    ):
+        done = command(*words)
+        assert done.returncode == 2 and said in done.stderr, done.stderr
+    (command.folder / "manifest.json").write_text("{}")
+    done = command("bundle", "verify", str(command.folder / "manifest.json"))
+    assert done.returncode == 2 and f"give the folder of a bundle: {command.folder}" in done.stderr, done.stderr
+    (command.folder / "manifest.json").unlink()
+
+
+def test_what_an_interrupt_leaves():
+    assert after_interrupt(["build", "-t", "phone"]).startswith("what was finished is kept")
+    assert after_interrupt(["export", "--student", "x"]).startswith("nothing was written")
 
 
 def test_wrong_recipes(command):

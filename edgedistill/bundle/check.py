@@ -122,7 +122,8 @@ def check_sealed(folder: Path) -> Sealed:
 
 def _check_sealed(folder: Path) -> Sealed:
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}", "give the folder of a bundle")
+        of = folder.parent if folder.is_file() and (folder.parent / MANIFEST).exists() else None
+        raise UserError(f"no folder {folder}", f"give the folder of a bundle{f': {of}' if of else ''}")
     if not (folder / MANIFEST).exists() and not (folder / SUMS).exists():
         raise UserError(f"{folder} is not a bundle: it has no {MANIFEST} and no {SUMS}", "give the folder of a bundle")
     manifest_data = read_bounded(folder, MANIFEST, MAX_MANIFEST_BYTES)
