@@ -105,7 +105,7 @@ def test_text2text_decodes_as_torch_does(tmp_path: Path, kind: str) -> None:
     made = export(tiny_encoder(tmp_path / "model", kind), tmp_path / "out")
     assert made.task == "text2text" and made.parity is not None
     assert made.parity.greedy_tokens == made.parity.greedy_tokens_equal == 8
-    assert made.parity.relative_rms < 1e-5
+    assert made.parity.relative_rms < 5e-5  # the order of sums is the threads'; the limit is 1e-4
     assert operators(tmp_path / "out" / "encoder.onnx")["Attention"] == 2
     assert "MultiHeadAttention" in operators(tmp_path / "out" / "decoder.onnx")
     present = next(spec for spec in made.outputs if spec.name == "present_0_key")
