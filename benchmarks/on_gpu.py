@@ -73,7 +73,7 @@ def steps(*, tiny: bool) -> dict[str, Step]:
                                                      if tiny else []), *trl)),
         "quickstart_training": Step(80, [sys.executable, "-m", "edgedistill", "distill", "quickstart", "--target", "jetson",
                                          "--json", *training]),
-        "memory": Step(100, script("gpu_memory", *(["--tiny", "--only", "bf16"] if tiny else []))),
+        "memory": Step(100, script("gpu_memory", *(["--tiny", "--only", "bf16 teacher, FSDP2"] if tiny else []))),
         "tests": Step(110, [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT),
                             *(str(ROOT / "tests" / f"{name}.py") for name in tests)], json=False),
     }  # fmt: skip
