@@ -98,8 +98,12 @@ def effective_units(counts: ArrayLike) -> float:
 
 def too_few(units: int, effective: float, what: str = "documents") -> str:
     """What a person reads in the place of an interval."""
-    of_weight = f", the weight of {effective:.1f} equal ones" if effective < units - 0.05 else ""
-    return f"too few {what} ({units}{of_weight}) for an interval"
+    return f"too few {what} ({counted(units, effective)}) for an interval"
+
+
+def counted(units: int, effective: float) -> str:
+    """ "7", or "7, the weight of 4.2 equal ones"."""
+    return f"{units}, the weight of {effective:.1f} equal ones" if effective < units - 0.05 else f"{units}"
 
 
 def in_words(ci95: tuple[float, float] | None, units: int, effective: float, what: str = "documents") -> str:

@@ -1,7 +1,6 @@
 """A GGUF file's values: the header is walked once, a vocabulary becomes texts when it is asked for.
 
-The `gguf` package's reader makes objects of every token, merge and score while it opens a file: most of a minute for a
-vocabulary of 262,144.
+The `gguf` package's reader makes objects of every token, merge and score while it opens a file.
 """
 
 from __future__ import annotations
@@ -88,9 +87,7 @@ class GgufFile:
                 data = raw.view(PLAIN[kind]).reshape(*rows, dims[0])
             else:
                 data = raw.reshape(*rows, dims[0] // block * block_bytes)
-            made.append(
-                GgufTensor(name, GGMLQuantizationType(kind), dims, math.prod(dims), size, start, data)
-            )  # fmt: skip
+            made.append(GgufTensor(name, GGMLQuantizationType(kind), dims, math.prod(dims), size, start, data))
         return made
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 
 from edgedistill.records import Check, CheckName, Gate, Measured, Neighbours, Retention, RungName, Scored
-from edgedistill.statistics import MIN_UNITS
+from edgedistill.statistics import MIN_UNITS, counted
 from edgedistill.verify.limits import DEFAULT_MIN_RETENTION, MAX_MISMATCH_SHARE, quantizing_limit, runtime_limit
 
 MORE_DOCUMENTS = (
@@ -91,9 +91,7 @@ def spanned(scored: Scored, digits: int = 3) -> str:
 
 
 def _too_few(measured: Measured) -> str:
-    weight = measured.effective_documents
-    equal = f", the weight of {weight:.1f} equal ones" if weight < measured.documents - 0.05 else ""
-    return f": too few documents to tell, {measured.documents}{equal}"
+    return f": too few documents to tell, {counted(measured.documents, measured.effective_documents)}"
 
 
 def _teacher(measured: Measured) -> Iterator[Check]:
