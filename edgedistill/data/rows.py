@@ -232,20 +232,13 @@ def _parquet(file: BinaryIO, table: Table) -> Iterator[tuple[Any, int]]:
     from pyarrow import parquet
 
     limits = {"thrift_string_size_limit": MAX_FOOTER_BYTES, "thrift_container_size_limit": 1_000_000}
-    line = text_bytes = 0
     column = table.data.text_column
     try:
         opened = parquet.ParquetFile(file, **limits)
         names = opened.schema_arrow.names
         if names.count(column) != 1:
             raise no_column(table, names) if column not in names else _twice(table)
-        for batch in opened.iter_batches(PARQUET_ROWS, columns=[column], use_threads=False):
-            for scalar in batch.column(column):
-                line += 1
-                value = _text_of(scalar, line, table)
-                text_bytes += len(value) if isinstance(value, str) else 0
-                _require_real(text_bytes, size, table)
-                yield value, line
+        yield from _texts_of(opened.iter_batches(PARQUET_ROWS, columns=[column], use_threads=False), size, table)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise UserError(f"data file {table.where} cannot be read as Parquet: {reason}", again) from error
@@ -259,7 +252,6 @@ def _arrow(file: BinaryIO, table: Table) -> Iterator[tuple[Any, int]]:
     from pyarrow import ipc
 
     again = "write it again; of `datasets`: save_to_disk, or to_parquet"
-    line = text_bytes = 0
     column = table.data.text_column
     try:
         whole = file.read(len(ARROW_MAGIC)) == ARROW_MAGIC
@@ -269,17 +261,23 @@ def _arrow(file: BinaryIO, table: Table) -> Iterator[tuple[Any, int]]:
         if names.count(column) != 1:
             raise no_column(table, names) if column not in names else _twice(table)
         blocks = (opened.get_batch(index) for index in range(opened.num_record_batches)) if whole else opened
-        for batch in blocks:
-            batch.validate(full=True)  # a file from outside: offsets that lead out of its text are found here
-            for scalar in batch.column(column):
-                line += 1
-                value = _text_of(scalar, line, table)
-                text_bytes += len(value) if isinstance(value, str) else 0
-                _require_real(text_bytes, size, table)
-                yield value, line
+        # a file from outside: offsets that lead out of its text are found by validate, which gives nothing back
+        yield from _texts_of((batch for batch in blocks if batch.validate(full=True) is None), size, table)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise UserError(f"data file {table.where} cannot be read as Arrow: {reason}", again) from error
+
+
+def _texts_of(batches: Iterable[Any], size: int, table: Table) -> Iterator[tuple[Any, int]]:
+    """The text column's values with their row, counted from 1."""
+    line = text_bytes = 0
+    for batch in batches:
+        for scalar in batch.column(table.data.text_column):
+            line += 1
+            value = _text_of(scalar, line, table)
+            text_bytes += len(value) if isinstance(value, str) else 0
+            _require_real(text_bytes, size, table)
+            yield value, line
 
 
 def _text_of(scalar: Any, row: int, table: Table) -> Any:
