@@ -23,7 +23,7 @@ from edgedistill.onnx.float_export import FloatExport, export_float
 from edgedistill.onnx.histogram import METHODS
 from edgedistill.onnx.int8_scheme import SCHEMES
 from edgedistill.onnx.qdq import activation_step
-from edgedistill.onnx.quantize import static_tensors
+from edgedistill.onnx.quantized_graph import static_tensors
 from edgedistill.records import TensorSpec
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,7 +19,7 @@ from edgedistill import machine, single
 from edgedistill.data.documents import read_documents
 from edgedistill.data.split import blocks_of
 from edgedistill.recipe import Data
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.store import Store
 from edgedistill.tasks.causal_lm import TextTokenizer, encode_blocks, scoring_windows
 from edgedistill.verify.ladder import groups

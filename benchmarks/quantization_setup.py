@@ -21,7 +21,7 @@ from edgedistill.pipeline import Trained, threads_here
 from edgedistill.progress import Progress
 from edgedistill.recipe import Recipe, load_recipe
 from edgedistill.records import Artifact, Record
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.statistics import ByUnit, by_unit
 from edgedistill.store import Store, Stored, Work, versions
 from edgedistill.targets import load_target

@@ -23,7 +23,7 @@ from edgedistill import pipeline
 from edgedistill.data.prepare import read_part
 from edgedistill.progress import Progress
 from edgedistill.recipe import load_recipe
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.statistics import ByUnit, Estimate, by_unit, linearised, perplexity, perplexity_ratio
 from edgedistill.store import Store
 from edgedistill.targets import load_target

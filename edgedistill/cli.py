@@ -326,7 +326,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """The HTML report of a bundle: one file, nothing loaded from outside."""
-    from edgedistill.report.html import report as write_report
+    from edgedistill.bundle.report import report as write_report
 
     path = write_report(directory, out)
     emit(as_json, {"report": str(path)}, str(path))

@@ -256,7 +256,7 @@ def _runs(made: Artifact, folder: Path, store: Store | None) -> None:
     """Let the runtime that ships run a token of what was not compared in it."""
     if made.parity is not None:
         return
-    from edgedistill.runtimes.child import RuntimeProcess
+    from edgedistill.runtimes.process import RuntimeProcess
 
     with RuntimeProcess(
         made.runtime, folder / made.entry, threads=len(machine.usable_cpus()), context_tokens=32, store=store,

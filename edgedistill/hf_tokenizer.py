@@ -23,6 +23,8 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+# The tokens that spell a byte each where a vocabulary has no token for a text.
+BYTES = frozenset(f"<0x{value:02X}>" for value in range(256))
 _SAVE_AGAIN = (
     "python -c 'import sys, transformers;"
     " transformers.AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[1])'"

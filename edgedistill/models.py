@@ -178,13 +178,24 @@ def _wanted(shape: Shape, config: Mapping[str, Any], path: Path) -> dict[str, tu
 def require_sound(path: Path, role: str = "model") -> None:
     """Read every weight of a folder, one at a time. UserError for NaN and infinity, and a tied head that differs."""
     from edgedistill.gguf.architectures import TIED_HEAD
-    from edgedistill.gguf.convert import check_tied
 
     stored = stored_tensors(path)
     config = read_json(path / "config.json", what="config.json")
     if TIED_HEAD in stored and shape_from_config(config, where=str(path)).tie_word_embeddings:
         check_tied(stored, EMBEDDING, str(path))
     require_finite_weights(path, role)
+
+
+def check_tied(stored: Mapping[str, StoredTensor], embedding: str, where: str) -> None:
+    """UserError where a head that is said to be the embedding has other values."""
+    from edgedistill.gguf.architectures import TIED_HEAD
+    from edgedistill.gguf.streaming import equal
+
+    if embedding in stored and not equal(stored[TIED_HEAD], stored[embedding]):
+        raise UserError(
+            f"{where}: tie_word_embeddings is true, but {TIED_HEAD} differs from {embedding}",
+            "set tie_word_embeddings to false in config.json if the model has a head of its own",
+        )
 
 
 def require_finite_weights(path: Path, role: str) -> None:

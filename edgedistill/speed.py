@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from edgedistill import machine, statistics
 from edgedistill.progress import Progress
 from edgedistill.records import SpeedComparison
-from edgedistill.runtimes.child import RuntimeName, RuntimeProcess
 from edgedistill.runtimes.graph import GraphProcess
+from edgedistill.runtimes.process import RuntimeName, RuntimeProcess
 from edgedistill.store import Store
 
 PAIRS = 12

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from edgedistill.recipe import Verify
 from edgedistill.records import Figure, Shape
+from edgedistill.tasks.causal_lm import GROUP_TOKENS
 
-# Tokens that the ladder scores together (verify/scores.py has it from here): windows of one length, at least one.
-GROUP_TOKENS = 2048
 # torch and transformers loaded for inference (measured: 0.55 GB), and the runtime's process with its buffers.
 PROCESS_BYTES = 600_000_000
 RUNTIME_BYTES = 200_000_000

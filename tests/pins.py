@@ -27,7 +27,7 @@ def sha256(path: Path) -> str:
 
 
 def exports(folder: Path) -> dict[str, str]:
-    """Format and quantization → sha256 of the file that the command writes, of a random decoder and a random encoder."""
+    """Format and quantization → sha256 of the file that the command writes: a random decoder, a random encoder."""
     from checkpoints import tiny
     from command import Command
     from encoders import tiny_encoder

@@ -19,7 +19,7 @@ from checkpoints import tiny
 from edgedistill.errors import RuntimeCrashed, UserError
 from edgedistill.gguf.quantize import export_gguf
 from edgedistill.onnx.decoder import export_onnx
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 
 OPENED = 12  # of each format, in the runtime, here; all of them in the benchmark
 

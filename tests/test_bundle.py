@@ -34,13 +34,13 @@ from edgedistill.bundle.build import _exchange, without_folders
 from edgedistill.bundle.card import digest_line
 from edgedistill.bundle.check import check_sealed, verify_bundle
 from edgedistill.bundle.claims import profile_notes
+from edgedistill.bundle.files import read_manifest
 from edgedistill.bundle.manifest import (
     CARD,
     Manifest,
     manifest_bytes,
     parse_manifest,
     parse_sums,
-    read_manifest,
     self_hash_holds,
     sums_text,
 )
@@ -53,7 +53,7 @@ from edgedistill.models import tokenizer_sha256
 from edgedistill.onnx.graph import stored_weights
 from edgedistill.recipe import Recipe
 from edgedistill.records import Fallback, FileEntry, FurtherTeacher, Scored
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.store import combined_sha256, files_under, sha256_of
 from edgedistill.targets import load_target
 

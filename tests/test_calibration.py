@@ -26,7 +26,7 @@ from edgedistill.onnx.histogram import (
 )  # fmt: skip
 from edgedistill.onnx.int8_scheme import SCHEMES
 from edgedistill.onnx.qdq import activation_step
-from edgedistill.onnx.quantize import static_tensors
+from edgedistill.onnx.quantized_graph import static_tensors
 from edgedistill.records import TensorSpec
 
 IMAGE = TensorSpec(name="image", dtype="float", shape=["batch", 3, 4])

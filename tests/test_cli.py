@@ -54,7 +54,7 @@ def test_every_package_module_imports_without_its_heavy_libraries(command):
         "        if name.split('.')[0] in ('torch', 'transformers', 'onnx', 'datasets', 'matplotlib', 'jinja2'):\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
-        "import edgedistill.bundle.check, edgedistill.runtimes.child, edgedistill.targets, edgedistill.plan\n"
+        "import edgedistill.bundle.check, edgedistill.runtimes.process, edgedistill.targets, edgedistill.plan\n"
         "import edgedistill.pipeline, edgedistill.doctor, edgedistill.recipe, edgedistill.store\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=command.env())

@@ -19,7 +19,7 @@ from edgedistill.export import write_artifact
 from edgedistill.generation import chat_templates, generation_of, generation_settings, render
 from edgedistill.gguf.convert import convert_to_gguf
 from edgedistill.gguf.quantize import export_gguf
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.verify.faithful import check_faithful
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\r\n{{ m['content'] }}\n{% endfor %}"

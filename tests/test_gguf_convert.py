@@ -16,7 +16,7 @@ from edgedistill.gguf.architectures import TensorSpec, from_interleaved, rope_of
 from edgedistill.gguf.convert import convert_to_gguf
 from edgedistill.gguf.dequantize import dequantized
 from edgedistill.gguf.streaming import as_stored
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.shapes import shape_from_config
 from edgedistill.weights import StoredTensor
 

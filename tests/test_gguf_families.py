@@ -16,7 +16,7 @@ from edgedistill.gguf.convert import convert_to_gguf
 from edgedistill.gguf.converter import run_script
 from edgedistill.gguf.dequantize import dequantized
 from edgedistill.gguf.families import FAMILIES
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.single import export
 from edgedistill.store import Store
 

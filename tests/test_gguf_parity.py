@@ -103,7 +103,7 @@ def test_another_epsilon_is_found_at_the_first_norm(checkpoints: dict[str, Path]
 
 def test_the_trace_agrees_with_torch_tensor_by_tensor(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     from edgedistill.gguf.dequantize import dequantized
-    from edgedistill.runtimes.child import RuntimeProcess
+    from edgedistill.runtimes.process import RuntimeProcess
     from edgedistill.verify.gguf_layers import _torch_stages
     from edgedistill.verify.runners import with_weights
 
@@ -142,7 +142,7 @@ def test_a_value_that_is_no_number_is_an_infinite_difference() -> None:
 def test_every_family_is_held_to_torch(case: str, tmp_path: Path) -> None:
     """The export's own check passes, and no tensor on the way is taken for another."""
     from edgedistill.gguf.dequantize import dequantized
-    from edgedistill.runtimes.child import RuntimeProcess
+    from edgedistill.runtimes.process import RuntimeProcess
     from edgedistill.verify.gguf_layers import _torch_stages
     from edgedistill.verify.runners import with_weights
 

@@ -19,7 +19,7 @@ from edgedistill.gguf.mixes import MIXES_THAT_NEED_IMPORTANCE, usable_type
 from edgedistill.gguf.quantize import QUANTIZATIONS, export_gguf, fallbacks_of
 from edgedistill.gguf.request import matrices_of, planned_types
 from edgedistill.records import Artifact
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.strict import read_json
 
 

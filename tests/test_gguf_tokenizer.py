@@ -16,7 +16,7 @@ from edgedistill.errors import UserError
 from edgedistill.gguf.convert import convert_to_gguf
 from edgedistill.gguf.pretokenizers import BYTES_ONLY, NEW_CHARACTERS_NOTE
 from edgedistill.gguf.tokenizer import CONTROL, UNUSED, USER_DEFINED, added_ends, general_name, read_tokenizer
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.verify.tokenizer_check import VARIED_TEXTS, check_tokenizer
 
 # Runs that tokenizers treat specially, and special tokens.

@@ -19,13 +19,14 @@ from tiny_models import tiny_checkpoint
 
 from edgedistill.bundle import golden, golden_make, golden_rules
 from edgedistill.bundle.check import verify_bundle
+from edgedistill.bundle.files import read_manifest
 from edgedistill.bundle.fingerprint import first_difference
 from edgedistill.bundle.golden_prompts import LONG, chosen
 from edgedistill.bundle.golden_rules import compact, statistics
-from edgedistill.bundle.manifest import BundleArtifact, read_manifest
+from edgedistill.bundle.manifest import BundleArtifact
 from edgedistill.errors import RuntimeCrashed, UserError
 from edgedistill.gguf.quantize import export_gguf
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.store import Store
 
 TEMPLATE = (

@@ -168,7 +168,7 @@ def test_it_lowers_the_error_where_inputs_are_large(wide: Path, tmp_path: Path) 
 
 def test_the_very_low_types_run_with_a_matrix_and_are_refused_without(wide: Path, tmp_path: Path) -> None:
     from edgedistill.gguf.mixes import BASE_TYPES, MIXES_THAT_NEED_IMPORTANCE
-    from edgedistill.runtimes.child import RuntimeProcess
+    from edgedistill.runtimes.process import RuntimeProcess
 
     options = {
         "none given": (ExportOptions(), "none was given"),

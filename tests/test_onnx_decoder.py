@@ -17,7 +17,7 @@ from edgedistill.onnx.parity import relative_rms
 from edgedistill.preflight import _require_exportable
 from edgedistill.recipe import load_recipe
 from edgedistill.records import Artifact
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.targets import load_target
 
 LLAMA3_ROPE = {

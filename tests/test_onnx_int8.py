@@ -24,7 +24,8 @@ from edgedistill.onnx.inputs import Batch, image_batches, random_batches
 from edgedistill.onnx.int8_scheme import scheme_of
 from edgedistill.onnx.parity import check_parity
 from edgedistill.onnx.quantizable import quantizable_nodes
-from edgedistill.onnx.quantize import load, quantize, quantize_graph, static_tensors
+from edgedistill.onnx.quantize import quantize
+from edgedistill.onnx.quantized_graph import load, quantize_graph, static_tensors
 from edgedistill.records import Artifact
 
 KINDS = ("bert", "resnet", "t5")

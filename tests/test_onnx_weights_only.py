@@ -21,7 +21,8 @@ from edgedistill.onnx.float_export import FloatExport, export_float
 from edgedistill.onnx.inputs import Batch, random_batches
 from edgedistill.onnx.parity import check_parity
 from edgedistill.onnx.quantizable import node_types, quantizable_nodes
-from edgedistill.onnx.quantize import load, quantize
+from edgedistill.onnx.quantize import quantize
+from edgedistill.onnx.quantized_graph import load
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,12 @@ from bundle_fixtures import Ingredients, latency, retention, rung
 from edgedistill.bundle.card import _retention as card_retention
 from edgedistill.bundle.card import model_card
 from edgedistill.bundle.check import verify_bundle
-from edgedistill.bundle.manifest import read_manifest
+from edgedistill.bundle.files import read_manifest
+from edgedistill.bundle.report import report
 from edgedistill.errors import UserError
 from edgedistill.records import Fallback, Percentiles, Scored, Sensitivity, SensitivityRow, TokenizerCheck
 from edgedistill.report import plots
-from edgedistill.report.html import interval, limits_of, number, plain, render, report, size
+from edgedistill.report.html import interval, limits_of, number, plain, render, size
 from edgedistill.report.plots import drift_svg, token_ms_svg, ttft_svg
 from edgedistill.show import latency_text, retention_text
 

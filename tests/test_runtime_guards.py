@@ -29,7 +29,7 @@ from edgedistill.guards.onnx_model import check_onnx
 from edgedistill.guards.tokenizer import check_tokenizer_json, rebuilt_tokenizer_config
 from edgedistill.guards.transformers_folder import rebuilt_folder
 from edgedistill.runtimes.bounds import replay_of
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 
 Tree = dict[str, Any]
 LIBRARY = '#include <stdio.h>\n__attribute__((constructor)) static void ran(void) { fclose(fopen("%s", "w")); }\n'
@@ -514,7 +514,7 @@ def test_an_honest_folder_runs_within_the_bounds(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     from checkpoints import tiny
 
-    from edgedistill.distill.teacher_model import load_quantized
+    from edgedistill.bitsandbytes_layers import load_quantized
 
     sizes = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "vocab_size": 512, "num_hidden_layers": 1}
     checkpoint = tiny(tmp_path / "checkpoint", **sizes)

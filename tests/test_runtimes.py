@@ -19,8 +19,9 @@ import pytest
 from tiny_models import tiny_checkpoint, tiny_genai, tiny_gguf, torch_logits
 
 from edgedistill.errors import RuntimeCrashed, UserError
-from edgedistill.runtimes import child, frames, probe
-from edgedistill.runtimes.child import RuntimeProcess, fastest_first, signal_name
+from edgedistill.runtimes import frames, probe, process
+from edgedistill.runtimes.child import signal_name
+from edgedistill.runtimes.process import RuntimeProcess, fastest_first
 from edgedistill.runtimes.quantize import quantize_in_child
 from edgedistill.store import Store
 
@@ -290,7 +291,7 @@ def test_a_child_dies_with_its_parent_even_when_it_is_stuck(f32: Path) -> None:
     code = (
         "import os, signal, time\n"
         "from pathlib import Path\n"
-        "from edgedistill.runtimes.child import RuntimeProcess\n"
+        "from edgedistill.runtimes.process import RuntimeProcess\n"
         f"r = RuntimeProcess('llama.cpp', Path({str(f32)!r}), threads=1, context_tokens=64, use_extra_bufts=False)\n"
         "os.kill(r.info['pid'], signal.SIGSTOP)\n"
         "print(r.info['pid'], flush=True)\n"
@@ -390,10 +391,10 @@ def test_the_fastest_cpus_come_first(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system cannot pin")
 def test_pinning_takes_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "usable_cpus", lambda: [0, 1, 2])
-    monkeypatch.setattr(child, "fastest_first", lambda cpus: list(reversed(cpus)))
-    assert child._cpus_for(2) == [2, 1]
-    assert child._cpus_for(4) is None
+    monkeypatch.setattr(process, "usable_cpus", lambda: [0, 1, 2])
+    monkeypatch.setattr(process, "fastest_first", lambda cpus: list(reversed(cpus)))
+    assert process._cpus_for(2) == [2, 1]
+    assert process._cpus_for(4) is None
 
 
 # The quantizer

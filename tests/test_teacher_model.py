@@ -11,9 +11,10 @@ import torch
 from command import Command, refused
 from training_models import VOCAB, model, packed
 
+from edgedistill.bitsandbytes_layers import load_quantized
 from edgedistill.distill.ranks import ranks_here
 from edgedistill.distill.teacher_cache import cache_key
-from edgedistill.distill.teacher_model import live_teacher, load_quantized
+from edgedistill.distill.teacher_model import live_teacher
 from edgedistill.errors import UserError
 from edgedistill.recipe import Teacher, parse_recipe
 from edgedistill.records import TeacherResult

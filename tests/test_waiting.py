@@ -17,7 +17,7 @@ from edgedistill import waiting
 from edgedistill.bench.measure import bench
 from edgedistill.progress import Progress
 from edgedistill.recipe import Bench
-from edgedistill.runtimes.child import RuntimeName, RuntimeProcess
+from edgedistill.runtimes.process import RuntimeName, RuntimeProcess
 from edgedistill.store import Store
 from edgedistill.targets import load_target
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.gguf.tokenizer import add_tokenizer, general_name, read_tokenizer
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 
 # One or more of every kind of character that tokenizers tell apart.
 ALPHABET = (

@@ -22,7 +22,7 @@ from edgedistill.errors import UserError
 from edgedistill.progress import QUIET, Progress
 from edgedistill.recipe import Bench
 from edgedistill.records import Artifact, Basis, Latency, Percentiles, Workload
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.statistics import MIN_VALUES_FOR_P99, rate
 from edgedistill.store import Store
 from edgedistill.targets import Target, why_not

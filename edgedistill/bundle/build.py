@@ -19,6 +19,7 @@ from edgedistill.bundle.card import HUB_ID, model_card
 from edgedistill.bundle.check import verify_bundle
 from edgedistill.bundle.claims import PREPROCESS_FILES, signature_of
 from edgedistill.bundle.documents import REPORT, REPORT_PACKAGES, documents
+from edgedistill.bundle.files import is_bundle
 from edgedistill.bundle.golden_make import make_golden
 from edgedistill.bundle.judge import basis_notes
 from edgedistill.bundle.licenses import Source, source_of
@@ -32,7 +33,6 @@ from edgedistill.bundle.manifest import (
     ModelNote,
     SourceNote,
     Tensor,
-    is_bundle,
     json_text,
     manifest_bytes,
     sums_text,

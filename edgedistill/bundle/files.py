@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from edgedistill.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, REMEDY, Manifest, parse_manifest
 from edgedistill.errors import UserError
 from edgedistill.strict import shown
 
 CHUNK_BYTES = 1 << 20
-REMEDY = "take the bundle again from where it was made"
 PLAIN_ONLY = ": a bundle holds plain files only"
 KINDS = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder"}
 
@@ -39,6 +39,21 @@ def read_bounded(folder: Path, name: str, limit: int) -> bytes:
     if len(data) > limit:
         raise UserError(f"{name} grows while it is read: it has more than {limit} bytes", REMEDY)
     return data
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a bundle folder. Raises UserError where there is none, or it is not valid."""
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder} is not a bundle: it has no {MANIFEST}", "give a folder that edgedistill wrote")
+    return parse_manifest(read_bounded(folder, MANIFEST, MAX_MANIFEST_BYTES))
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder holds a manifest of this schema: all that may be replaced by a new bundle."""
+    try:
+        return (folder / MANIFEST).is_file() and bool(read_manifest(folder))
+    except (UserError, OSError):
+        return False
 
 
 def read_sealed(folder: Path, name: str, size: int, sha256: str) -> bytes:

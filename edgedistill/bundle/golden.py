@@ -38,8 +38,8 @@ from edgedistill.bundle.manifest import BundleArtifact
 from edgedistill.bundle.npy import load_array
 from edgedistill.errors import UserError
 from edgedistill.runtimes.bounds import replay_of
-from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.runtimes.confine import layers_off
+from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.store import Store
 
 REPLAY_THREADS = 4

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgedistill.bundle.golden_record import ChatMessage, GoldenChat, Setting
 from edgedistill.errors import UserError
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 
 JINJA, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 GGUF_KEY = "tokenizer.chat_template"

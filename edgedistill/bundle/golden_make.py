@@ -42,7 +42,7 @@ from edgedistill.bundle.golden_rules import (
 )
 from edgedistill.errors import RuntimeCrashed, UserError
 from edgedistill.records import Artifact
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.store import Store
 
 NEW_TOKENS = 16

@@ -11,12 +11,10 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
-from edgedistill.bundle.files import REMEDY, read_bounded
 from edgedistill.bundle.golden_record import Golden
 from edgedistill.bundle.names import collision, unsafe_path
 from edgedistill.errors import UserError
@@ -35,6 +33,7 @@ from edgedistill.records import (
 from edgedistill.records_json import json_record
 from edgedistill.strict import shown
 
+REMEDY = "take the bundle again from where it was made"
 MANIFEST = "manifest.json"
 CARD = "MODEL_CARD.md"
 SUMS = "SHA256SUMS"
@@ -286,21 +285,6 @@ def parse_manifest(data: bytes) -> Manifest:
     return json_record(
         Manifest, data, what=MANIFEST, remedy=REMEDY, max_bytes=MAX_MANIFEST_BYTES, max_values=MAX_MANIFEST_VALUES
     )
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a bundle folder. Raises UserError where there is none, or it is not valid."""
-    if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} is not a bundle: it has no {MANIFEST}", "give a folder that edgedistill wrote")
-    return parse_manifest(read_bounded(folder, MANIFEST, MAX_MANIFEST_BYTES))
-
-
-def is_bundle(folder: Path) -> bool:
-    """Whether a folder holds a manifest of this schema: all that may be replaced by a new bundle."""
-    try:
-        return (folder / MANIFEST).is_file() and bool(read_manifest(folder))
-    except (UserError, OSError):
-        return False
 
 
 def known_hashes(entries: Iterable[FileEntry]) -> dict[str, str]:

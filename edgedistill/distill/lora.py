@@ -8,8 +8,8 @@ from typing import Any
 import torch  # noqa: TID253  this module is imported by training alone
 from torch import Tensor, nn  # noqa: TID253
 
+from edgedistill.bitsandbytes_layers import load_quantized
 from edgedistill.distill.checkpoint import whole
-from edgedistill.distill.teacher_model import load_quantized
 from edgedistill.errors import UserError
 from edgedistill.recipe import Lora
 

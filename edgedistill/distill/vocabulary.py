@@ -25,7 +25,7 @@ from edgedistill.data.prepare import read_part
 from edgedistill.data.split import PARTS
 from edgedistill.errors import UserError
 from edgedistill.generation import GENERATION_FILE
-from edgedistill.gguf.tokenizer import BYTES
+from edgedistill.hf_tokenizer import BYTES
 from edgedistill.models import copy_tokenizer, kept_tokens, tokenizer_sha256, vocabulary
 from edgedistill.progress import QUIET, Progress
 from edgedistill.records import DataResult, VocabularyResult

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError, did_you_mean
-from edgedistill.loading import LOADING
 from edgedistill.models import require_sound
 from edgedistill.records import Artifact
 from edgedistill.shapes import shape_from_config
@@ -37,9 +36,9 @@ def export_bitsandbytes(
     """
     import torch
 
+    from edgedistill.bitsandbytes_layers import load_quantized
     from edgedistill.distill.device import training_device
-    from edgedistill.distill.teacher_model import load_quantized
-    from edgedistill.runtimes.child import RuntimeProcess
+    from edgedistill.runtimes.process import RuntimeProcess
     from edgedistill.verify.parity import INVALID, measure, real_inputs
     from edgedistill.verify.runners import with_weights
 
@@ -86,29 +85,12 @@ def export_bitsandbytes(
     )  # fmt: skip
 
 
-def open_folder(folder: Path) -> Any:
-    """The model of an exported folder in eval, on the GPU where there is one."""
-    import bitsandbytes
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from edgedistill.distill.device import training_device
-    from edgedistill.distill.teacher_model import check_4bit_on_cpu
-
-    device = training_device()
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, device_map={"": str(device)}, **LOADING
-    )
-    for name, module in model.named_modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit) and device.type == "cpu":
-            check_4bit_on_cpu(name, module, frozen=True)
-    return model.eval()
-
-
 def dequantized(folder: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """(transformers name, float32 values) of every stored weight; a tied head is not repeated."""
     import bitsandbytes
     import torch
+
+    from edgedistill.bitsandbytes_layers import open_folder
 
     model = open_folder(folder)
     modules = dict(model.named_modules())

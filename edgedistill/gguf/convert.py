@@ -15,8 +15,9 @@ from edgedistill.gguf.architectures import TIED_HEAD, Model, TensorSpec, as_modu
 from edgedistill.gguf.generation_keys import with_generation
 from edgedistill.gguf.pooling import pooling_of
 from edgedistill.gguf.rope import MetadataValue
-from edgedistill.gguf.streaming import ELEMENT_BYTES, Dtype, equal, write_tensor
+from edgedistill.gguf.streaming import ELEMENT_BYTES, Dtype, write_tensor
 from edgedistill.gguf.tokenizer import GgufTokenizer, add_tokenizer, general_name, read_tokenizer
+from edgedistill.models import check_tied
 from edgedistill.store import fsync_folder
 from edgedistill.strict import read_json
 from edgedistill.weights import StoredTensor, check_tensors, stored_tensors
@@ -90,14 +91,6 @@ def checked_tensors(files: Mapping[str, StoredTensor], model: Model, *, where: s
         del stored[TIED_HEAD]
     check_tensors(stored, {name: spec.shape for name, spec in model.specs.items()}, where=where)
     return stored
-
-
-def check_tied(stored: Mapping[str, StoredTensor], embedding: str, where: str) -> None:
-    if embedding in stored and not equal(stored[TIED_HEAD], stored[embedding]):
-        raise UserError(
-            f"{where}: tie_word_embeddings is true, but {TIED_HEAD} differs from {embedding}",
-            "set tie_word_embeddings to false in config.json if the model has a head of its own",
-        )
 
 
 def _write(

@@ -14,7 +14,7 @@ from edgedistill.errors import RuntimeCrashed, UserError
 from edgedistill.gguf.convert import convert_to_gguf
 from edgedistill.gguf.reader import GgufFile
 from edgedistill.gguf.streaming import Dtype
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.store import fsync_folder
 
 TIMEOUT_S = 3 * 3600.0

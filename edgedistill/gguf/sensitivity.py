@@ -295,7 +295,7 @@ def read_text(checkpoint: Path, model: Model, options: ExportOptions, *, weighte
     fewer than two documents or `MIN_TOKENS` tokens.
     """
     from edgedistill.tasks.causal_lm import Window, scoring_windows
-    from edgedistill.verify.ladder import groups as of_one_length
+    from edgedistill.tasks.causal_lm import groups as of_one_length
 
     blocks = options.calibration or ()
     order = np.random.default_rng(options.seed).permutation(len(blocks))
@@ -330,7 +330,7 @@ def read_text(checkpoint: Path, model: Model, options: ExportOptions, *, weighte
 
 def _of_any_length(windows: Sequence[Window]) -> list[list[Window]]:
     """Batches of windows that are nearly as long: a decoder does not look ahead, so padding behind changes nothing."""
-    from edgedistill.verification_memory import GROUP_TOKENS
+    from edgedistill.tasks.causal_lm import GROUP_TOKENS
 
     batches: list[list[Window]] = []
     for window in sorted(windows, key=lambda window: -len(window.ids)):

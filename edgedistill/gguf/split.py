@@ -14,6 +14,7 @@ from typing import IO
 
 from edgedistill.errors import UserError
 from edgedistill.gguf.reader import GgufFile, GgufTensor
+from edgedistill.guards.gguf import split_files
 from edgedistill.store import fsync_folder
 
 MAGIC_AND_VERSION = b"GGUF" + struct.pack("<I", 3)
@@ -52,21 +53,6 @@ def split_gguf(source: Path, max_file_bytes: int) -> list[Path]:
             path.unlink(missing_ok=True)
     source.unlink()
     fsync_folder(source.parent)
-    return paths
-
-
-def split_files(first: Path) -> list[Path]:
-    """All files of a GGUF, from its first (or only) one. UserError where one is missing."""
-    stem, of, count = first.stem.rpartition("-of-")
-    prefix, dash, number = stem.rpartition("-")
-    if not (of and dash and number.isdigit() and count.isdigit() and len(number) == len(count) == len("00001")):
-        return [first]
-    paths = [first.with_name(f"{prefix}-{i + 1:05d}-of-{count}.gguf") for i in range(int(count))]
-    if first != paths[0]:
-        raise UserError(f"{first} is not the first file of its GGUF", f"open {paths[0].name}")
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing:
-        raise UserError(f"{first.parent} lacks {', '.join(missing[:3])}", "copy all files of the model")
     return paths
 
 

@@ -15,7 +15,6 @@ from edgedistill.errors import UserError
 from edgedistill.gguf.generation_keys import SAMPLING
 from edgedistill.gguf.tokenizer_bpe import bpe
 from edgedistill.gguf.tokenizer_files import (
-    BYTES,
     CONTROL,
     NORMAL,
     UNUSED,
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 __all__ = [
-    "BYTES", "CONTROL", "NORMAL", "UNUSED", "USER_DEFINED", "GgufTokenizer", "add_tokenizer", "added_ends",
+    "CONTROL", "NORMAL", "UNUSED", "USER_DEFINED", "GgufTokenizer", "add_tokenizer", "added_ends",
     "general_name", "read_tokenizer", "write_vocabulary",
 ]  # fmt: skip
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from edgedistill.gguf.pretokenizers import find_pre_tokenizer
 from edgedistill.gguf.tokenizer_files import (
-    BYTES,
     SPACE_MARK,
     GgufTokenizer,
     TokenizerFiles,
@@ -16,6 +15,7 @@ from edgedistill.gguf.tokenizer_files import (
     type_of,
     unknown,
 )
+from edgedistill.hf_tokenizer import BYTES
 
 PRE = "pretokenizers"
 NFC_NOTE = "llama.cpp does not compose characters (NFC): text with separate combining marks differs"

@@ -14,12 +14,11 @@ from typing import Any
 from edgedistill.errors import UserError
 from edgedistill.generation import DEFAULT_TEMPLATE, chat_templates
 from edgedistill.gguf.pretokenizers import OWN_CONVERTER
-from edgedistill.hf_tokenizer import no_tokenizer_json, require_all_tokens
+from edgedistill.hf_tokenizer import BYTES, no_tokenizer_json, require_all_tokens
 from edgedistill.strict import read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
 SPACE_MARK = "\u2581"
-BYTES = frozenset(f"<0x{value:02X}>" for value in range(256))
 # Whatever their type in the file, llama.cpp reads these as tokens, in plain text too.
 ALWAYS_PARSED = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 # Phi-3's special tokens take the white space behind them, but for these.

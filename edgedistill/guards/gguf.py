@@ -273,10 +273,23 @@ class _Reader:
         return math.prod(dims) // block * size
 
 
+def split_files(first: Path) -> list[Path]:
+    """All files of a GGUF, from its first (or only) one. UserError where one is missing."""
+    stem, of, count = first.stem.rpartition("-of-")
+    prefix, dash, number = stem.rpartition("-")
+    if not (of and dash and number.isdigit() and count.isdigit() and len(number) == len(count) == len("00001")):
+        return [first]
+    paths = [first.with_name(f"{prefix}-{i + 1:05d}-of-{count}.gguf") for i in range(int(count))]
+    if first != paths[0]:
+        raise UserError(f"{first} is not the first file of its GGUF", f"open {paths[0].name}")
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(f"{first.parent} lacks {', '.join(missing[:3])}", "copy all files of the model")
+    return paths
+
+
 def check_ggufs(first: Path) -> list[GgufHeader]:
     """A GGUF of one file or of several, which lie beside the first under its name. Raises UserError."""
-    from edgedistill.gguf.split import split_files
-
     head = check_gguf(first)
     count = head.values.get(SPLIT_COUNT, 0)
     if type(count) is not int or not 0 <= count <= MAX_FILES:

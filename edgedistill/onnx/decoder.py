@@ -21,8 +21,9 @@ from edgedistill.models import require_sound
 from edgedistill.onnx.generation_settings import write_generation
 from edgedistill.onnx.graph import count_types, stored_weights
 from edgedistill.records import Artifact, Fallback, Parity, Shape
-from edgedistill.runtimes.child import RuntimeProcess, signal_name
+from edgedistill.runtimes.child import signal_name
 from edgedistill.runtimes.interpreter import module_command, users_path
+from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.shapes import shape_from_config
 from edgedistill.store import combined_sha256, file_entries, versions
 from edgedistill.strict import read_json

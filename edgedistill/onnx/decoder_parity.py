@@ -21,9 +21,9 @@ from edgedistill.errors import UserError
 from edgedistill.onnx.dequantize import HEAD, dequantized, modules_of, stored
 from edgedistill.onnx.graph import EMBEDDING, MODEL_FILE, load_graph
 from edgedistill.records import Parity
-from edgedistill.runtimes.child import RuntimeProcess
 from edgedistill.runtimes.graph import GraphProcess
 from edgedistill.runtimes.ort import CONFIG, genai_config
+from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.shapes import shape_from_config
 from edgedistill.strict import read_json
 from edgedistill.weights import read_tensor, stored_tensors

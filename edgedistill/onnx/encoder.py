@@ -34,7 +34,7 @@ from edgedistill.onnx.parity import LIMITS, check_parity
 from edgedistill.onnx.precision import NOTES, convert
 from edgedistill.onnx.processors import open_tokenizer, require_same_tokens, ship
 from edgedistill.onnx.quantizable import STATIC
-from edgedistill.onnx.quantize import require_static
+from edgedistill.onnx.quantized_graph import require_static
 from edgedistill.onnx.tasks import TaskModel, open_task
 from edgedistill.onnx.tensorrt import NOTE as TENSORRT_NOTE
 from edgedistill.onnx.tensorrt import OPSET as TENSORRT_OPSET

@@ -18,6 +18,7 @@ from edgedistill.onnx.calibration import Samples
 from edgedistill.onnx.float_export import FloatExport
 from edgedistill.onnx.histogram import Observed
 from edgedistill.onnx.quantizable import FLOAT, INT4, WEIGHTS, Quantizable, node_types, stored_type
+from edgedistill.onnx.quantized_graph import quantize_graph
 from edgedistill.onnx.scoring import METRICS, Rows, meanings_of, rows_of, score
 from edgedistill.progress import QUIET, Progress
 from edgedistill.records import Sensitivity
@@ -119,8 +120,6 @@ class _Scored:
             yield {name: rows_of(found[name], batch, meaning) for name, meaning in self.meanings.items()}
 
     def measure(self, keep: Collection[str]) -> Measured:
-        from edgedistill.onnx.quantize import quantize_graph
-
         path = self.folder / self.export.path.name
         quantize_graph(
             self.export, path, quantization=self.quantization, observed=self.observed, keep=keep, options=self.options

@@ -25,7 +25,7 @@ class FolderBackend:
         import torch
         import transformers
 
-        from edgedistill.folders.bitsandbytes import open_folder
+        from edgedistill.bitsandbytes_layers import open_folder
 
         torch.set_num_threads(threads)
         self._torch = torch

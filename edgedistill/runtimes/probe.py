@@ -32,6 +32,9 @@ from numpy.typing import NDArray
 
 from edgedistill import machine
 from edgedistill.errors import RuntimeCrashed, UserError
+from edgedistill.runtimes.bounds import OWN
+from edgedistill.runtimes.child import logits_of, open_artifact
+from edgedistill.runtimes.quantize import quantize_in_child
 from edgedistill.store import Store, canonical_json, versions, write_durably
 
 OVERRIDE = "EDGEDISTILL_LLAMA_EXTRA_BUFTS"
@@ -96,9 +99,6 @@ def llama_build(store: Store) -> dict[str, Any]:
 
 def probe() -> ExtraBufts:
     """Decode a batch of each probed type with the extra buffers and without, in child processes."""
-    # Imported here: child.py asks this module before it starts a llama.cpp.
-    from edgedistill.runtimes.quantize import quantize_in_child
-
     with tempfile.TemporaryDirectory(prefix="edgedistill-probe-") as folder:
         source = Path(folder) / "f32.gguf"
         write_tiny_gguf(source)
@@ -128,13 +128,16 @@ def relative_rms(found: NDArray[np.float32], expected: NDArray[np.float32]) -> f
 
 
 def _logits(model: Path, *, use_extra_bufts: bool) -> NDArray[np.float32]:
-    from edgedistill.runtimes.child import RuntimeProcess
-
     tokens = np.random.default_rng(1).integers(0, TINY["vocabulary"], PROBED_TOKENS)
-    with RuntimeProcess(
-        "llama.cpp", model, threads=2, context_tokens=64, use_extra_bufts=use_extra_bufts, timeout_s=TIMEOUT_S
-    ) as runtime:
-        return runtime.logits(tokens)
+    child, room, info = open_artifact(
+        "llama.cpp", model, bounds=OWN, threads=2, context_tokens=64, use_extra_bufts=use_extra_bufts,
+        timeout_s=TIMEOUT_S,
+    )  # fmt: skip
+    try:
+        return logits_of(child, tokens, info["vocab_size"])
+    finally:
+        child.close()
+        room.close()
 
 
 def _read(path: Path) -> ExtraBufts | None:

@@ -19,6 +19,8 @@ from edgedistill.strict import read_json
 
 Ids = NDArray[np.int32]
 IGNORED = -100
+# Tokens that are scored together: windows of one length, at least one. verification_memory.py counts with it.
+GROUP_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -198,3 +200,14 @@ def scoring_windows(
             scored_to = end - 1
             start = min(start + step, scored_to)
     return windows
+
+
+def groups(windows: list[Window]) -> Iterator[list[Window]]:
+    """Windows of one length together, so that nothing is padded."""
+    by_length: dict[int, list[Window]] = {}
+    for window in windows:
+        by_length.setdefault(len(window.ids), []).append(window)
+    for length, group in sorted(by_length.items()):
+        size = max(1, GROUP_TOKENS // length)
+        for start in range(0, len(group), size):
+            yield group[start : start + size]

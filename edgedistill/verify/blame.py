@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
 from edgedistill.records import Artifact, Departure
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 
 TENSOR = re.compile(r"[\w.]+\.(?:weight|bias)")
 FIRST = re.compile(r"the first tensor that departs is (\S+)")

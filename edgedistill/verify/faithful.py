@@ -45,7 +45,7 @@ def _gguf(artifact: Artifact, folder: Path, checkpoint: Path) -> list[Finding]:
     from edgedistill.gguf.convert import tokenizer_of
     from edgedistill.gguf.mixes import FILE_TYPES
     from edgedistill.gguf.split import open_gguf
-    from edgedistill.runtimes.child import RuntimeProcess
+    from edgedistill.runtimes.process import RuntimeProcess
     from edgedistill.verify.faithful_gguf import key_findings, tensor_findings
     from edgedistill.verify.faithful_vocabulary import Vocabulary, vocabulary_findings
 
@@ -88,7 +88,7 @@ def _gguf(artifact: Artifact, folder: Path, checkpoint: Path) -> list[Finding]:
 
 def _genai(artifact: Artifact, folder: Path, checkpoint: Path, *, run: bool) -> list[Finding]:
     from edgedistill.generation import generation_of
-    from edgedistill.runtimes.child import RuntimeProcess
+    from edgedistill.runtimes.process import RuntimeProcess
     from edgedistill.shapes import shape_from_config
     from edgedistill.verify.faithful_onnx import (
         config_findings,

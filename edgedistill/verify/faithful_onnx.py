@@ -21,8 +21,7 @@ from edgedistill.records import Artifact, Shape
 from edgedistill.runtimes.ort import CONFIG, genai_config
 from edgedistill.shapes import shape_from_config
 from edgedistill.strict import read_json
-from edgedistill.verify.faithful_vocabulary import difference_of
-from edgedistill.verify.finding import Finding, shown
+from edgedistill.verify.finding import Finding, difference_of, shown
 from edgedistill.verify.rounding import difference
 from edgedistill.weights import read_tensor, stored_tensors
 

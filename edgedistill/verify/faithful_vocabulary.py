@@ -16,7 +16,7 @@ from edgedistill.gguf.generation_keys import GAPS_BY_TEXT, SAMPLING, STOP_ROLES,
 from edgedistill.gguf.reader import GgufFile
 from edgedistill.gguf.tokenizer import general_name
 from edgedistill.gguf.tokenizer_files import UNUSED, GgufTokenizer
-from edgedistill.verify.finding import Finding, shown
+from edgedistill.verify.finding import Finding, difference_of, shown
 
 GGML = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
@@ -170,17 +170,6 @@ def template_findings(reader: GgufFile, generation: Generation, runtime: Mapping
     if (runtime.get("template") or "") != generation.template:
         said = difference_of(runtime.get("template") or "", generation.template)
         yield Finding("template", "llama.cpp's chat template", said)
-
-
-def difference_of(found: str, wanted: str) -> str:
-    """Where two texts part, in words."""
-    if not wanted:
-        return f"is {shown(found)}, and the model has none"
-    if not found:
-        return "is missing"
-    at = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), min(len(found), len(wanted)))
-    window = slice(max(0, at - 10), at + 30)
-    return f"is not the model's: at character {at} it says {found[window]!r}, the model's {wanted[window]!r}"
 
 
 def _sampling(

@@ -35,3 +35,14 @@ def shown(value: object, chars: int = 60) -> str:
     """A value as an error shows it."""
     text = f"{value:.9g}" if isinstance(value, float) else repr(value)
     return text if len(text) <= chars else text[:chars] + "…"
+
+
+def difference_of(found: str, wanted: str) -> str:
+    """Where two texts part, in words."""
+    if not wanted:
+        return f"is {shown(found)}, and the model has none"
+    if not found:
+        return "is missing"
+    at = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), min(len(found), len(wanted)))
+    window = slice(max(0, at - 10), at + 30)
+    return f"is not the model's: at character {at} it says {found[window]!r}, the model's {wanted[window]!r}"

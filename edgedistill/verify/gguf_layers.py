@@ -19,7 +19,7 @@ from edgedistill.gguf.dequantize import dequantized
 from edgedistill.gguf.pooling import CLS, LAST, MEAN
 from edgedistill.gguf.reader import GgufFile
 from edgedistill.records import Parity
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.store import Store
 from edgedistill.strict import read_json
 from edgedistill.verify.parity import INVALID, Differences, measure, real_inputs, weight_difference

@@ -36,7 +36,7 @@ from edgedistill.records import (
     TeacherResult,
     TokenizerCheck,
 )
-from edgedistill.runtimes.child import RuntimeName, RuntimeProcess
+from edgedistill.runtimes.process import RuntimeName, RuntimeProcess
 from edgedistill.statistics import (
     Estimate,
     by_unit,
@@ -54,7 +54,6 @@ from edgedistill.verify.blame import against_model, in_runtime
 from edgedistill.verify.limits import runtime_limit
 from edgedistill.verify.runners import ArtifactScorer, Scorer, TorchScorer, load_torch, with_weights
 from edgedistill.verify.scores import NEIGHBOURS, RUNGS, Scores, Text, score, some_ids, text_of, windows_sha256
-from edgedistill.verify.scores import groups as groups
 from edgedistill.verify.tokenizer_check import check_tokenizer
 
 MOST_NATS = 700.0  # a token: exp of more is no double

@@ -13,7 +13,7 @@ from torch import Tensor, nn  # noqa: TID253
 
 from edgedistill.errors import UserError
 from edgedistill.loading import LOADING
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 
 UNUSED = "pooler."  # an encoder's, on which no embedding depends
 

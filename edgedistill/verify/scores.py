@@ -8,7 +8,7 @@ Legend: N scored tokens, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +24,7 @@ from edgedistill.recipe import Verify
 from edgedistill.records import RungName, StudentResult, TeacherResult
 from edgedistill.statistics import ByUnit, by_unit
 from edgedistill.strict import shown
-from edgedistill.tasks.causal_lm import TextTokenizer, Window, encode_blocks, scoring_windows
-from edgedistill.verification_memory import GROUP_TOKENS
+from edgedistill.tasks.causal_lm import TextTokenizer, Window, encode_blocks, groups, scoring_windows
 from edgedistill.verify.metrics import PairScores, TokenScores
 from edgedistill.verify.near_copies import units_of
 from edgedistill.verify.runners import Scorer
@@ -200,17 +199,6 @@ def some_ids(text: Text, context_tokens: int) -> NDArray[np.int64]:
     """The longest window's beginning: what is traced layer by layer."""
     longest = max(text.windows, key=lambda window: len(window.ids))
     return longest.ids[: min(TRACED_TOKENS, context_tokens)].astype(np.int64)
-
-
-def groups(windows: list[Window]) -> Iterator[list[Window]]:
-    """Windows of one length together, so that nothing is padded."""
-    by_length: dict[int, list[Window]] = {}
-    for window in windows:
-        by_length.setdefault(len(window.ids), []).append(window)
-    for length, group in sorted(by_length.items()):
-        size = max(1, GROUP_TOKENS // length)
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
 
 
 def windows_sha256(windows: list[Window]) -> str:

@@ -12,7 +12,7 @@ from edgedistill.gguf.pretokenizers import NEW_CHARACTERS_NOTE
 from edgedistill.gguf.quantize import CONVERTER
 from edgedistill.gguf.tokenizer import GgufTokenizer, read_tokenizer, write_vocabulary
 from edgedistill.records import Artifact, TokenizerCheck
-from edgedistill.runtimes.child import RuntimeProcess
+from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.strict import read_json
 
 TEXT_SHOWN = 60

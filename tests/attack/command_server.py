@@ -83,10 +83,10 @@ def _serve(heavy: bool) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import edgedistill.bundle.check
+    import edgedistill.bundle.report
     import edgedistill.cli
     import edgedistill.data.documents
     import edgedistill.pipeline
-    import edgedistill.report.html
     import edgedistill.single  # noqa: F401
 
     if heavy:

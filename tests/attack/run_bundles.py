@@ -55,8 +55,8 @@ def warm() -> None:
 
     import edgedistill.bench.measure
     import edgedistill.bundle.check
+    import edgedistill.bundle.report
     import edgedistill.cli
-    import edgedistill.report.html
     import edgedistill.show  # noqa: F401
 
     gc.freeze()

@@ -13,7 +13,7 @@ from attack.gguf_faults import gguf_faults
 from attack.onnx_faults import onnx_faults
 from attack.reseal import reseal
 from edgedistill.bundle.check import verify_bundle
-from edgedistill.bundle.manifest import read_manifest
+from edgedistill.bundle.files import read_manifest
 from edgedistill.errors import EdgedistillError
 from edgedistill.store import Store
 
