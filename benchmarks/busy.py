@@ -2,7 +2,7 @@
 
 Three processes that train the quickstart's teacher on random tokens, in short turns: one trains, the others sleep.
   spin     OpenMP's own default, what the program had before it chose
-  ours     what edgedistill.waiting sets, by the load that it sees when the process starts
+  ours     what edgedistill.machine.waiting sets, by the load that it sees when the process starts
   passive  OMP_WAIT_POLICY=PASSIVE: waiting threads sleep at once
 Idle: nothing else on the machine, in rounds whose order alternates. Busy: beside as many endless loops as there are CPUs,
 each of which the scheduler owes as much as a training thread.
@@ -26,7 +26,7 @@ from typing import Any
 
 from common import Bound, finish, parser
 
-from edgedistill import machine, waiting
+from edgedistill.machine import facts, waiting
 
 WAYS = ("spin", "ours", "passive")
 OTHERS_WORK = "while True:\n    pass"
@@ -81,16 +81,16 @@ def train(way: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from edgedistill.distill.loss_module import LossModule
-    from edgedistill.distill.losses import LossSpec
-    from edgedistill.distill.optimizers import make_optimizers
-    from edgedistill.distill.ranks import ranks_here
-    from edgedistill.distill.step import Step
-    from edgedistill.distill.teacher import teacher_shape
+    from edgedistill.config.recipe import load_recipe
+    from edgedistill.losses.losses import LossSpec
+    from edgedistill.models.shapes import config_from_shape
     from edgedistill.progress import QUIET
-    from edgedistill.recipe import load_recipe
-    from edgedistill.shapes import config_from_shape
     from edgedistill.tasks.causal_lm import pack
+    from edgedistill.teacher.stage import teacher_shape
+    from edgedistill.training.loss_module import LossModule
+    from edgedistill.training.optimizers import make_optimizers
+    from edgedistill.training.ranks import ranks_here
+    from edgedistill.training.step import Step
 
     settings = load_recipe("quickstart").teacher.train
     shape = teacher_shape(settings)
@@ -146,7 +146,7 @@ def main() -> None:
         train(arguments.worker)
         return
     idle, idle_spins = rounds(arguments.rounds, arguments.seconds)
-    cpus = len(machine.usable_cpus())
+    cpus = len(facts.usable_cpus())
     with other_work(cpus):
         busy, busy_spins = rounds(arguments.busy_rounds, 4 * arguments.seconds)
     report(arguments, idle, busy, {"idle": idle_spins, "busy": busy_spins}, cpus)

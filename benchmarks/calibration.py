@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 from common import Bound, finish, parser
 
-from edgedistill.export_options import ExportOptions
 from edgedistill.onnx.calibration import observe_ranges, ranges_of, text_samples
 from edgedistill.onnx.float_export import FloatExport, export_float
-from edgedistill.onnx.histogram import METHODS
 from edgedistill.onnx.int8_scheme import SCHEMES
 from edgedistill.onnx.qdq import activation_step
 from edgedistill.onnx.quantized_graph import static_tensors
-from edgedistill.records import TensorSpec
+from edgedistill.quantization.histogram import METHODS
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.records.records import TensorSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = 10_000

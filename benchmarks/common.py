@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgedistill import machine
-from edgedistill.show import table, with_interval
+from edgedistill.cli.show import table, with_interval
+from edgedistill.machine import facts
 from edgedistill.statistics import Estimate
 from edgedistill.store import versions
 
@@ -74,7 +74,7 @@ def finish(
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "basis": "measured",
-        "machine": machine.describe(),
+        "machine": facts.describe(),
         "versions": versions(*PACKAGES),
         "figures": figures,
         "bounds": checked,

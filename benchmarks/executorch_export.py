@@ -20,8 +20,8 @@ from export_fidelity import DATA
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from edgedistill.errors import UserError
-from edgedistill.export import write_artifact
-from edgedistill.records import Artifact
+from edgedistill.export.stage import write_artifact
+from edgedistill.records.records import Artifact
 
 CONTEXT_TOKENS = 256
 SHAPE: dict[str, Any] = {

@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from common import Bound, finish, parser
 
-from edgedistill import machine, single
+from edgedistill import stages
+from edgedistill.config.recipe import Data
 from edgedistill.data.documents import read_documents
 from edgedistill.data.split import blocks_of
-from edgedistill.recipe import Data
+from edgedistill.machine import facts
 from edgedistill.runtimes.process import RuntimeProcess
+from edgedistill.runtimes.runners import ArtifactScorer, Scorer, TorchScorer, load_torch
 from edgedistill.store import Store
 from edgedistill.tasks.causal_lm import TextTokenizer, encode_blocks, scoring_windows
 from edgedistill.verify.ladder import groups
-from edgedistill.verify.runners import ArtifactScorer, Scorer, TorchScorer, load_torch
 
 DATA = Path(os.environ.get("EDGEDISTILL_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 EXPORTS = (("gguf", "F16"), ("onnx", "FP32"), ("gguf", "Q8_0"), ("gguf", "Q4_0"), ("onnx", "INT8"), ("onnx", "INT4"))
@@ -58,7 +59,7 @@ def main() -> None:
     asked.add_argument("--model", default=str(DATA / "weights" / "stories260k-hf"))
     asked.add_argument("--text", default=str(DATA / "text_lm" / "tinystories" / "tinystories_calib.txt"))
     arguments = asked.parse_args()
-    store, threads = Store(), len(machine.usable_cpus())
+    store, threads = Store(), len(facts.usable_cpus())
     tokenizer = TextTokenizer.load(Path(arguments.model))
     blocks = encode_blocks(tokenizer, blocks_of(read_documents(arguments.text, Data()), 2000))
     windows = scoring_windows(blocks, context=256, stride=None, max_tokens=None)
@@ -68,7 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="edgedistill-export-") as folder:
         for format_, quantization in EXPORTS:
             name, out = f"{format_}:{quantization}", Path(folder) / quantization
-            made = single.export(
+            made = stages.export(
                 arguments.model, format_=format_, quantization=quantization, context_tokens=None, out=out, store=store
             )
             scoring = "onnxruntime" if format_ == "onnx" else "llama.cpp"

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from common import Bound, finish, parser
 
-from edgedistill.gguf.architectures import model_of
+from edgedistill.models.architectures import model_of
+from edgedistill.models.weights import INDEX_FILE
 from edgedistill.strict import read_json
-from edgedistill.weights import INDEX_FILE
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from common import Bound, finish, parser
 from torch import Tensor
 
-from edgedistill.distill.losses import Head, LossSpec, TeacherHead, head_loss
-from edgedistill.show import with_interval
+from edgedistill.cli.show import with_interval
+from edgedistill.losses.losses import Head, LossSpec, TeacherHead, head_loss
 from edgedistill.statistics import median
 
 BETA = 0.5

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgedistill import machine
+from edgedistill.machine import facts
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -91,7 +91,7 @@ def describe() -> dict[str, Any]:
     """The machine, its GPU, and the two rates that the other figures are held against."""
     import torch
 
-    found: dict[str, Any] = {"machine": machine.describe(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    found: dict[str, Any] = {"machine": facts.describe(), "torch": torch.__version__, "cuda": torch.version.cuda}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
         found["gpu_bytes"] = torch.cuda.get_device_properties(0).total_memory

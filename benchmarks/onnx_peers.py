@@ -44,9 +44,9 @@ from trainer_setup import Ratio, paired
 from transformers.utils import logging as transformers_logging
 
 from edgedistill import statistics
-from edgedistill.export_options import ExportOptions
+from edgedistill.cli.show import human_bytes
 from edgedistill.onnx.encoder import export_encoder, export_module
-from edgedistill.show import human_bytes
+from edgedistill.quantization.options import ExportOptions
 from edgedistill.statistics import ByUnit
 
 HERE = Path(__file__).resolve().parent

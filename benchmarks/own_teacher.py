@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common import Bound, finish, parser
 
-from edgedistill.show import with_interval
+from edgedistill.cli.show import with_interval
 
 DATA = Path(os.environ.get("EDGEDISTILL_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 TARGETS = ("jetson", "phone", "server-gpu")

@@ -21,8 +21,8 @@ from quantization_qad import qad_table
 from quantization_setup import subject
 from quantization_types import importance_table, types_table
 
+from edgedistill.cli.show import table
 from edgedistill.progress import Progress
-from edgedistill.show import table
 from edgedistill.store import Store
 
 STAGES = ("types", "importance", "qad")

@@ -1,7 +1,7 @@
 """Stage of quantization.py that trains: quantization-aware distillation against a control, over three seeds.
 
 Per seed both start at the distilled student and see the same extra tokens with the same loss (the teacher's and the float
-student's probabilities, see distill/qad.py); only the aware run computes with the stored weights. The control is then
+student's probabilities, see strategies/qad.py); only the aware run computes with the stored weights. The control is then
 quantized by the product's defaults. Both are held to the control's F16 file, in the runtimes that ship.
 """
 
@@ -17,19 +17,19 @@ from common import Bound, as_text, upper
 from quantization_setup import Scores, Subject, exported, kl_by_document, options, scored
 from transformers import AutoModelForCausalLM
 
-from edgedistill.distill.fake_quant import rounding_of
-from edgedistill.distill.qad import IMPORTANCE_FILE, float_importance, pinned, qad_settings, train_under_rounding
-from edgedistill.distill.ranks import Ranks
-from edgedistill.distill.save import save_model, weights_digest
-from edgedistill.distill.signals import LiveSignals
-from edgedistill.distill.stage import load_teachers
-from edgedistill.distill.text import training_text
-from edgedistill.models import copy_tokenizer
+from edgedistill.config.targets import parse_artifact
+from edgedistill.models.folder import copy_tokenizer
 from edgedistill.progress import Progress
-from edgedistill.records import Artifact, Record, TrainResult
+from edgedistill.records.records import Artifact, Record, TrainResult
+from edgedistill.signals.signals import LiveSignals
 from edgedistill.statistics import ByUnit, Estimate, ratio_of_means
 from edgedistill.store import Store, Stored, Work, versions
-from edgedistill.targets import parse_artifact
+from edgedistill.strategies.distill import load_teachers
+from edgedistill.strategies.fake_quant import rounding_of
+from edgedistill.strategies.qad import IMPORTANCE_FILE, float_importance, pinned, qad_settings, train_under_rounding
+from edgedistill.training.ranks import Ranks
+from edgedistill.training.save import save_model, weights_digest
+from edgedistill.training.text import training_text
 
 TYPES = ("gguf:Q4_0", "gguf:Q3_K_M", "gguf:Q2_K", "onnx:INT4")
 TOKENS_SHARE = 0.09

@@ -14,20 +14,20 @@ import torch
 from numpy.typing import NDArray
 
 from edgedistill import pipeline
+from edgedistill.config.recipe import Recipe, load_recipe
+from edgedistill.config.targets import load_target
 from edgedistill.data.prepare import read_part
-from edgedistill.export import export_model, options_of
-from edgedistill.export_options import ExportOptions
+from edgedistill.export.stage import export_model, options_of
 from edgedistill.pipeline import Trained, threads_here
 from edgedistill.progress import Progress
-from edgedistill.recipe import Recipe, load_recipe
-from edgedistill.records import Artifact, Record
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.records.records import Artifact, Record
 from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.statistics import ByUnit, by_unit
 from edgedistill.store import Store, Stored, Work, versions
-from edgedistill.targets import load_target
 from edgedistill.tasks.causal_lm import TextTokenizer, Window, encode_blocks, scoring_windows
+from edgedistill.tasks.metrics import TokenScores
 from edgedistill.verify.ladder import groups
-from edgedistill.verify.metrics import TokenScores
 
 DATA = Path(os.environ.get("EDGEDISTILL_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 CONTEXT = 256

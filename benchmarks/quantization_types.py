@@ -10,8 +10,8 @@ from common import Bound, as_text, lower, upper
 from quantization_setup import Subject, exported, kl_by_document, open_runtime, options, scored
 
 from edgedistill import statistics
-from edgedistill.gguf.mixes import HELPED_BY_IMPORTANCE
 from edgedistill.progress import Progress
+from edgedistill.quantization.mixes import HELPED_BY_IMPORTANCE
 from edgedistill.store import Store
 
 TYPES = (

@@ -18,7 +18,7 @@ from typing import Any
 
 from common import Bound, finish, parser
 
-from edgedistill.show import with_interval
+from edgedistill.cli.show import with_interval
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 MARKED = re.compile(r"(<!-- result:begin -->\n).*?(<!-- result:end -->)", re.DOTALL)

@@ -20,16 +20,16 @@ import torch
 from common import Bound, as_list, as_text, finish, parser
 
 from edgedistill import pipeline
+from edgedistill.config.recipe import load_recipe
+from edgedistill.config.targets import load_target
 from edgedistill.data.prepare import read_part
 from edgedistill.progress import Progress
-from edgedistill.recipe import load_recipe
 from edgedistill.runtimes.process import RuntimeProcess
+from edgedistill.runtimes.runners import ArtifactScorer, Scorer, TorchScorer, load_torch
 from edgedistill.statistics import ByUnit, Estimate, by_unit, linearised, perplexity, perplexity_ratio
 from edgedistill.store import Store
-from edgedistill.targets import load_target
 from edgedistill.tasks.causal_lm import TextTokenizer, encode_blocks, scoring_windows
 from edgedistill.verify.ladder import groups
-from edgedistill.verify.runners import ArtifactScorer, Scorer, TorchScorer, load_torch
 
 PLAIN = ["distill.forward_kl=0", "distill.cross_entropy=1"]
 

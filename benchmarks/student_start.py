@@ -26,23 +26,23 @@ import numpy as np
 import torch
 from common import Bound, as_list, as_text, finish, parser
 
+from edgedistill.config.recipe import Recipe, Student, load_recipe
 from edgedistill.data.prepare import prepare_data, read_part
-from edgedistill.distill.signals import CachedSignals, cache_hidden
-from edgedistill.distill.stage import SAMPLE_TOKENS, loss_of
-from edgedistill.distill.student import start_student
-from edgedistill.distill.text import Text, training_text
-from edgedistill.distill.trainer import train
-from edgedistill.models import open_model
-from edgedistill.plan import AUTO_STARTS
+from edgedistill.models.folder import open_model
+from edgedistill.plan.plan import AUTO_STARTS
 from edgedistill.progress import Progress
-from edgedistill.recipe import Recipe, Student, load_recipe
-from edgedistill.records import Shape
+from edgedistill.records.records import Shape
+from edgedistill.runtimes.runners import TorchScorer, load_torch
+from edgedistill.signals.signals import CachedSignals, cache_hidden
 from edgedistill.statistics import by_unit, perplexity, perplexity_ratio, positive_mean
 from edgedistill.store import Store
+from edgedistill.strategies.distill import SAMPLE_TOKENS, loss_of
+from edgedistill.student.start import start_student
 from edgedistill.tasks.causal_lm import Packed, Window, encode_blocks, scoring_windows
+from edgedistill.tasks.metrics import TokenScores
+from edgedistill.training.text import Text, training_text
+from edgedistill.training.trainer import train
 from edgedistill.verify.ladder import groups
-from edgedistill.verify.metrics import TokenScores
-from edgedistill.verify.runners import TorchScorer, load_torch
 
 DATA = Path(os.environ.get("EDGEDISTILL_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 # Sizes that differ from the teacher's. "fresh" has what the design gives at this budget, "both" the same.

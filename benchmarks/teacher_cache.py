@@ -30,24 +30,24 @@ from common import Bound, finish, parser
 from transformers import AutoModelForCausalLM
 
 from edgedistill import statistics
+from edgedistill.config.recipe import Data, Distill, Teacher
 from edgedistill.data.prepare import prepare_data, read_part
-from edgedistill.distill import multiset
-from edgedistill.distill.cache_reader import CacheReader, open_cache
-from edgedistill.distill.evaluate import perplexity
-from edgedistill.distill.loss_module import LossModule
-from edgedistill.distill.losses import Head, LossSpec, SparseTargets, head_loss
-from edgedistill.distill.model_parts import final_hidden, head_of
-from edgedistill.distill.prune import Sizes, cut, sizes_of
-from edgedistill.distill.ranks import ranks_here
-from edgedistill.distill.signal_cache import Produced, build_cache
-from edgedistill.distill.signals import CachedSignals, LiveSignals, produce_from
-from edgedistill.distill.teacher_model import live_teacher
-from edgedistill.distill.text import Text, training_text
-from edgedistill.distill.trainer import train
-from edgedistill.recipe import Data, Distill, Teacher
+from edgedistill.losses.losses import Head, LossSpec, SparseTargets, head_loss
+from edgedistill.losses.model_parts import final_hidden, head_of
+from edgedistill.signals import multiset
+from edgedistill.signals.cache import Produced, build_cache
+from edgedistill.signals.cache_reader import CacheReader, open_cache
+from edgedistill.signals.signals import CachedSignals, LiveSignals, produce_from
 from edgedistill.statistics import ByUnit
 from edgedistill.store import Store
+from edgedistill.student.prune import Sizes, cut, sizes_of
 from edgedistill.tasks.causal_lm import Packed, encode_blocks, scoring_windows
+from edgedistill.teacher.live import live_teacher
+from edgedistill.training.evaluate import perplexity
+from edgedistill.training.loss_module import LossModule
+from edgedistill.training.ranks import ranks_here
+from edgedistill.training.text import Text, training_text
+from edgedistill.training.trainer import train
 
 DATA = Path(os.environ.get("EDGEDISTILL_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 PARTS = "abcd"

@@ -49,16 +49,16 @@ from trainer_trl import peak_bytes, reset_peak
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from edgedistill.cli.show import human_bytes
+from edgedistill.config.recipe import Data, Student, Training
 from edgedistill.data.prepare import prepare_data, read_part
-from edgedistill.distill.design import design_student
-from edgedistill.distill.student import start_student
-from edgedistill.distill.text import Text, training_text
-from edgedistill.models import check_folder
-from edgedistill.recipe import Data, Student, Training
-from edgedistill.show import human_bytes
+from edgedistill.models.folder import check_folder
 from edgedistill.statistics import by_unit, positive_mean, ratio_of_means
 from edgedistill.store import Store
+from edgedistill.student.design import design_student
+from edgedistill.student.start import start_student
 from edgedistill.tasks.causal_lm import Packed, encode_blocks, scoring_windows
+from edgedistill.training.text import Text, training_text
 from edgedistill.verify.ladder import groups
 
 DATA = Path(os.environ.get("EDGEDISTILL_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))

@@ -32,8 +32,8 @@ from trainer_setup import our_loop, run_trl, write_job
 from trainer_trl import peak_bytes, reset_peak
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from edgedistill.recipe import Training
-from edgedistill.show import human_bytes
+from edgedistill.cli.show import human_bytes
+from edgedistill.config.recipe import Training
 from edgedistill.tasks.causal_lm import Packed
 
 VOCAB = 128_256

@@ -22,15 +22,15 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from edgedistill.distill import trainer
-from edgedistill.distill.losses import LossSpec, TeacherHead, head_loss
-from edgedistill.distill.model_parts import final_hidden, head_of
-from edgedistill.distill.optimizers import is_layer_matrix, rate_share
-from edgedistill.distill.signals import LiveSignals
-from edgedistill.recipe import Training
-from edgedistill.records import TrainResult
+from edgedistill.config.recipe import Training
+from edgedistill.losses.losses import LossSpec, TeacherHead, head_loss
+from edgedistill.losses.model_parts import final_hidden, head_of
+from edgedistill.records.records import TrainResult
+from edgedistill.signals.signals import LiveSignals
 from edgedistill.statistics import median
 from edgedistill.tasks.causal_lm import Packed, Window
+from edgedistill.training import trainer
+from edgedistill.training.optimizers import is_layer_matrix, rate_share
 
 HERE = Path(__file__).resolve().parent
 ASIDE = ("perplexity", "save_best", "save_checkpoint", "load_best")  # of trainer.py: timed apart
@@ -112,7 +112,7 @@ def our_loop(
     student: Any, teacher: Any, data: Packed, settings: Training, vocab: int, state: Path,
     evaluation: list[Window] | None = None,
 ) -> tuple[TrainResult, dict[str, float]]:  # fmt: skip
-    """`edgedistill.distill.trainer.train` with its tracker on; the seconds of evaluation and of checkpoints, apart."""
+    """`edgedistill.training.trainer.train` with its tracker on; the seconds of evaluation and of checkpoints, apart."""
     spent: dict[str, float] = {}
     with _timed_apart(spent):
         result = trainer.train(

@@ -38,7 +38,7 @@ def _open_streams() -> None:
 def main() -> None:
     _open_streams()
     try:
-        from edgedistill.cli import main as run
+        from edgedistill.cli.app import main as run
     except KeyboardInterrupt:  # within the half second of the imports
         sys.exit(EXIT_INTERRUPTED)
     run()

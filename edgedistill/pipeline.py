@@ -14,24 +14,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgedistill import machine, waiting
+from edgedistill.config.recipe import Recipe
+from edgedistill.config.refusals import refuse_mixture, refuse_trimming
+from edgedistill.config.targets import Target
 from edgedistill.data.prepare import find_data, prepare_data
 from edgedistill.errors import EdgedistillError, LimitBroken, RuntimeCrashed, UserError
-from edgedistill.export_options import ExportOptions
-from edgedistill.fit import artifacts_of
+from edgedistill.fit.artifact import artifacts_of
 from edgedistill.launch import is_follower
-from edgedistill.plan import Plan, refuse_signals
-from edgedistill.preflight import (
+from edgedistill.machine import facts, waiting
+from edgedistill.plan.plan import Plan, refuse_signals
+from edgedistill.plan.preflight import (
     model_notes,
     require_loadable_models,
     require_sound_models,
     require_usable_cache,
     with_start,
 )
-from edgedistill.preflight import preflight as preflight
+from edgedistill.plan.preflight import preflight as preflight
 from edgedistill.progress import QUIET, Progress
-from edgedistill.recipe import Recipe
-from edgedistill.records import (
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.records.records import (
     Artifact,
     DataResult,
     Latency,
@@ -41,10 +43,8 @@ from edgedistill.records import (
     StudentResult,
     TeacherResult,
 )
-from edgedistill.refusals import refuse_mixture, refuse_trimming
 from edgedistill.store import Store, Stored
 from edgedistill.strict import local_path, require_writable
-from edgedistill.targets import Target
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,9 @@ def _build_for(
 def distill(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress: Progress = QUIET) -> Trained:
     """Plan, data, teacher and a student that fits all targets; whatever the store has is reused."""
     waiting.let_threads_sleep(look=True)
-    from edgedistill.distill.ranks import leave
-    from edgedistill.distill.stage import distill as train_student
-    from edgedistill.distill.teacher import obtain_teacher
+    from edgedistill.strategies.distill import distill as train_student
+    from edgedistill.teacher.stage import obtain_teacher
+    from edgedistill.training.ranks import leave
 
     planned = preflight(recipe, targets, store=store, progress=progress)
     require_loadable_models(recipe)
@@ -182,9 +182,9 @@ def distill(recipe: Recipe, targets: Sequence[Target], *, store: Store, progress
 def cache_teacher(recipe: Recipe, *, store: Store, progress: Progress = QUIET) -> tuple[str, SignalsResult]:
     """The teacher's signals on disk, as the recipe's `distill.cache` asks: where they lie, and how large they are."""
     waiting.let_threads_sleep(look=True)
-    from edgedistill.distill.ranks import leave
-    from edgedistill.distill.stage import cache_signals
-    from edgedistill.distill.teacher import obtain_teacher
+    from edgedistill.strategies.distill import cache_signals
+    from edgedistill.teacher.stage import obtain_teacher
+    from edgedistill.training.ranks import leave
 
     used = recipe.distill.model_copy(update={"teacher_signals": "cached"})  # as `distill` will, whatever it says here
     recipe = recipe.model_copy(update={"distill": used})
@@ -212,8 +212,8 @@ def learn_rounding(
 
     An artifact in floating point has no rounding to learn: the student is exported as it is.
     """
-    from edgedistill.distill.qad import quantization_aware, wanted
-    from edgedistill.fit import context_of
+    from edgedistill.fit.artifact import context_of
+    from edgedistill.strategies.qad import quantization_aware, wanted
 
     if not wanted(recipe, artifact):
         return None
@@ -244,8 +244,8 @@ def export(
     progress: Progress = QUIET,
 ) -> Stored[Artifact]:
     """The student, or the masters that went on from it, as `artifact` ("gguf:Q4_K_M"); context as the target has it."""
-    from edgedistill.export import export_model
-    from edgedistill.fit import context_of
+    from edgedistill.export.stage import export_model
+    from edgedistill.fit.artifact import context_of
 
     student = trained.student
     folder, weights = student.directory / student.result.path, student.result.weights_sha256
@@ -268,7 +268,7 @@ def export(
 
 def _export_options(recipe: Recipe, trained: Trained) -> ExportOptions:
     from edgedistill.data.prepare import read_part
-    from edgedistill.export import options_of
+    from edgedistill.export.stage import options_of
 
     calibration = read_part(trained.data.directory, "calibration")
     return options_of(recipe.export, calibration, "calibration part", recipe.seed)
@@ -276,7 +276,7 @@ def _export_options(recipe: Recipe, trained: Trained) -> ExportOptions:
 
 def _with_its_rounding(options: ExportOptions, masters: Stored[QadResult]) -> ExportOptions:
     """The options that keep the rounding which training saw, and a note that says where the weights come from."""
-    from edgedistill.distill.qad import pinned
+    from edgedistill.strategies.qad import pinned
 
     made = masters.result
     note = (
@@ -369,7 +369,7 @@ def bundle(
 
 def threads_here() -> int:
     """Threads for work that is not being timed: the CPUs that this process may use."""
-    return max(1, len(machine.usable_cpus()) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return max(1, len(facts.usable_cpus()) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _say(progress: Progress, stored: Stored[DataResult] | Stored[StudentResult], what: str) -> None:

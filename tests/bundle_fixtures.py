@@ -11,10 +11,11 @@ from tiny_models import tiny_checkpoint
 from edgedistill.bench.ceiling import BytesRead, bytes_read_a_token, ceiling
 from edgedistill.bench.measure import drift, percentiles
 from edgedistill.bundle.build import BundledArtifact, bundle
+from edgedistill.config.recipe import Recipe
+from edgedistill.config.targets import load_target
 from edgedistill.gguf.quantize import export_gguf
-from edgedistill.models import tokenizer_sha256
-from edgedistill.recipe import Recipe
-from edgedistill.records import (
+from edgedistill.models.folder import tokenizer_sha256
+from edgedistill.records.records import (
     Agreement,
     Artifact,
     Baselines,
@@ -36,7 +37,6 @@ from edgedistill.records import (
 )
 from edgedistill.statistics import METHOD, rate
 from edgedistill.store import Store
-from edgedistill.targets import load_target
 from edgedistill.verify.gate import judged
 
 HELD_OUT = ["Once upon a time there was a cat. " * 20, "for x in range(10):\n    print(x)\n" * 9, "日本語 and émigré"]

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from edgedistill.recipe import Distill, Recipe, Teacher
-from edgedistill.records import Shape
-from edgedistill.training_fit import blocks_of
-from edgedistill.training_memory import Prediction, Teaching, predict
+from edgedistill.config.recipe import Distill, Recipe, Teacher
+from edgedistill.fit.training import blocks_of
+from edgedistill.fit.training_memory import Prediction, Teaching, predict
+from edgedistill.records.records import Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,9 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = (
     "torch", "torch._dynamo", "torch.utils.checkpoint", "safetensors.torch", "accelerate", "transformers",
     "transformers.models.llama.modeling_llama", "transformers.models.qwen2.modeling_qwen2",
-    "transformers.models.qwen3.modeling_qwen3", "edgedistill.distill.stage", "edgedistill.distill.student",
-    "edgedistill.distill.teacher_cache", "edgedistill.distill.teacher_model", "edgedistill.distill.trainer",
-    "edgedistill.distill.lora",
+    "transformers.models.qwen3.modeling_qwen3", "edgedistill.strategies.distill", "edgedistill.student.start",
+    "edgedistill.teacher.cached", "edgedistill.teacher.live", "edgedistill.training.trainer",
+    "edgedistill.student.lora",
 )  # fmt: skip
 SEQUENCES = 32  # of data
 EVALUATED = 4  # windows
@@ -119,7 +119,7 @@ def model_of(shape: Shape, seed: int) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from edgedistill.shapes import config_from_shape
+    from edgedistill.models.shapes import config_from_shape
 
     torch.manual_seed(seed)
     config = config_from_shape(shape, bos_token_id=None, eos_token_id=None)
@@ -136,15 +136,15 @@ def _train(case: dict[str, Any], settings: Distill, folder: Path) -> dict[str, i
     """The stage's own steps on random text: the student's start, the teacher's signals, training."""
     import torch
 
-    from edgedistill.distill.cache_reader import open_cache
-    from edgedistill.distill.lora import add_adapters
-    from edgedistill.distill.ranks import ranks_here
-    from edgedistill.distill.signals import CachedSignals, Signals
-    from edgedistill.distill.stage import loss_of
-    from edgedistill.distill.teacher_cache import fill
-    from edgedistill.distill.teacher_model import live_teacher
-    from edgedistill.distill.trainer import train
+    from edgedistill.signals.cache_reader import open_cache
+    from edgedistill.signals.signals import CachedSignals, Signals
+    from edgedistill.strategies.distill import loss_of
+    from edgedistill.student.lora import add_adapters
     from edgedistill.tasks.causal_lm import Packed, Window
+    from edgedistill.teacher.cached import fill
+    from edgedistill.teacher.live import live_teacher
+    from edgedistill.training.ranks import ranks_here
+    from edgedistill.training.trainer import train
 
     phases: dict[str, int] = {}
 
@@ -243,7 +243,7 @@ def measure(case: dict[str, Any], *, threads: int = 1) -> dict[str, Any]:
 
 
 def predicted(case: dict[str, Any]) -> Prediction:
-    """What edgedistill.training_memory says of the case."""
+    """What edgedistill.fit.training_memory says of the case."""
     settings = Distill(**case["training"])
     teaching = None
     if case["teacher"] is not None:

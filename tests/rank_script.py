@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import save_file
 from training_models import KL, model, run
 
-from edgedistill.distill.checkpoint import whole_parameters
-from edgedistill.distill.lora import add_adapters, merge_adapters
-from edgedistill.distill.ranks import leave, ranks_here
-from edgedistill.distill.signals import LiveSignals
-from edgedistill.distill.step import Step
-from edgedistill.distill.teacher_model import live_teacher
-from edgedistill.recipe import Lora, Teacher
+from edgedistill.config.recipe import Lora, Teacher
+from edgedistill.signals.signals import LiveSignals
+from edgedistill.student.lora import add_adapters, merge_adapters
+from edgedistill.teacher.live import live_teacher
+from edgedistill.training.checkpoint import whole_parameters
+from edgedistill.training.ranks import leave, ranks_here
+from edgedistill.training.step import Step
 
 
 def with_a_loss_that_is_no_number(gradients):

@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 from tiny_models import tiny_checkpoint, tiny_genai, tiny_gguf
 
-from edgedistill import machine, statistics
+from edgedistill import statistics
 from edgedistill.bench import measure
 from edgedistill.bench.ceiling import BytesRead, bytes_read_a_token, ceiling
 from edgedistill.bench.measure import bench, drift, percentiles
+from edgedistill.cli.show import latency_text
+from edgedistill.config.probe import targets_probe
+from edgedistill.config.recipe import Bench
+from edgedistill.config.targets import Target, load_target
 from edgedistill.errors import UserError
-from edgedistill.recipe import Bench
-from edgedistill.records import Artifact, Figure, Latency
+from edgedistill.machine import facts
+from edgedistill.records.records import Artifact, Figure, Latency
 from edgedistill.runtimes.quantize import quantize_in_child
-from edgedistill.show import latency_text
 from edgedistill.store import Store, combined_sha256, file_entries
-from edgedistill.targets import Target, load_target
-from edgedistill.targets_probe import targets_probe
 
 
 def artifact_of(folder: Path, *, format_: str, runtime: str, entry: str) -> Artifact:
@@ -93,7 +94,7 @@ def test_gguf_on_another_machine_is_a_proxy_with_every_sample(gguf_folder: Path,
     low, high = found.decode_tokens_per_s_ci95
     assert low < found.decode_tokens_per_s <= high
     assert found.measured_on["threads"] == 1 and found.measured_on["runtime"] == "llama.cpp"
-    assert found.measured_on["cpu"] == machine.describe()["cpu"]
+    assert found.measured_on["cpu"] == facts.describe()["cpu"]
     assert found.measured_on["options"]["kv_cache"] == ["f16", "f16"]
     assert found.artifact_sha256 == artifact.sha256
     assert found.peak_rss_bytes > artifact.bytes and found.load_ms == samples["load_ms"][0]
@@ -174,8 +175,8 @@ def test_without_the_targets_gpu_the_basis_is_a_proxy(gguf_folder: Path) -> None
 
 def test_a_target_with_a_gpu_is_a_proxy_where_it_is_not_used(gguf_folder: Path, store: Store) -> None:
     target = load_target("cpu-x86")
-    if machine.arch() != target.identify.arch:
-        pytest.skip(f"this machine is {machine.arch()}")
+    if facts.arch() != target.identify.arch:
+        pytest.skip(f"this machine is {facts.arch()}")
     artifact = artifact_of(gguf_folder, format_="gguf", runtime="llama.cpp", entry="model.gguf")
     with_gpu = target.model_copy(update={"gpu": "a GPU"})
     found = bench(artifact, gguf_folder, with_gpu, settings=SMALL, store=store)
@@ -185,7 +186,7 @@ def test_a_target_with_a_gpu_is_a_proxy_where_it_is_not_used(gguf_folder: Path, 
 
 
 def test_more_threads_than_cpus_are_cut_and_told(gguf_folder: Path, target: Target, store: Store) -> None:
-    usable = len(machine.usable_cpus())
+    usable = len(facts.usable_cpus())
     artifact = artifact_of(gguf_folder, format_="gguf", runtime="llama.cpp", entry="model.gguf")
     settings = SMALL.model_copy(update={"threads": usable + 5, "repeats": 1, "new_tokens": 4})
     found = bench(artifact, gguf_folder, target, settings=settings, store=store)

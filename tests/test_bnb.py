@@ -10,8 +10,8 @@ import pytest
 from checkpoints import tiny, torch_logits, torch_model
 
 from edgedistill.errors import UserError
-from edgedistill.export import write_artifact
-from edgedistill.records import Artifact
+from edgedistill.export.stage import write_artifact
+from edgedistill.records.records import Artifact
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
@@ -25,8 +25,8 @@ def exported(checkpoint: Path, out: Path, quantization: str) -> Artifact:
 
 @pytest.mark.parametrize(("quantization", "bits"), [("INT8", 12.0), ("NF4", 9.0)])
 def test_a_folder_scores_as_its_stored_weights(tmp_path: Path, quantization: str, bits: float) -> None:
-    from edgedistill.folders.bitsandbytes import dequantized
-    from edgedistill.weights import read_tensor, stored_tensors
+    from edgedistill.models.weights import read_tensor, stored_tensors
+    from edgedistill.other_formats.bitsandbytes import dequantized
 
     checkpoint = tiny(tmp_path / "model", hidden_size=128, intermediate_size=256, head_dim=32)
     made = exported(checkpoint, tmp_path / "out", quantization)

@@ -35,7 +35,15 @@ from edgedistill.bundle.card import digest_line
 from edgedistill.bundle.check import check_sealed, verify_bundle
 from edgedistill.bundle.claims import profile_notes
 from edgedistill.bundle.files import read_manifest
-from edgedistill.bundle.manifest import (
+from edgedistill.bundle.npy import load_array
+from edgedistill.bundle.onnx_facts import _check_quantization, _stored, check_onnx_facts
+from edgedistill.config.recipe import Recipe
+from edgedistill.config.targets import load_target
+from edgedistill.errors import RuntimeCrashed, UserError
+from edgedistill.guards.onnx_model import check_onnx
+from edgedistill.models.folder import tokenizer_sha256
+from edgedistill.onnx.graph import stored_weights
+from edgedistill.records.manifest import (
     CARD,
     Manifest,
     manifest_bytes,
@@ -44,18 +52,10 @@ from edgedistill.bundle.manifest import (
     self_hash_holds,
     sums_text,
 )
-from edgedistill.bundle.names import collision, unsafe_path
-from edgedistill.bundle.npy import load_array
-from edgedistill.bundle.onnx_facts import _check_quantization, _stored, check_onnx_facts
-from edgedistill.errors import RuntimeCrashed, UserError
-from edgedistill.guards.onnx_model import check_onnx
-from edgedistill.models import tokenizer_sha256
-from edgedistill.onnx.graph import stored_weights
-from edgedistill.recipe import Recipe
-from edgedistill.records import Fallback, FileEntry, FurtherTeacher, Scored
+from edgedistill.records.names import collision, unsafe_path
+from edgedistill.records.records import Fallback, FileEntry, FurtherTeacher, Scored
 from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.store import combined_sha256, files_under, sha256_of
-from edgedistill.targets import load_target
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -1073,7 +1073,7 @@ class TestBuild:
             "from pathlib import Path\n"
             "import bundle_fixtures as f\n"
             "from edgedistill.errors import UserError\n"
-            "from edgedistill.records import Artifact\n"
+            "from edgedistill.records.records import Artifact\n"
             "i = object.__new__(f.Ingredients)\n"
             "i.folder = Path(sys.argv[2])\n"
             "i.store, i.checkpoint = f.Store(i.folder / 'store'), i.folder / 'student'\n"

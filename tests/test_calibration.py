@@ -12,10 +12,12 @@ from encoders import tiny_encoder
 from onnxruntime.quantization.calibrate import HistogramCollector
 
 from edgedistill.errors import UserError
-from edgedistill.export_options import ExportOptions
 from edgedistill.onnx.calibration import file_samples, given_samples, observe_ranges, ranges_of, text_samples
 from edgedistill.onnx.float_export import FloatExport, export_float
-from edgedistill.onnx.histogram import (
+from edgedistill.onnx.int8_scheme import SCHEMES
+from edgedistill.onnx.qdq import activation_step
+from edgedistill.onnx.quantized_graph import static_tensors
+from edgedistill.quantization.histogram import (
     BINS,
     METHODS,
     Observed,
@@ -23,11 +25,9 @@ from edgedistill.onnx.histogram import (
     entropy_threshold,
     percentile_range,
     rounded_up,
-)  # fmt: skip
-from edgedistill.onnx.int8_scheme import SCHEMES
-from edgedistill.onnx.qdq import activation_step
-from edgedistill.onnx.quantized_graph import static_tensors
-from edgedistill.records import TensorSpec
+)
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.records.records import TensorSpec
 
 IMAGE = TensorSpec(name="image", dtype="float", shape=["batch", 3, 4])
 

@@ -20,12 +20,12 @@ from safetensors.numpy import load_file, save_file
 
 from edgedistill.errors import UserError
 from edgedistill.gguf.convert import convert_to_gguf
-from edgedistill.hf_tokenizer import open_tokenizer
-from edgedistill.loading import RUN_SETTINGS
-from edgedistill.models import locate, open_model
+from edgedistill.models.folder import locate, open_model
+from edgedistill.models.hf_tokenizer import open_tokenizer
+from edgedistill.models.loading import RUN_SETTINGS
+from edgedistill.models.weights import stored_tensors
 from edgedistill.onnx.decoder import _stage
 from edgedistill.onnx.tasks import open_task
-from edgedistill.weights import stored_tensors
 
 Tensors = dict[str, Any]
 RAN_ELSEWHERE = (

@@ -16,10 +16,10 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from edgedistill.cli import QUICK_GROUPS
-from edgedistill.cli_edge import after_interrupt
-from edgedistill.show import table
-from edgedistill.target_files import targets_folder
+from edgedistill.cli.app import QUICK_GROUPS
+from edgedistill.cli.edge import after_interrupt
+from edgedistill.cli.show import table
+from edgedistill.config.target_files import targets_folder
 
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "llama_cpp", "datasets", "matplotlib", "numpy")
 
@@ -54,8 +54,9 @@ def test_every_package_module_imports_without_its_heavy_libraries(command):
         "        if name.split('.')[0] in ('torch', 'transformers', 'onnx', 'datasets', 'matplotlib', 'jinja2'):\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
-        "import edgedistill.bundle.check, edgedistill.runtimes.process, edgedistill.targets, edgedistill.plan\n"
-        "import edgedistill.pipeline, edgedistill.doctor, edgedistill.recipe, edgedistill.store\n"
+        "import edgedistill.bundle.check, edgedistill.runtimes.process, edgedistill.config.targets\n"
+        "import edgedistill.plan.plan, edgedistill.pipeline, edgedistill.plan.doctor, edgedistill.config.recipe\n"
+        "import edgedistill.store\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=command.env())
 
@@ -370,8 +371,8 @@ def test_a_group_alone_says_what_it_says_among_all_commands() -> None:
         texts = []
         for quick in (QUICK_GROUPS, {}):
             runner = (
-                f"import edgedistill.cli as cli; cli.QUICK_GROUPS = {{n: cli.QUICK_GROUPS[n] for n in {list(quick)}}};"
-                f" cli.main({words!r})"
+                f"import edgedistill.cli.app as c; c.QUICK_GROUPS = {{n: c.QUICK_GROUPS[n] for n in {list(quick)}}};"
+                f" c.main({words!r})"
             )
             done = subprocess.run([sys.executable, "-c", runner], capture_output=True, text=True, timeout=60)
             texts.append((done.returncode, done.stdout, done.stderr))
@@ -392,7 +393,7 @@ def test_tables_are_richs_without_loading_it() -> None:
     assert table("", header, rows) == "\n".join(expected).strip("\n")
     assert table("a title", header, rows).split("\n", 2)[0] == "a title"
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; from edgedistill.show import table; table('', ['a'], []); "
+        [sys.executable, "-c", "import sys; from edgedistill.cli.show import table; table('', ['a'], []); "
          "print('rich' in sys.modules)"],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgedistill.config.recipe import Data
 from edgedistill.data.documents import Group, read_documents, read_source
 from edgedistill.data.prepare import prepare_data, read_part
 from edgedistill.data.python_docs import _documented, python_docs
 from edgedistill.data.split import blocks_of, overlap, split_documents
 from edgedistill.data.text import cut_text
 from edgedistill.errors import UserError
-from edgedistill.recipe import Data
 from edgedistill.store import Store
 
 

@@ -19,10 +19,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from edgedistill.config.recipe import Data, load_recipe
 from edgedistill.data.documents import read_documents, read_source
 from edgedistill.data.prepare import prepare_data, read_part
 from edgedistill.errors import UserError
-from edgedistill.recipe import Data, load_recipe
 from edgedistill.store import Store
 
 RNG = random.Random(0)

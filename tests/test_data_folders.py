@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from command import tiny_text
 
+from edgedistill.config.recipe import Data
 from edgedistill.data.documents import read_source
 from edgedistill.data.prepare import prepare_data, read_part
 from edgedistill.data.report import warnings
 from edgedistill.errors import UserError
-from edgedistill.recipe import Data
-from edgedistill.records import DataResult
+from edgedistill.records.records import DataResult
 from edgedistill.store import Store, Stored
 
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgedistill.distill.design import FILL, design_student, fill_of
+from edgedistill.config.recipe import ShapeAsk
 from edgedistill.errors import UserError
-from edgedistill.recipe import ShapeAsk
-from edgedistill.records import Shape
+from edgedistill.records.records import Shape
+from edgedistill.student.design import FILL, design_student, fill_of
 
 TEACHER = Shape(vocab_size=4096, hidden_size=512, intermediate_size=1536, num_hidden_layers=6,
                 num_attention_heads=8, num_key_value_heads=4, head_dim=64)  # fmt: skip

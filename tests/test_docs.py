@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from write_reference import reference_pages, write_reference
 
 from edgedistill import errors
-from edgedistill.cli import app
-from edgedistill.recipe import Recipe, builtin_recipes, load_recipe, parse_recipe
-from edgedistill.reference import reference_pages, write_reference
-from edgedistill.target_files import targets_folder
-from edgedistill.targets import load_target, load_targets
+from edgedistill.cli.app import app
+from edgedistill.config.recipe import Recipe, builtin_recipes, load_recipe, parse_recipe
+from edgedistill.config.target_files import targets_folder
+from edgedistill.config.targets import load_target, load_targets
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -134,7 +134,7 @@ def test_environment_variables() -> None:
 def test_generated_pages(name: str) -> None:
     path = ROOT / "docs" / name
     found = path.read_text(encoding="utf-8") if path.exists() else ""
-    assert found == reference_pages()[name], "run `python -m edgedistill.reference docs`"
+    assert found == reference_pages()[name], "run `python docs/write_reference.py`"
 
 
 def test_write_reference(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_wheel(distributions: tuple[Path, Path], tmp_path: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"edgedistill"}
     assert {f"edgedistill/_targets/{path.name}" for path in targets_folder().glob("*.yaml")} <= names
     assert {path for path in on_disk() if path.startswith("edgedistill/")} <= names
-    assert {"edgedistill/recipes/quickstart.yaml", "edgedistill/report/report.html.j2"} <= names
+    assert {"edgedistill/config/recipes/quickstart.yaml", "edgedistill/report/report.html.j2"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
@@ -277,7 +277,7 @@ def test_wheel(distributions: tuple[Path, Path], tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    where = run("-c", "import edgedistill.target_files as t; print(t.targets_folder())").strip()
+    where = run("-c", "import edgedistill.config.target_files as t; print(t.targets_folder())").strip()
     assert Path(where) == tmp_path / "edgedistill" / "_targets"
     listed = run("-m", "edgedistill", "targets", "list")
     for name in load_targets():

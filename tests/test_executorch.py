@@ -11,9 +11,9 @@ import pytest
 from checkpoints import tiny
 
 from edgedistill.errors import RuntimeCrashed, UserError
-from edgedistill.export import write_artifact
-from edgedistill.folders.executorch import INTERPRETER, LIMITS
-from edgedistill.records import Artifact
+from edgedistill.export.stage import write_artifact
+from edgedistill.other_formats.executorch import INTERPRETER, LIMITS
+from edgedistill.records.records import Artifact
 
 here = importlib.util.find_spec("executorch") is not None or INTERPRETER in os.environ
 needs_executorch = pytest.mark.skipif(not here, reason=f"no executorch here, and {INTERPRETER} names no interpreter")

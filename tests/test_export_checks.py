@@ -15,10 +15,10 @@ from checkpoints import copy, edit_json, tiny
 from command import Command, refused
 
 from edgedistill.errors import UserError
-from edgedistill.export import write_artifact
-from edgedistill.generation import chat_templates, generation_of, generation_settings, render
+from edgedistill.export.stage import write_artifact
 from edgedistill.gguf.convert import convert_to_gguf
 from edgedistill.gguf.quantize import export_gguf
+from edgedistill.models.generation import chat_templates, generation_of, generation_settings, render
 from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.verify.faithful import check_faithful
 
@@ -88,7 +88,7 @@ def test_what_a_converter_plants_is_refused(
 
 
 def test_an_honest_converter_is_compared_and_passes(model: Path, float_gguf: Path, tmp_path: Path) -> None:
-    from edgedistill.export_options import ExportOptions
+    from edgedistill.quantization.options import ExportOptions
 
     for quantization in ("F16", "Q4_0"):
         made = write_artifact(

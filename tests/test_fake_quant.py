@@ -13,15 +13,15 @@ import torch
 from checkpoints import tiny, torch_model
 from family_models import DECODERS, family
 
-from edgedistill.distill.fake_quant import FakeQuantizer, Rounding, rounding_of
 from edgedistill.errors import UserError
-from edgedistill.export_options import ExportOptions
 from edgedistill.gguf.dequantize import dequantized
 from edgedistill.gguf.importance import compute_importance, write_importance
 from edgedistill.gguf.quantize import export_gguf
 from edgedistill.gguf.stored import gguf_values
 from edgedistill.onnx.blocks import matmul_nbits_values, qdq_values
 from edgedistill.onnx.dequantize import stored
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.strategies.fake_quant import FakeQuantizer, Rounding, rounding_of
 
 RNG = np.random.default_rng(11)
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}

@@ -14,9 +14,9 @@ from command import Command, refused
 from test_signal_cache import build
 from training_models import model, packed, run, same
 
-from edgedistill.distill import signal_cache
-from edgedistill.distill.checkpoint import save_checkpoint
 from edgedistill.errors import UserError
+from edgedistill.signals import cache
+from edgedistill.training.checkpoint import save_checkpoint
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounting a small disk needs root"
@@ -71,7 +71,7 @@ def test_a_checkpoint_that_does_not_fit_keeps_the_one_before(small_disk, tmp_pat
             fill(small_disk)
         save_checkpoint(*arguments, **named)
 
-    monkeypatch.setattr("edgedistill.distill.trainer.save_checkpoint", fill_before)
+    monkeypatch.setattr("edgedistill.training.trainer.save_checkpoint", fill_before)
     with pytest.raises(UserError, match=r"the disk is full: a checkpoint could not be written[\s\S]*before it is kept"):
         run(model(), state, checkpoint_every_s=1e-9)
     assert [path.name for path in state.glob("step-*")] == ([f"step-{step - 1:09d}"] if step > 1 else [])
@@ -106,7 +106,7 @@ def test_a_disk_that_fills_up_while_the_command_trains(store_disk, tmp_path):
 
 
 def test_signals_that_do_not_fit_keep_their_whole_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(signal_cache, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(cache, "SHARD_BYTES", 10_000)
     build(tmp_path / "straight", "hidden")
     whole = sorted((tmp_path / "straight").iterdir())
     size = sum(path.stat().st_size for path in whole)

@@ -17,10 +17,10 @@ from bundle_fixtures import neighbours, retention
 from command import Command, tiny_text
 from gate_models import changed, noisy, resealed, trained
 
-from edgedistill import single
+from edgedistill import stages
+from edgedistill.config.recipe import Recipe
 from edgedistill.errors import GateFailed, UserError
-from edgedistill.recipe import Recipe
-from edgedistill.records import Artifact, Departure, Gate, Measured, Retention, Scored
+from edgedistill.records.records import Artifact, Departure, Gate, Measured, Retention, Scored
 from edgedistill.statistics import ByUnit, perplexity_ratio
 from edgedistill.store import Store
 from edgedistill.verify.baselines import SMOOTHINGS, unigram
@@ -62,7 +62,7 @@ class Bench:
             format_, quantization = kind.split(":")
             recipe = Recipe()
             quick = recipe.export.model_copy(update={"compare_speed": False})
-            single.export(
+            stages.export(
                 str(self.folder / of), format_=format_, quantization=quantization, context_tokens=None, out=out,
                 store=self.store, recipe=recipe.model_copy(update={"export": quick}),
             )  # fmt: skip
@@ -76,7 +76,7 @@ class Bench:
         settings = recipe.verify.model_copy(update={"context_tokens": 64, "max_tokens": 2000, **verify})
         source = recipe.data.model_copy(update={"source": str(data), "min_document_chars": 200})
         recipe = recipe.model_copy(update={"verify": settings, "data": source})
-        found, _ = single.verify(
+        found, _ = stages.verify(
             artifact,
             student=str(self.folder / student),
             teacher=None if teacher is None else str(self.folder / teacher),

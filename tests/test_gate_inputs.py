@@ -18,9 +18,9 @@ from command import tiny_text
 from gate_models import resealed, trained
 from test_gate import Bench
 
+from edgedistill.config.targets import load_target
 from edgedistill.errors import UserError
-from edgedistill.single import bench as measure_speed
-from edgedistill.targets import load_target
+from edgedistill.stages import bench as measure_speed
 from edgedistill.verify import ladder
 from edgedistill.verify.gate import failures
 from edgedistill.verify.near_copies import RUN_TOKENS, units_of
@@ -157,7 +157,7 @@ def test_an_artifact_that_changes_while_it_is_benchmarked_has_no_figures(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edgedistill.bench import measure
-    from edgedistill.recipe import Recipe
+    from edgedistill.config.recipe import Recipe
 
     folder = tmp_path / "artifact"
     shutil.copytree(bench.artifact("a", "gguf:Q8_0"), folder)

@@ -11,14 +11,14 @@ import pytest
 from checkpoints import copy, edit_json, mean_nll, tiny, torch_greedy, torch_logits, torch_model
 
 from edgedistill.errors import UserError
-from edgedistill.gguf import streaming
-from edgedistill.gguf.architectures import TensorSpec, from_interleaved, rope_of, to_interleaved
 from edgedistill.gguf.convert import convert_to_gguf
 from edgedistill.gguf.dequantize import dequantized
-from edgedistill.gguf.streaming import as_stored
+from edgedistill.models import streaming
+from edgedistill.models.architectures import TensorSpec, from_interleaved, rope_of, to_interleaved
+from edgedistill.models.shapes import shape_from_config
+from edgedistill.models.streaming import as_stored
+from edgedistill.models.weights import StoredTensor
 from edgedistill.runtimes.process import RuntimeProcess
-from edgedistill.shapes import shape_from_config
-from edgedistill.weights import StoredTensor
 
 # llama.cpp keeps keys and values of its cache in float16, so its logits differ a little from float32's.
 CACHE_ERROR = 4e-3
@@ -224,9 +224,9 @@ def test_conversion_holds_a_few_blocks_in_memory(tmp_path: Path) -> None:
     with (tmp_path / "in").open("wb") as file:
         file.truncate(256 << 20)
     script = (
-        "import sys; from pathlib import Path; from edgedistill.gguf.streaming import write_tensor\n"
-        "from edgedistill.gguf.architectures import TensorSpec; from edgedistill.weights import StoredTensor\n"
-        "from edgedistill.machine import peak_rss_bytes as peak\n"
+        "import sys; from pathlib import Path; from edgedistill.models.streaming import write_tensor\n"
+        "from edgedistill.models.architectures import TensorSpec; from edgedistill.models.weights import StoredTensor\n"
+        "from edgedistill.machine.facts import peak_rss_bytes as peak\n"
         "shape, before = (65536, 2048), peak()\n"
         "tensor = StoredTensor(Path(sys.argv[1]), 0, 'BF16', shape)\n"
         "with open('/dev/null', 'wb') as out:\n"

@@ -15,9 +15,9 @@ from edgedistill.errors import RuntimeCrashed, UserError
 from edgedistill.gguf.convert import convert_to_gguf
 from edgedistill.gguf.converter import run_script
 from edgedistill.gguf.dequantize import dequantized
-from edgedistill.gguf.families import FAMILIES
+from edgedistill.models.families import FAMILIES
 from edgedistill.runtimes.process import RuntimeProcess
-from edgedistill.single import export
+from edgedistill.stages import export
 from edgedistill.store import Store
 
 # Of a standard deviation of transformers' float32 logits: rounding to F16 and llama.cpp's F16 cache of keys and values.

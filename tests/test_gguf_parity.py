@@ -11,10 +11,10 @@ from checkpoints import copy, edit_json, tiny
 from family_models import DECODERS, ENCODERS, family
 
 from edgedistill.errors import UserError
-from edgedistill.export import write_artifact
+from edgedistill.export.stage import write_artifact
+from edgedistill.gguf.layers import FLOAT_LIMIT, QUANTIZED_LIMIT, check_gguf
 from edgedistill.gguf.quantize import export_gguf
-from edgedistill.verify.gguf_layers import FLOAT_LIMIT, QUANTIZED_LIMIT, check_gguf
-from edgedistill.verify.parity import Differences
+from edgedistill.runtimes.parity import Differences
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_scaled_tensor_is_named(checkpoints: dict[str, Path], quantization: st
 
 def test_rows_of_q_in_torchs_order_are_named(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """llama.cpp rotates neighbouring rows: a converter that forgot to permute them writes another model."""
-    from edgedistill.gguf.architectures import from_interleaved
+    from edgedistill.models.architectures import from_interleaved
 
     gguf = exported(checkpoints["llama"], tmp_path)
     data = tensor(gguf, "blk.0.attn_q.weight")
@@ -103,9 +103,9 @@ def test_another_epsilon_is_found_at_the_first_norm(checkpoints: dict[str, Path]
 
 def test_the_trace_agrees_with_torch_tensor_by_tensor(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     from edgedistill.gguf.dequantize import dequantized
+    from edgedistill.gguf.layers import _torch_stages
     from edgedistill.runtimes.process import RuntimeProcess
-    from edgedistill.verify.gguf_layers import _torch_stages
-    from edgedistill.verify.runners import with_weights
+    from edgedistill.runtimes.runners import with_weights
 
     for kind in ("llama", "qwen2", "qwen3"):
         gguf = exported(checkpoints[kind], tmp_path / kind, "F32")
@@ -142,9 +142,9 @@ def test_a_value_that_is_no_number_is_an_infinite_difference() -> None:
 def test_every_family_is_held_to_torch(case: str, tmp_path: Path) -> None:
     """The export's own check passes, and no tensor on the way is taken for another."""
     from edgedistill.gguf.dequantize import dequantized
+    from edgedistill.gguf.layers import _torch_stages
     from edgedistill.runtimes.process import RuntimeProcess
-    from edgedistill.verify.gguf_layers import _torch_stages
-    from edgedistill.verify.runners import with_weights
+    from edgedistill.runtimes.runners import with_weights
 
     model = family(tmp_path / "model", *(DECODERS | ENCODERS)[case])
     gguf = exported(model, tmp_path / "out", "F32")

@@ -12,13 +12,13 @@ from checkpoints import copy, mean_nll, tiny, torch_logits, torch_model, with_we
 from family_models import DECODERS, ENCODERS, family
 
 from edgedistill.errors import UserError
-from edgedistill.export_options import ExportOptions
-from edgedistill.gguf.architectures import model_of
 from edgedistill.gguf.dequantize import dequantized
-from edgedistill.gguf.mixes import MIXES_THAT_NEED_IMPORTANCE, usable_type
 from edgedistill.gguf.quantize import QUANTIZATIONS, export_gguf, fallbacks_of
 from edgedistill.gguf.request import matrices_of, planned_types
-from edgedistill.records import Artifact
+from edgedistill.models.architectures import model_of
+from edgedistill.quantization.mixes import MIXES_THAT_NEED_IMPORTANCE, usable_type
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.records.records import Artifact
 from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.strict import read_json
 

@@ -14,14 +14,14 @@ from checkpoints import copy, mean_nll, tiny, torch_logits, torch_model, with_we
 from family_models import family
 
 from edgedistill.errors import UserError
-from edgedistill.export import write_artifact
-from edgedistill.export_options import ExportOptions
-from edgedistill.gguf.architectures import Model, model_of
+from edgedistill.export.stage import write_artifact
 from edgedistill.gguf.dequantize import dequantized
 from edgedistill.gguf.quantize import export_gguf
 from edgedistill.gguf.request import request_of, with_importance
 from edgedistill.gguf.sensitivity import Scored, StoredModel, group_of, ladders_of, read_text
-from edgedistill.records import Artifact, Sensitivity
+from edgedistill.models.architectures import Model, model_of
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.records.records import Artifact, Sensitivity
 from edgedistill.strict import read_json
 
 CONTEXT = 128

@@ -10,11 +10,11 @@ from checkpoints import tiny
 from gguf import GGUFReader
 
 from edgedistill.errors import UserError
-from edgedistill.export_options import ExportOptions
 from edgedistill.gguf.dequantize import dequantized
 from edgedistill.gguf.quantize import export_gguf
 from edgedistill.gguf.split import split_gguf
 from edgedistill.guards.gguf import split_files
+from edgedistill.quantization.options import ExportOptions
 from edgedistill.runtimes.process import RuntimeProcess
 
 LIMIT = 150_000

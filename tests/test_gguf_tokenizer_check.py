@@ -10,12 +10,12 @@ import pytest
 from checkpoints import byte_level_bpe, edit_json, tiny
 
 from edgedistill.errors import UserError
-from edgedistill.export import export_model
+from edgedistill.export.stage import export_model
 from edgedistill.gguf.pretokenizers import NEW_CHARACTERS_NOTE
 from edgedistill.gguf.tokenizer_bpe import NFC_NOTE
-from edgedistill.models import open_model, weights_sha256
+from edgedistill.models.folder import open_model, weights_sha256
 from edgedistill.progress import Progress
-from edgedistill.records import Artifact
+from edgedistill.records.records import Artifact
 from edgedistill.store import Store
 from edgedistill.verify.tokenizer_check import with_checked_tokenizer
 

@@ -23,9 +23,9 @@ from edgedistill.bundle.files import read_manifest
 from edgedistill.bundle.fingerprint import first_difference
 from edgedistill.bundle.golden_prompts import LONG, chosen
 from edgedistill.bundle.golden_rules import compact, statistics
-from edgedistill.bundle.manifest import BundleArtifact
 from edgedistill.errors import RuntimeCrashed, UserError
 from edgedistill.gguf.quantize import export_gguf
+from edgedistill.records.manifest import BundleArtifact
 from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.store import Store
 

@@ -13,8 +13,6 @@ from gguf import GGUFReader
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
-from edgedistill.export_options import ExportOptions
-from edgedistill.gguf.architectures import model_of
 from edgedistill.gguf.dequantize import dequantized
 from edgedistill.gguf.ggml import quantize
 from edgedistill.gguf.importance import (
@@ -26,7 +24,9 @@ from edgedistill.gguf.importance import (
     write_importance,
 )
 from edgedistill.gguf.quantize import export_gguf
-from edgedistill.records import Artifact
+from edgedistill.models.architectures import model_of
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.records.records import Artifact
 from edgedistill.strict import read_json
 
 BLOCKS = tuple((f"{number} {text}",) for number, text in enumerate(CORPUS * 40))
@@ -167,7 +167,7 @@ def test_it_lowers_the_error_where_inputs_are_large(wide: Path, tmp_path: Path) 
 
 
 def test_the_very_low_types_run_with_a_matrix_and_are_refused_without(wide: Path, tmp_path: Path) -> None:
-    from edgedistill.gguf.mixes import BASE_TYPES, MIXES_THAT_NEED_IMPORTANCE
+    from edgedistill.quantization.mixes import BASE_TYPES, MIXES_THAT_NEED_IMPORTANCE
     from edgedistill.runtimes.process import RuntimeProcess
 
     options = {

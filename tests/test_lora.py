@@ -14,10 +14,10 @@ from training_models import VOCAB, run
 from training_models import model as small_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from edgedistill.distill.lora import add_adapters, linear_layers, merge_adapters
-from edgedistill.distill.step import Step
+from edgedistill.config.recipe import Lora
 from edgedistill.errors import UserError
-from edgedistill.recipe import Lora
+from edgedistill.student.lora import add_adapters, linear_layers, merge_adapters
+from edgedistill.training.step import Step
 
 CPU = torch.device("cpu")
 BASES = ("fp32", "int8", "nf4")

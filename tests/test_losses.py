@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgedistill.distill import block_losses, losses
-from edgedistill.distill.divergences import DIVERGENCES
-from edgedistill.distill.losses import (
+from edgedistill.losses import block_losses, losses
+from edgedistill.losses.divergences import DIVERGENCES
+from edgedistill.losses.losses import (
     IGNORED,
     NAMES,
     Head,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from edgedistill.verify.metrics import TokenScores
+from edgedistill.tasks.metrics import TokenScores
 
 
 def test_scores_against_the_formula():

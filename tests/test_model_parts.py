@@ -7,10 +7,10 @@ import torch
 from training_models import model, run
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from edgedistill.distill.model_parts import final_hidden, require_separate_documents
-from edgedistill.distill.teacher_model import live_teacher
+from edgedistill.config.recipe import Teacher
 from edgedistill.errors import UserError
-from edgedistill.recipe import Teacher
+from edgedistill.losses.model_parts import final_hidden, require_separate_documents
+from edgedistill.teacher.live import live_teacher
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -66,7 +66,7 @@ def test_a_family_whose_documents_see_each_other_is_refused(name, tmp_path):
     with pytest.raises(UserError, match=r"eager attention lets a document see the one before it"):
         require_separate_documents(made)
     made.save_pretrained(tmp_path)
-    from edgedistill.distill.ranks import ranks_here
+    from edgedistill.training.ranks import ranks_here
 
     asked = {"low_precision": False, "ranks": ranks_here()}
     with pytest.raises(UserError, match="lets a document see the one before it"):

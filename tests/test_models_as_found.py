@@ -16,11 +16,11 @@ from encoders import tiny_encoder
 from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 
-from edgedistill import hf_tokenizer
 from edgedistill.errors import UserError
 from edgedistill.gguf.tokenizer import read_tokenizer
-from edgedistill.hf_tokenizer import copy_tokenizer, open_auto_tokenizer, open_tokenizer, tokenizer_sha256
-from edgedistill.models import require_sound
+from edgedistill.models import hf_tokenizer
+from edgedistill.models.folder import require_sound
+from edgedistill.models.hf_tokenizer import copy_tokenizer, open_auto_tokenizer, open_tokenizer, tokenizer_sha256
 from edgedistill.tasks.causal_lm import TextTokenizer
 
 LONG = "the old dog sees the quiet river and the river follows a lamp. " * 20
@@ -87,17 +87,17 @@ def test_tokenizers_are_opened_in_one_place(repository: Path) -> None:
         r"Tokenizer\.from_(file|pretrained|buffer)\(|Fast\.from_pretrained\(|Processor\.from_pretrained\("
     )
     package = repository / "edgedistill"
-    allowed = {"hf_tokenizer.py", "bundle/sample_transformers.py", "gguf/tokenizer_files.py"}  # in a remedy
+    allowed = {"models/hf_tokenizer.py", "bundle/sample_transformers.py", "gguf/tokenizer_files.py"}  # in a remedy
     allowed.add("onnx/processors.py")
     assert "read_whole(AutoTokenizer.from_pretrained(" in (package / "onnx/processors.py").read_text()
     found = {str(p.relative_to(package)) for p in package.rglob("*.py") if opens.search(p.read_text(encoding="utf-8"))}
-    assert "hf_tokenizer.py" in found and found <= allowed
+    assert "models/hf_tokenizer.py" in found and found <= allowed
     for path in package.rglob("*.py"):  # code that a checkpoint names is never run, and nobody is asked about it
         text = path.read_text(encoding="utf-8")
         calls = re.findall(
             r"(?:AutoConfig|AutoModel\w*|AutoTokenizer|loader|kind)\)?\.from_pretrained\((.*?)\)\n", text, re.S
         )
-        if str(path.relative_to(package)) not in allowed - {"hf_tokenizer.py"}:
+        if str(path.relative_to(package)) not in allowed - {"models/hf_tokenizer.py"}:
             ours = [call for call in calls if not call.startswith("sys.argv")]  # but for a remedy's own command
             assert all(re.search(r"trust_remote_code=False|\*\*options|\*\*LOADING", call) for call in ours), path
 
@@ -278,7 +278,7 @@ def test_a_student_stops_where_its_teacher_does(model: Path, tmp_path: Path) -> 
     record = next((tmp_path / "store" / "records" / "student").iterdir())
     kept = json.loads((record / "model" / "generation_config.json").read_text())
     assert (kept["eos_token_id"], kept["temperature"], kept["top_k"]) == ([0, 7], 0.5, 3), found
-    from edgedistill.generation import generation_of
+    from edgedistill.models.generation import generation_of
 
     assert generation_of(record / "model", vocab_size=400).stops == (0, 7)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from edgedistill.distill import multiset
+from edgedistill.signals import multiset
 
 
 def tables(draws):

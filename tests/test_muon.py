@@ -6,10 +6,10 @@ import pytest
 import torch
 from training_models import settings
 
-from edgedistill import machine
-from edgedistill.distill.muon import FloatMuon, orthogonalized
-from edgedistill.distill.optimizers import make_optimizers
-from edgedistill.recipe import Training
+from edgedistill.config.recipe import Training
+from edgedistill.machine import facts
+from edgedistill.training.muon import FloatMuon, orthogonalized
+from edgedistill.training.optimizers import make_optimizers
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -62,9 +62,9 @@ def test_the_precision_chooses():
 
 @pytest.mark.parametrize(("flags", "expected"), [(["avx2"], "fp32"), (["avx2", "avx512_bf16"], "bf16")])
 def test_auto_is_what_this_machine_is_fast_in(monkeypatch, flags, expected):
-    monkeypatch.setattr(machine, "_cpu", lambda: ("a CPU", flags))
-    monkeypatch.setattr(machine, "_gpus", list)
+    monkeypatch.setattr(facts, "_cpu", lambda: ("a CPU", flags))
+    monkeypatch.setattr(facts, "_gpus", list)
     assert Training().precision == Training(precision="auto").precision == expected
     assert Training(precision="bf16").precision == "bf16"
-    monkeypatch.setattr(machine, "_gpus", lambda: ["a GPU"])
+    monkeypatch.setattr(facts, "_gpus", lambda: ["a GPU"])
     assert Training().precision == "bf16"

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from checkpoints import copy, edit_json, mean_nll, tiny, torch_greedy, torch_logits, torch_model, with_weights
 
+from edgedistill.config.recipe import load_recipe
+from edgedistill.config.targets import load_target
 from edgedistill.errors import RuntimeCrashed, UserError
 from edgedistill.onnx.decoder import QUANTIZATIONS, export_onnx
 from edgedistill.onnx.dequantize import dequantized, unpack
 from edgedistill.onnx.parity import relative_rms
-from edgedistill.preflight import _require_exportable
-from edgedistill.recipe import load_recipe
-from edgedistill.records import Artifact
+from edgedistill.plan.preflight import _require_exportable
+from edgedistill.records.records import Artifact
 from edgedistill.runtimes.process import RuntimeProcess
-from edgedistill.targets import load_target
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

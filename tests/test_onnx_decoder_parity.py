@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from checkpoints import copy, edit_json, tiny
 
-from edgedistill import machine
 from edgedistill.errors import UserError
-from edgedistill.export import write_artifact
-from edgedistill.export_options import NOT_COMPARED, ExportOptions
+from edgedistill.export.stage import write_artifact
+from edgedistill.machine import facts
 from edgedistill.onnx.decoder_parity import LIMITS, check_decoder, check_weights, torch_outputs, traced
-from edgedistill.records import Artifact
+from edgedistill.quantization.options import NOT_COMPARED, ExportOptions
+from edgedistill.records.records import Artifact
 
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -99,9 +99,9 @@ def test_the_trace_agrees_with_torch_tensor_by_tensor(
 ) -> None:
     """No tensor is taken for another, none is left out, and nothing of the trace stays."""
     from edgedistill.onnx.dequantize import dequantized
+    from edgedistill.runtimes.parity import Differences
+    from edgedistill.runtimes.runners import with_weights
     from edgedistill.strict import read_json
-    from edgedistill.verify.parity import Differences
-    from edgedistill.verify.runners import with_weights
 
     folder = folders[kind, quantization]
     files = sorted(path.name for path in folder.iterdir())
@@ -216,7 +216,7 @@ def test_without_the_logits_the_weights_are_compared_and_the_record_says_so(
 def test_too_little_memory_is_refused_before_any_work(
     checkpoints: dict[str, Path], format_: str, quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "available_bytes", lambda: 100_000)
+    monkeypatch.setattr(facts, "available_bytes", lambda: 100_000)
     with pytest.raises(UserError, match=r"takes about .* of memory, and 100 kB are free") as caught:
         write_artifact(
             checkpoints["llama"], tmp_path / "out", format_=format_, quantization=quantization, context_tokens=128,
@@ -227,5 +227,5 @@ def test_too_little_memory_is_refused_before_any_work(
 
 
 def test_free_memory_is_what_the_system_says() -> None:
-    free = machine.available_bytes()
-    assert free is not None and 0 < free <= (machine.describe()["memory_bytes"] or free)
+    free = facts.available_bytes()
+    assert free is not None and 0 < free <= (facts.describe()["memory_bytes"] or free)

@@ -18,13 +18,13 @@ import torch
 from encoders import tiny_encoder, word_piece
 from safetensors.torch import load_file, save_file
 
-from edgedistill import single
+from edgedistill import stages
 from edgedistill.errors import UserError
-from edgedistill.export import write_artifact
-from edgedistill.export_options import ExportOptions
+from edgedistill.export.stage import write_artifact
 from edgedistill.onnx.encoder import export_encoder, export_module
 from edgedistill.onnx.tasks import TASKS, task_of
-from edgedistill.records import Artifact
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.records.records import Artifact
 from edgedistill.runtimes.graph import GraphProcess
 from edgedistill.store import Store
 
@@ -272,12 +272,12 @@ def test_wrong_quantization_and_opset_are_refused(tmp_path: Path, bert: Path) ->
 
 
 def test_the_command_exports_an_encoder(tmp_path: Path, bert: Path) -> None:
-    made = single.export(
+    made = stages.export(
         str(bert), format_="onnx", quantization="FP32", context_tokens=None, out=tmp_path / "out",
         store=Store(tmp_path / "store"), task="text-classification",
     )  # fmt: skip
     record = Artifact.model_validate_json((tmp_path / "out" / "artifact.json").read_text())
     assert record == made and made.runtime == "onnxruntime" and made.parity is not None
-    assert single.open_artifact(tmp_path / "out").result == made
+    assert stages.open_artifact(tmp_path / "out").result == made
     entry = next(file for file in made.files if file.path == "model.onnx")
     assert hashlib.sha256((tmp_path / "out" / "model.onnx").read_bytes()).hexdigest() == entry.sha256

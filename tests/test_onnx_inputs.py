@@ -15,10 +15,9 @@ import transformers
 from encoders import BERT, VOCABULARY, tiny_encoder, word_piece
 from PIL import Image
 
-from edgedistill.companions import PROCESSOR_NAMES, SETTINGS_NAMES, TOKENIZER_NAMES
 from edgedistill.errors import UserError
-from edgedistill.export import write_artifact
-from edgedistill.export_options import ExportOptions
+from edgedistill.export.stage import write_artifact
+from edgedistill.models.companions import PROCESSOR_NAMES, SETTINGS_NAMES, TOKENIZER_NAMES
 from edgedistill.onnx import inputs
 from edgedistill.onnx.float_export import module_graph, trace
 from edgedistill.onnx.inputs import longest_compared
@@ -26,7 +25,8 @@ from edgedistill.onnx.model_inputs import text_inputs
 from edgedistill.onnx.parity import _of_one, check_parity
 from edgedistill.onnx.processors import given_names, open_tokenizer, read, require_same_tokens, ship
 from edgedistill.onnx.tasks import open_task
-from edgedistill.records import Artifact, TensorSpec
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.records.records import Artifact, TensorSpec
 from edgedistill.runtimes.graph import GraphProcess
 
 TEXT = ["input_ids", "attention_mask"]

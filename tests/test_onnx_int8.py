@@ -15,8 +15,7 @@ from encoders import VOCABULARY, tiny_encoder
 from onnx import numpy_helper
 
 from edgedistill.errors import UserError
-from edgedistill.export import write_artifact
-from edgedistill.export_options import ExportOptions
+from edgedistill.export.stage import write_artifact
 from edgedistill.onnx.blocks import qdq_stored, qdq_values
 from edgedistill.onnx.calibration import given_samples, observe_ranges
 from edgedistill.onnx.float_export import FloatExport, export_float
@@ -26,7 +25,8 @@ from edgedistill.onnx.parity import check_parity
 from edgedistill.onnx.quantizable import quantizable_nodes
 from edgedistill.onnx.quantize import quantize
 from edgedistill.onnx.quantized_graph import load, quantize_graph, static_tensors
-from edgedistill.records import Artifact
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.records.records import Artifact
 
 KINDS = ("bert", "resnet", "t5")
 # Of tiny random models, whose attention is far from uniform and whose widths average nothing out.

@@ -12,11 +12,11 @@ from checkpoints import CORPUS
 from encoders import tiny_encoder
 from numpy.typing import NDArray
 
-from edgedistill.export import write_artifact
-from edgedistill.export_options import ExportOptions
+from edgedistill.export.stage import write_artifact
 from edgedistill.onnx.scoring import meanings_of, rows_of, score
 from edgedistill.onnx.tasks import CLASSES, DERIVED, LABELS, PLACES, SCORES, VECTORS, _meanings
-from edgedistill.records import TensorSpec
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.records.records import TensorSpec
 
 RNG = np.random.default_rng(0)
 MASK = np.array([[1, 1, 1, 0], [1, 1, 1, 1]])

@@ -13,10 +13,10 @@ from encoders import tiny_encoder
 from transformers import AutoModel
 
 from edgedistill.errors import UserError
-from edgedistill.export import write_artifact
-from edgedistill.export_options import ExportOptions
+from edgedistill.export.stage import write_artifact
 from edgedistill.onnx.calibration import text_samples
-from edgedistill.records import Artifact
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.records.records import Artifact
 from edgedistill.runtimes.graph import GraphProcess
 
 OPTIONS = ExportOptions(

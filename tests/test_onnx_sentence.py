@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer
 
 from edgedistill.errors import UserError
-from edgedistill.export import write_artifact
-from edgedistill.export_options import ExportOptions
+from edgedistill.export.stage import write_artifact
 from edgedistill.onnx.sentence import activation_of, model_type, pooling_modes, read_pipeline
 from edgedistill.onnx.sentence_modules import Pooling, Sentence
 from edgedistill.onnx.tasks import open_task, task_of
-from edgedistill.records import Artifact
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.records.records import Artifact
 from edgedistill.runtimes.graph import GraphProcess
 
 OLD = "sentence_transformers.models."

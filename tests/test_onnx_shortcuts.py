@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgedistill.export_options import ExportOptions
 from edgedistill.onnx.encoder import export_module
+from edgedistill.quantization.options import ExportOptions
 
 
 class Joined(nn.Module):

@@ -13,8 +13,7 @@ from encoders import VOCABULARY, tiny_encoder
 from onnx import numpy_helper
 
 from edgedistill.errors import UserError
-from edgedistill.export import write_artifact
-from edgedistill.export_options import ExportOptions
+from edgedistill.export.stage import write_artifact
 from edgedistill.onnx.blocks import matmul_nbits_values
 from edgedistill.onnx.dequantize import unpack
 from edgedistill.onnx.float_export import FloatExport, export_float
@@ -23,6 +22,7 @@ from edgedistill.onnx.parity import check_parity
 from edgedistill.onnx.quantizable import node_types, quantizable_nodes
 from edgedistill.onnx.quantize import quantize
 from edgedistill.onnx.quantized_graph import load
+from edgedistill.quantization.options import ExportOptions
 
 
 @pytest.fixture(scope="module")

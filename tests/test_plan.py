@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from edgedistill import sizes
+from edgedistill.config.recipe import Recipe, parse_recipe
+from edgedistill.config.targets import Target, load_target, targets_list
 from edgedistill.errors import UserError
-from edgedistill.fit import artifacts_of, context_of, decode_ceiling, human_bytes
-from edgedistill.plan import AUTO_STARTS, Plan, plan, plan_rows
-from edgedistill.recipe import Recipe, parse_recipe
-from edgedistill.records import Figure, Shape
-from edgedistill.targets import Target, load_target, targets_list
-from edgedistill.training_fit import PROCESS_BYTES, _relaxed, distillation, predict_distillation, propose
+from edgedistill.fit import sizes
+from edgedistill.fit.artifact import artifacts_of, context_of, decode_ceiling, human_bytes
+from edgedistill.fit.training import PROCESS_BYTES, _relaxed, distillation, predict_distillation, propose
+from edgedistill.plan.plan import AUTO_STARTS, Plan, plan, plan_rows
+from edgedistill.records.records import Figure, Shape
 
 TEACHER = Shape(vocab_size=4096, hidden_size=512, intermediate_size=1536, num_hidden_layers=6,
                 num_attention_heads=8, num_key_value_heads=4, head_dim=64)  # fmt: skip
@@ -230,7 +230,7 @@ def _whole(planned: Plan) -> int:
 def free_verification(monkeypatch: pytest.MonkeyPatch) -> None:
     """So small a machine could not verify; what training proposes on it is looked at alone."""
     nothing = Figure(value=0, unit="B", basis="derived", source="left out")
-    monkeypatch.setattr("edgedistill.plan.verification_memory", lambda *args, **kwargs: nothing)
+    monkeypatch.setattr("edgedistill.plan.plan.verification_memory", lambda *args, **kwargs: nothing)
 
 
 @pytest.mark.usefixtures("free_verification")
@@ -364,7 +364,7 @@ def test_the_teacher_at_hand(test_data: Path) -> None:
     """The numbers of the real 21M teacher's plan, for the three targets that a build names."""
     import json
 
-    from edgedistill.shapes import shape_from_config
+    from edgedistill.models.shapes import shape_from_config
 
     folder = test_data / "weights" / "teacher-tinystories-21m"
     teacher = shape_from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")), where="teacher")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from edgedistill.distill import importance, prune
-from edgedistill.distill.axes import NORMS, Sizes, axes_of, axis_sizes, layer_number, norm_kind, parts_of, sizes_of
-from edgedistill.distill.importance import layer_damage, next_token_loss
-from edgedistill.distill.prune import chosen_layers, cut, layers_of, uniform_layers
 from edgedistill.errors import UserError
+from edgedistill.student import importance, prune
+from edgedistill.student.axes import NORMS, Sizes, axes_of, axis_sizes, layer_number, norm_kind, parts_of, sizes_of
+from edgedistill.student.importance import layer_damage, next_token_loss
+from edgedistill.student.prune import chosen_layers, cut, layers_of, uniform_layers
 
 VOCAB = 96
 # Llama's names for sizes; what a family calls otherwise or adds, by family.

@@ -11,15 +11,15 @@ import torch
 from command import Command
 from safetensors.torch import load_file
 
-from edgedistill.distill.fake_quant import FakeQuantizer, Rounding
-from edgedistill.distill.qad import pinned
 from edgedistill.errors import UserError
-from edgedistill.export_options import ExportOptions
 from edgedistill.gguf.dequantize import dequantized
 from edgedistill.gguf.importance import read_importance
 from edgedistill.onnx.dequantize import stored
-from edgedistill.records import QadResult
-from edgedistill.verify.runners import load_torch
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.records.records import QadResult
+from edgedistill.runtimes.runners import load_torch
+from edgedistill.strategies.fake_quant import FakeQuantizer, Rounding
+from edgedistill.strategies.qad import pinned
 
 # the tiny text's calibration part is small: more of it, for an importance matrix
 SET = ("distill.qad.tokens_share=0.5", "distill.qad.learning_rate=1e-3", "data.calibration_share=0.3")

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from edgedistill.config.recipe import Recipe, builtin_recipes, load_recipe, parse_recipe
 from edgedistill.errors import UserError
-from edgedistill.recipe import Recipe, builtin_recipes, load_recipe, parse_recipe
 
 
 def fields(section: type[BaseModel], prefix: str = ""):

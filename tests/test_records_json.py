@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgedistill.bundle.npy import array_bytes, array_of, header
-from edgedistill.cli_edge import plain
+from edgedistill.cli.edge import plain
 from edgedistill.errors import UserError
-from edgedistill.records import FileEntry
-from edgedistill.records_json import json_record, json_value
+from edgedistill.records.reading import json_record, json_value
+from edgedistill.records.records import FileEntry
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ from edgedistill.bundle.card import model_card
 from edgedistill.bundle.check import verify_bundle
 from edgedistill.bundle.files import read_manifest
 from edgedistill.bundle.report import report
+from edgedistill.cli.show import latency_text, retention_text
 from edgedistill.errors import UserError
-from edgedistill.records import Fallback, Percentiles, Scored, Sensitivity, SensitivityRow, TokenizerCheck
+from edgedistill.records.records import Fallback, Percentiles, Scored, Sensitivity, SensitivityRow, TokenizerCheck
 from edgedistill.report import plots
 from edgedistill.report.html import interval, limits_of, number, plain, render, size
 from edgedistill.report.plots import drift_svg, token_ms_svg, ttft_svg
-from edgedistill.show import latency_text, retention_text
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 COSTS = Sensitivity(
@@ -254,7 +254,7 @@ class TestLimits:
         }
         record = None
         if changes.pop("latency", True):
-            from edgedistill.records import Artifact
+            from edgedistill.records.records import Artifact
 
             stub = Artifact.model_construct(sha256="0" * 64)
             record = latency(stub, **changes)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgedistill.gguf.ggml import block_size, dequantize, quantize
-from edgedistill.verify.rounding import PLAIN, difference
+from edgedistill.quantization.rounding import PLAIN, difference
 
 TYPES = [name for name in PLAIN if name not in ("INT8", "INT4")]
 

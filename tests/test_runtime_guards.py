@@ -514,7 +514,7 @@ def test_an_honest_folder_runs_within_the_bounds(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     from checkpoints import tiny
 
-    from edgedistill.bitsandbytes_layers import load_quantized
+    from edgedistill.models.bitsandbytes import load_quantized
 
     sizes = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "vocab_size": 512, "num_hidden_layers": 1}
     checkpoint = tiny(tmp_path / "checkpoint", **sizes)

@@ -471,7 +471,7 @@ def test_another_build_or_machine_is_probed_anew(tmp_path: Path, monkeypatch) ->
     answers = [probe.ExtraBufts(True, f"probe {i}", None) for i in range(3)]
     monkeypatch.setattr(probe, "probe", lambda: answers.pop(0))
     assert probe.extra_bufts(store).reason == probe.extra_bufts(store).reason == "probe 0"
-    monkeypatch.setattr("edgedistill.machine.fingerprint", lambda: "0123456789abcdef")
+    monkeypatch.setattr("edgedistill.machine.facts.fingerprint", lambda: "0123456789abcdef")
     assert probe.extra_bufts(store).reason == "probe 1"
     library = tmp_path / "lib" / "libllama.so"
     library.parent.mkdir()

@@ -9,8 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 from bundle_fixtures import Ingredients
-
-from edgedistill.schemas import SCHEMAS, schema_text, write_schemas
+from write_schemas import SCHEMAS, schema_text, write_schemas
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "schemas"
 WRITTEN = {
@@ -29,7 +28,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", sorted(SCHEMAS))
 def test_files_are_the_classes(name: str) -> None:
     found = (FOLDER / name).read_text(encoding="utf-8") if (FOLDER / name).exists() else ""
-    assert found == schema_text(SCHEMAS[name]), "run `python -m edgedistill.schemas docs/schemas`"
+    assert found == schema_text(SCHEMAS[name]), "run `python docs/write_schemas.py`"
 
 
 def test_no_other_files() -> None:

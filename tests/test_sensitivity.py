@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from edgedistill.errors import UserError
-from edgedistill.sensitivity import MOST_SIZES, Group, Measured, Mix, cheapest_mixes, find_mix
+from edgedistill.quantization.sensitivity import MOST_SIZES, Group, Measured, Mix, cheapest_mixes, find_mix
 from edgedistill.statistics import Estimate
 
 TYPES = ("INT2", "INT4", "INT8", "INT16")

@@ -12,19 +12,19 @@ from command import Command, refused, tiny_text
 from training_models import VOCAB, model, packed
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from edgedistill.distill.cache_reader import open_cache
-from edgedistill.distill.loss_module import LossModule
-from edgedistill.distill.losses import LossSpec, SparseTargets, TeacherLogits
-from edgedistill.distill.ranks import ranks_here
-from edgedistill.distill.signal_cache import build_cache
-from edgedistill.distill.signals import LiveSignals, MixedSignals, produce_from
-from edgedistill.distill.stage import load_teachers
-from edgedistill.distill.teacher import obtain_teacher, train_tokenizer
+from edgedistill.config.recipe import Recipe
+from edgedistill.config.refusals import refuse_mixture
 from edgedistill.errors import UserError
-from edgedistill.models import copy_tokenizer
-from edgedistill.recipe import Recipe
-from edgedistill.refusals import refuse_mixture
+from edgedistill.losses.losses import LossSpec, SparseTargets, TeacherLogits
+from edgedistill.models.folder import copy_tokenizer
+from edgedistill.signals.cache import build_cache
+from edgedistill.signals.cache_reader import open_cache
+from edgedistill.signals.signals import LiveSignals, MixedSignals, produce_from
 from edgedistill.store import Store
+from edgedistill.strategies.distill import load_teachers
+from edgedistill.teacher.stage import obtain_teacher, train_tokenizer
+from edgedistill.training.loss_module import LossModule
+from edgedistill.training.ranks import ranks_here
 
 TOKENS = 320
 SHARES = (0.25, 0.75)

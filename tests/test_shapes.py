@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from edgedistill.errors import UserError
-from edgedistill.records import Shape
-from edgedistill.shapes import ARCHITECTURES, FAMILIES, config_from_shape, shape_from_config
+from edgedistill.models.shapes import ARCHITECTURES, FAMILIES, config_from_shape, shape_from_config
+from edgedistill.records.records import Shape
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from edgedistill.records import Fallback
-from edgedistill.show import _fallback_lines
+from edgedistill.cli.show import _fallback_lines
+from edgedistill.records.records import Fallback
 
 
 def test_tensors_that_fell_back_alike_share_a_line() -> None:

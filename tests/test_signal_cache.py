@@ -18,13 +18,13 @@ import torch
 from safetensors import safe_open
 from training_models import VOCAB, model, packed
 
-from edgedistill.distill import signal_cache
-from edgedistill.distill.cache_files import cache_exists
-from edgedistill.distill.cache_reader import open_cache
-from edgedistill.distill.losses import Head, LossSpec, SparseTargets, TeacherHead, TeacherLogits, head_loss
-from edgedistill.distill.signal_cache import KINDS, build_cache, sample_multisets
-from edgedistill.distill.signals import LiveSignals, produce_from
 from edgedistill.errors import UserError
+from edgedistill.losses.losses import Head, LossSpec, SparseTargets, TeacherHead, TeacherLogits, head_loss
+from edgedistill.signals import cache
+from edgedistill.signals.cache import KINDS, build_cache, sample_multisets
+from edgedistill.signals.cache_files import cache_exists
+from edgedistill.signals.cache_reader import open_cache
+from edgedistill.signals.signals import LiveSignals, produce_from
 
 KEY = {"teacher": "abc", "temperature": 2.0, "tokenizer": "def"}
 DRAWS, TOP_K, TEMPERATURE = 50, 5, 2.0
@@ -49,7 +49,7 @@ def head():
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(signal_cache, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(cache, "SHARD_BYTES", 10_000)
 
 
 def exact(rows):
@@ -359,7 +359,7 @@ def test_a_url_that_was_emptied_is_built_anew_whatever_lies_staged(tmp_path, sma
 
 
 def test_a_full_disk_says_so_and_keeps_what_was_written(tmp_path, small_shards, monkeypatch):
-    original = signal_cache.save_file
+    original = cache.save_file
     written = []
 
     def full(tensors, path):
@@ -369,10 +369,10 @@ def test_a_full_disk_says_so_and_keeps_what_was_written(tmp_path, small_shards, 
         written.append(path)
         original(tensors, path)
 
-    monkeypatch.setattr(signal_cache, "save_file", full)
+    monkeypatch.setattr(cache, "save_file", full)
     with pytest.raises(UserError, match=r"bytes at .*are free"):
         build(tmp_path / "c", "hidden")
     assert len(list((tmp_path / "c").glob("shard*.safetensors"))) == 2
     assert not list((tmp_path / "c").glob("*.tmp"))
     with pytest.raises(UserError, match=r"choose distill\.cache\.kind=sampled"):
-        signal_cache._require_room(tmp_path, 1 << 60)
+        cache._require_room(tmp_path, 1 << 60)

@@ -19,12 +19,12 @@ import torch
 from test_signal_cache import DRAWS, KEY, TOP_K, build
 from training_models import VOCAB, model, packed
 
-from edgedistill.distill import multiset
-from edgedistill.distill.cache_files import SCHEMA
-from edgedistill.distill.cache_reader import open_cache
-from edgedistill.distill.losses import Head
-from edgedistill.distill.signal_cache import Produced, build_cache
-from edgedistill.distill.signals import LiveSignals, produce_from
+from edgedistill.losses.losses import Head
+from edgedistill.signals import multiset
+from edgedistill.signals.cache import Produced, build_cache
+from edgedistill.signals.cache_files import SCHEMA
+from edgedistill.signals.cache_reader import open_cache
+from edgedistill.signals.signals import LiveSignals, produce_from
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "signal-cache.md").read_text(encoding="utf-8")
 
@@ -201,9 +201,9 @@ def test_the_record_has_the_fields_of_the_page(tmp_path):
 
 
 def test_every_field_of_the_key_is_on_the_page():
-    root = Path(__file__).resolve().parent.parent / "edgedistill" / "distill"
+    root = Path(__file__).resolve().parent.parent / "edgedistill"
     names = set()
-    for file, function in (("cache_files.py", "recipe_key"), ("teacher_cache.py", "cache_key")):
+    for file, function in (("signals/cache_files.py", "recipe_key"), ("teacher/cached.py", "cache_key")):
         tree = ast.parse((root / file).read_text(encoding="utf-8"))
         (found,) = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == function]
         names |= {key.value for n in ast.walk(found) if isinstance(n, ast.Dict) for key in n.keys}

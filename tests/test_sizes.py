@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from edgedistill.gguf.mixes import (
+from edgedistill.config.targets import ARTIFACTS
+from edgedistill.fit.sizes import (
+    artifact_bytes,
+    compute_buffer_bytes,
+    gguf_tensors,
+    k_quant_fallbacks,
+    kv_cache_bytes,
+    read_bytes_a_token,
+)
+from edgedistill.quantization.mixes import (
     BASE_TYPES,
     GGML_BLOCKS,
     MIXES_THAT_NEED_IMPORTANCE,
@@ -17,16 +26,7 @@ from edgedistill.gguf.mixes import (
     usable_type,
     uses_importance,
 )
-from edgedistill.records import Shape
-from edgedistill.sizes import (
-    artifact_bytes,
-    compute_buffer_bytes,
-    gguf_tensors,
-    k_quant_fallbacks,
-    kv_cache_bytes,
-    read_bytes_a_token,
-)
-from edgedistill.targets import ARTIFACTS
+from edgedistill.records.records import Shape
 
 WIDE = Shape(
     vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=9,

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from checkpoints import tiny
 
-from edgedistill.export import write_artifact
-from edgedistill.export_options import ExportOptions
+from edgedistill.export.stage import write_artifact
 from edgedistill.progress import Progress
-from edgedistill.speed import PAIRS, WARMUP, compare, report
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.runtimes.speed import PAIRS, WARMUP, compare, report
 
 
 class Heard(Progress):

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from edgedistill.cli.store_commands import store_adopt, store_list, store_prune, store_verify
 from edgedistill.errors import UserError
-from edgedistill.records import Record
+from edgedistill.records.records import Record
 from edgedistill.store import RACY_NS, Store, Work, key_of, own_sha256, versions
-from edgedistill.store_commands import store_adopt, store_list, store_prune, store_verify
 
 
 class Number(Record):
@@ -227,7 +227,7 @@ import sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from edgedistill.store import Store
-from edgedistill.records import Record
+from edgedistill.records.records import Record
 class Number(Record):
     value: int
 def build(work):

@@ -12,8 +12,8 @@ from command import Command
 from safetensors.numpy import load_file, save_file
 
 from edgedistill.errors import UserError
-from edgedistill.export import export_model
-from edgedistill.models import open_model, require_weights, tokenizer_sha256, weights_sha256
+from edgedistill.export.stage import export_model
+from edgedistill.models.folder import open_model, require_weights, tokenizer_sha256, weights_sha256
 from edgedistill.store import Store, sha256_of
 
 

@@ -14,8 +14,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgedistill.config.strict_yaml import dump_yaml, parse_yaml, read_yaml
 from edgedistill.errors import UserError
-from edgedistill.safetensors_header import BITS, read_safetensors_header
+from edgedistill.models.safetensors_header import BITS, read_safetensors_header
 from edgedistill.strict import (
     NotJson,
     compiled_pattern,
@@ -26,7 +27,6 @@ from edgedistill.strict import (
     read_json,
     shown,
 )
-from edgedistill.strict_yaml import dump_yaml, parse_yaml, read_yaml
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats(allow_nan=False, allow_infinity=False)

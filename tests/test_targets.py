@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from edgedistill import target_files
-from edgedistill import targets as module
-from edgedistill.errors import UserError
-from edgedistill.records import Figure
-from edgedistill.sizes import ONNX_FLOAT_BYTES, ONNX_MATMUL_BYTES
-from edgedistill.target_files import target_rows, targets_folder
-from edgedistill.targets import (
+from edgedistill.config import target_files
+from edgedistill.config import targets as module
+from edgedistill.config.target_files import target_rows, targets_folder
+from edgedistill.config.targets import (
     ARTIFACTS,
     Target,
     is_this_machine,
@@ -30,6 +28,9 @@ from edgedistill.targets import (
     targets_show,
     why_not,
 )
+from edgedistill.errors import UserError
+from edgedistill.fit.sizes import ONNX_FLOAT_BYTES, ONNX_MATMUL_BYTES
+from edgedistill.records.records import Figure
 
 NAMES = [
     "cpu-x86", "jetson-agx-orin", "jetson-orin-nano", "phone-arm64-high", "phone-arm64-mid", "raspberry-pi-5",
@@ -323,23 +324,14 @@ def test_names_taken_twice_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_profiles_are_found_inside_an_installed_package_too(tmp_path: Path) -> None:
     """A wheel has the profiles in edgedistill/_targets and no targets/ beside the package."""
-    source = Path(module.__file__).parent
+    source = Path(module.__file__).parents[1]
     package = tmp_path / "edgedistill"
     (package / "_targets").mkdir(parents=True)
-    for name in (
-        "__init__.py",
-        "errors.py",
-        "figures.py",
-        "kinds.py",
-        "records.py",
-        "strict.py",
-        "strict_yaml.py",
-        "target_files.py",
-        "targets.py",
-    ):
-        (package / name).write_bytes((source / name).read_bytes())
+    for name in ("__init__.py", "errors.py", "strict.py", "config", "records", "quantization"):
+        copy = shutil.copytree if (source / name).is_dir() else shutil.copyfile
+        copy(source / name, package / name)
     (package / "_targets" / "cpu-x86.yaml").write_bytes((targets_folder() / "cpu-x86.yaml").read_bytes())
-    code = "from edgedistill.targets import targets_list; print([t.name for t in targets_list()])"
+    code = "from edgedistill.config.targets import targets_list; print([t.name for t in targets_list()])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['cpu-x86']"
 
@@ -363,7 +355,7 @@ def test_a_damaged_profile_is_named_by_the_list(tmp_path: Path, monkeypatch: pyt
 
 def test_listing_targets_loads_no_models() -> None:
     code = (
-        "import sys; from edgedistill.cli import run\n"
+        "import sys; from edgedistill.cli.app import run\n"
         "try:\n    run(['targets', 'list'])\nfinally:\n    print(sorted(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -372,7 +364,7 @@ def test_listing_targets_loads_no_models() -> None:
 
 def test_importing_targets_and_plan_is_light() -> None:
     code = (
-        "import sys, edgedistill.targets, edgedistill.plan; edgedistill.targets.load_targets();"
+        "import sys, edgedistill.config.targets, edgedistill.plan.plan; edgedistill.config.targets.load_targets();"
         "print([m for m in ('torch', 'transformers', 'numpy', 'onnx', 'gguf', 'llama_cpp') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

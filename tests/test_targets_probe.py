@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from edgedistill.machine import describe
-from edgedistill.targets import is_this_machine, parse_target, target_yaml
-from edgedistill.targets_probe import measure_copy_bandwidth, targets_probe
+from edgedistill.config.probe import measure_copy_bandwidth, targets_probe
+from edgedistill.config.targets import is_this_machine, parse_target, target_yaml
+from edgedistill.machine.facts import describe
 
 
 def test_the_draft_is_valid_measured_and_this_machine() -> None:

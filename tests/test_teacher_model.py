@@ -11,14 +11,14 @@ import torch
 from command import Command, refused
 from training_models import VOCAB, model, packed
 
-from edgedistill.bitsandbytes_layers import load_quantized
-from edgedistill.distill.ranks import ranks_here
-from edgedistill.distill.teacher_cache import cache_key
-from edgedistill.distill.teacher_model import live_teacher
+from edgedistill.config.recipe import Teacher, parse_recipe
 from edgedistill.errors import UserError
-from edgedistill.recipe import Teacher, parse_recipe
-from edgedistill.records import TeacherResult
+from edgedistill.models.bitsandbytes import load_quantized
+from edgedistill.records.records import TeacherResult
 from edgedistill.tasks.causal_lm import TextTokenizer
+from edgedistill.teacher.cached import cache_key
+from edgedistill.teacher.live import live_teacher
+from edgedistill.training.ranks import ranks_here
 
 # relative error of the final hidden states (Frobenius). Measured on the random model, and on the trained one: bf16
 # 0.0048 and 0.0061, int8 0.0095 and 0.0114, nf4 0.099 and 0.053

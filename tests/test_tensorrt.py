@@ -17,10 +17,10 @@ from checkpoints import tiny
 from encoders import tiny_encoder
 
 from edgedistill.errors import UserError
-from edgedistill.export import write_artifact
-from edgedistill.export_options import ExportOptions
+from edgedistill.export.stage import write_artifact
 from edgedistill.onnx.tensorrt import require_tensorrt
-from edgedistill.records import Artifact
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.records.records import Artifact
 
 SCRIPT = Path(__file__).resolve().parents[1] / "edgedistill" / "onnx" / "build_engine.py"
 

@@ -14,16 +14,16 @@ import pytest
 import torch
 from training_models import KL, VOCAB, documents, model, packed, run, same, settings
 
-from edgedistill.distill.losses import LossSpec
-from edgedistill.distill.model_parts import final_hidden
-from edgedistill.distill.ranks import ranks_here
-from edgedistill.distill.signals import LiveSignals, MixedSignals, cache_hidden
-from edgedistill.distill.step import Step
-from edgedistill.distill.teacher_model import offloaded
-from edgedistill.distill.trainer import rate_share, total_steps
+from edgedistill.config.recipe import Training
 from edgedistill.errors import EdgedistillError, UserError
-from edgedistill.recipe import Training
+from edgedistill.losses.losses import LossSpec
+from edgedistill.losses.model_parts import final_hidden
+from edgedistill.signals.signals import LiveSignals, MixedSignals, cache_hidden
 from edgedistill.tasks.causal_lm import pack
+from edgedistill.teacher.live import offloaded
+from edgedistill.training.ranks import ranks_here
+from edgedistill.training.step import Step
+from edgedistill.training.trainer import rate_share, total_steps
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -359,7 +359,7 @@ def test_what_was_logged_before_an_error_is_on_disk(tmp_path):
     """The process ends in the middle of training: its steps are in the log."""
     script = (
         "import sys, itertools; from pathlib import Path; from training_models import model, run\n"
-        "from edgedistill.distill import trackers\nfrom edgedistill.distill.step import Step\n"
+        "from edgedistill.distill import trackers\nfrom edgedistill.training.step import Step\n"
         "trackers.FLUSH_EVERY_S = 1e9\n"
         "original, calls = Step.run, itertools.count()\n"
         "def dying(*a, **n):\n"

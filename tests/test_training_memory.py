@@ -10,14 +10,15 @@ import pytest
 import torch
 from memory_script import case_of, measure, model_of, predicted
 
-from edgedistill import training_counts, training_memory
-from edgedistill.distill import losses, signal_cache, signals
-from edgedistill.distill.losses import Head, TeacherHead, _chunk_rows, _teacher_heads
-from edgedistill.distill.model_parts import final_hidden
-from edgedistill.recipe import Distill, Lora
-from edgedistill.records import Shape
-from edgedistill.training_counts import adapter_parameters, chunk_rows, kept_bytes, matrix_parameters
-from edgedistill.training_memory import Teaching, predict
+from edgedistill.config.recipe import Distill, Lora
+from edgedistill.fit import training_counts, training_memory
+from edgedistill.fit.training_counts import adapter_parameters, chunk_rows, kept_bytes, matrix_parameters
+from edgedistill.fit.training_memory import Teaching, predict
+from edgedistill.losses import losses
+from edgedistill.losses.losses import Head, TeacherHead, _chunk_rows, _teacher_heads
+from edgedistill.losses.model_parts import final_hidden
+from edgedistill.records.records import Shape
+from edgedistill.signals import cache, signals
 
 
 def shape(vocab, hidden, inner, layers, heads, kv_heads, *, tied=True, family="llama") -> Shape:
@@ -117,9 +118,9 @@ def test_constants_are_those_of_the_code_that_is_predicted() -> None:
         assert getattr(training_counts, name) == getattr(losses, name), name
     assert training_memory.BLOCK_BYTES == losses.BLOCK_BYTES
     assert training_memory.CACHE_BATCH_TOKENS == signals.CACHE_BATCH_TOKENS
-    assert training_memory.CACHE_LOGITS_BYTES == signal_cache.LOGITS_BYTES
-    assert training_memory.CACHE_SHARD_BYTES == signal_cache.SHARD_BYTES
-    from edgedistill.distill.evaluate import MOST_BATCH_TOKENS
+    assert training_memory.CACHE_LOGITS_BYTES == cache.LOGITS_BYTES
+    assert training_memory.CACHE_SHARD_BYTES == cache.SHARD_BYTES
+    from edgedistill.training.evaluate import MOST_BATCH_TOKENS
 
     assert training_memory.EVALUATION_TOKENS == MOST_BATCH_TOKENS
 
@@ -159,5 +160,5 @@ def test_settings_that_save_memory_do() -> None:
 def test_nothing_heavy_is_imported() -> None:
     import subprocess
 
-    script = "import sys, edgedistill.training_fit; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    script = "import sys, edgedistill.fit.training; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

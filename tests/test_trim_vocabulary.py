@@ -14,19 +14,19 @@ from gate_models import learn
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from edgedistill.config.recipe import Recipe, Student
+from edgedistill.config.targets import load_target
 from edgedistill.data.prepare import read_part
-from edgedistill.distill.signals import LiveSignals
-from edgedistill.distill.student import start_student
-from edgedistill.distill.teacher import train_tokenizer
-from edgedistill.distill.vocabulary import byte_alphabet, kept_ids, trim_rows, trim_tokenizer
 from edgedistill.errors import UserError
 from edgedistill.gguf.tokenizer import BYTES, read_tokenizer
-from edgedistill.models import check_folder, vocabulary
-from edgedistill.plan import plan
-from edgedistill.recipe import Recipe, Student
-from edgedistill.records import Shape
-from edgedistill.targets import load_target
+from edgedistill.models.folder import check_folder, vocabulary
+from edgedistill.plan.plan import plan
+from edgedistill.records.records import Shape
+from edgedistill.signals.signals import LiveSignals
+from edgedistill.student.start import start_student
+from edgedistill.student.vocabulary import byte_alphabet, kept_ids, trim_rows, trim_tokenizer
 from edgedistill.tasks.causal_lm import TextTokenizer, encode_blocks, scoring_windows
+from edgedistill.teacher.stage import train_tokenizer
 from edgedistill.verify.tokenizer_check import VARIED_TEXTS
 
 TEACHERS = ("stories260k-hf", "teacher-tinystories-21m")
@@ -203,7 +203,7 @@ def test_what_cannot_be_trimmed_is_refused(test_data, tmp_path):
 
 def test_a_trimming_that_would_change_the_text_is_refused(test_data, tmp_path, monkeypatch):
     """Without the closure under merges a word's tokens cannot be built."""
-    from edgedistill.distill import vocabulary as module
+    from edgedistill.student import vocabulary as module
 
     monkeypatch.setattr(module, "_closed", lambda tree, ids: sorted(ids))
     parts = {"train": ["a little girl played"], "calibration": ["a cat"], "held_out": ["a cow"]}

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from command import ROOT, tiny_text
 
-from edgedistill.models import open_model
-from edgedistill.recipe import Verify
-from edgedistill.verification_memory import verification_memory
+from edgedistill.config.recipe import Verify
+from edgedistill.fit.verification_memory import verification_memory
+from edgedistill.models.folder import open_model
 
 # Peaks as Linux keeps them for each process (VmHWM): `ru_maxrss` would be at least that of pytest, which starts this.
 RUN = """
 import sys, threading, time
 from pathlib import Path
-from edgedistill.cli import main
-from edgedistill.machine import peak_rss_bytes
+from edgedistill.cli.app import main
+from edgedistill.machine.facts import peak_rss_bytes
 
 peaks = {}
 

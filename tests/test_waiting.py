@@ -13,13 +13,13 @@ from command import Command
 from test_bench import artifact_of
 from tiny_models import tiny_checkpoint, tiny_genai, tiny_gguf
 
-from edgedistill import waiting
 from edgedistill.bench.measure import bench
+from edgedistill.config.recipe import Bench
+from edgedistill.config.targets import load_target
+from edgedistill.machine import waiting
 from edgedistill.progress import Progress
-from edgedistill.recipe import Bench
 from edgedistill.runtimes.process import RuntimeName, RuntimeProcess
 from edgedistill.store import Store
-from edgedistill.targets import load_target
 
 NAMES = (*waiting.USERS, waiting.MARK)
 SHOW = {"OMP_DISPLAY_ENV": "VERBOSE"}  # libgomp prints what it read when it is loaded
@@ -138,9 +138,9 @@ def test_python_users_get_it_with_the_first_call_of_the_pipeline(tmp_path: Path)
         "import os, sys\n"
         "from edgedistill import pipeline, waiting\n"
         "assert waiting.MARK not in os.environ and 'torch' not in sys.modules, 'importing changes nothing'\n"
-        "from edgedistill.recipe import load_recipe\n"
+        "from edgedistill.config.recipe import load_recipe\n"
         "from edgedistill.store import Store\n"
-        "from edgedistill.targets import load_target\n"
+        "from edgedistill.config.targets import load_target\n"
         "recipe = load_recipe('own', ['teacher.model=/nowhere', 'data.source=/nowhere'])\n"
         "from edgedistill.errors import UserError\n"
         "try:\n    pipeline.distill(recipe, [load_target('jetson')], store=Store())\n"

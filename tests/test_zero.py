@@ -8,10 +8,10 @@ import json
 import pytest
 from training_models import model, settings
 
-from edgedistill.distill.optimizers import make_optimizers
-from edgedistill.distill.ranks import ranks_here
-from edgedistill.distill.zero import configuration, start_engine
 from edgedistill.errors import UserError
+from edgedistill.training.optimizers import make_optimizers
+from edgedistill.training.ranks import ranks_here
+from edgedistill.training.zero import configuration, start_engine
 
 
 def asked(**changes):

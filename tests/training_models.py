@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from edgedistill.distill.losses import LossSpec
-from edgedistill.distill.trainer import train
-from edgedistill.recipe import Training
+from edgedistill.config.recipe import Training
+from edgedistill.losses.losses import LossSpec
 from edgedistill.tasks.causal_lm import Packed, pack, scoring_windows
+from edgedistill.training.trainer import train
 
 VOCAB = 64
 CE = LossSpec({"cross_entropy": 1.0}, temperature=1.0, vocab=VOCAB)

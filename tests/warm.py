@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
-from edgedistill import waiting
+from edgedistill.machine import waiting
 
 HERE = Path(__file__).resolve().parent
-# What edgedistill.cli.run sets before anything is imported, and Command for every command.
+# What edgedistill.cli.app.run sets before anything is imported, and Command for every command.
 ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1",

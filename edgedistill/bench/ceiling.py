@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from edgedistill.errors import UserError
-from edgedistill.records import Figure
+from edgedistill.records.records import Figure
 
 GGUF_EMBEDDING = "token_embd.weight"
 FOLDER_EMBEDDING = "model.embed_tokens.weight"
@@ -90,8 +90,8 @@ def _gguf(path: Path, context_tokens: int) -> BytesRead:
 
 
 def _bitsandbytes(folder: Path, context_tokens: int) -> BytesRead:
-    from edgedistill.safetensors_header import read_safetensors_header
-    from edgedistill.shapes import shape_from_config
+    from edgedistill.models.safetensors_header import read_safetensors_header
+    from edgedistill.models.shapes import shape_from_config
     from edgedistill.strict import read_json
 
     config = read_json(folder / "config.json", what="config.json")

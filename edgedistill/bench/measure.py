@@ -16,17 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from edgedistill import machine
 from edgedistill.bench.ceiling import bytes_read_a_token, ceiling
+from edgedistill.config.recipe import Bench
+from edgedistill.config.targets import Target, why_not
 from edgedistill.errors import UserError
+from edgedistill.machine import facts
 from edgedistill.progress import QUIET, Progress
-from edgedistill.recipe import Bench
-from edgedistill.records import Artifact, Basis, Latency, Percentiles, Workload
+from edgedistill.records.records import Artifact, Basis, Latency, Percentiles, Workload
 from edgedistill.runtimes.process import RuntimeProcess
+from edgedistill.runtimes.unchanged import unchanged
 from edgedistill.statistics import MIN_VALUES_FOR_P99, rate
 from edgedistill.store import Store
-from edgedistill.targets import Target, why_not
-from edgedistill.unchanged import unchanged
 
 MAPPED_WEIGHTS = (
     "peak_rss_bytes counts the pages of the mapped weights that were touched; "
@@ -52,9 +52,9 @@ def bench(
     Raises UserError where the workload does not fit the artifact, RuntimeCrashed where the runtime dies.
     """
     workload, asked_threads = _workload(artifact, target, settings or Bench())
-    here = machine.describe()
+    here = facts.describe()
     found_notes = [*notes, *_thread_notes(asked_threads)]
-    threads = min(asked_threads, len(machine.usable_cpus()))
+    threads = min(asked_threads, len(facts.usable_cpus()))
     ttft_ms: list[float] = []
     token_ms: list[list[float]] = []
     with (
@@ -156,7 +156,7 @@ def _workload(artifact: Artifact, target: Target, settings: Bench) -> tuple[Work
 
 
 def _thread_notes(asked_threads: int) -> list[str]:
-    usable = len(machine.usable_cpus())
+    usable = len(facts.usable_cpus())
     if asked_threads <= usable:
         return []
     return [f"{asked_threads} threads were asked for and this machine has {usable} CPUs: {usable} threads were used"]

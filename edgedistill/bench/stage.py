@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgedistill import machine, statistics
+from edgedistill import statistics
+from edgedistill.config.recipe import Bench
+from edgedistill.config.targets import Target
+from edgedistill.machine import facts
 from edgedistill.progress import QUIET, Progress
-from edgedistill.recipe import Bench
-from edgedistill.records import Artifact, Latency
+from edgedistill.records.records import Artifact, Latency
 from edgedistill.runtimes.facts import runtime_facts
 from edgedistill.store import Store, Stored, Work, versions
-from edgedistill.targets import Target
 
 
 def bench_artifact(
@@ -23,7 +24,7 @@ def bench_artifact(
     progress: Progress = QUIET,
 ) -> Latency:
     """latency.json of an artifact on this machine: found in the store, or measured now."""
-    here = machine.describe()
+    here = facts.describe()
     inputs: dict[str, Any] = {
         "artifact": exported.result.sha256,
         # Not in the bytes of every format, and the memory depends on it.
@@ -32,7 +33,7 @@ def bench_artifact(
         "settings": settings.model_dump(mode="json"),
         "intervals": statistics.METHOD,
         "seed": seed,
-        "machine": {"fingerprint": machine.fingerprint()}
+        "machine": {"fingerprint": facts.fingerprint()}
         | {name: here[name] for name in ("gpu", "usable_cores", "memory_bytes", "governor", "power_mode")},
         "runtime": runtime_facts(exported.result.runtime, store),
         "versions": versions("edgedistill", "onnxruntime", "onnxruntime-genai"),

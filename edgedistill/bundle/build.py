@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from edgedistill import __version__, machine
+from edgedistill import __version__
 from edgedistill.bundle.card import HUB_ID, model_card
 from edgedistill.bundle.check import verify_bundle
 from edgedistill.bundle.claims import PREPROCESS_FILES, signature_of
@@ -23,7 +23,13 @@ from edgedistill.bundle.files import is_bundle
 from edgedistill.bundle.golden_make import make_golden
 from edgedistill.bundle.judge import basis_notes
 from edgedistill.bundle.licenses import Source, source_of
-from edgedistill.bundle.manifest import (
+from edgedistill.config.recipe import Recipe
+from edgedistill.config.targets import Target
+from edgedistill.data.files import kind_of
+from edgedistill.errors import UserError
+from edgedistill.machine import facts
+from edgedistill.models.folder import locate
+from edgedistill.records.manifest import (
     CARD,
     MANIFEST,
     SUMS,
@@ -37,12 +43,8 @@ from edgedistill.bundle.manifest import (
     manifest_bytes,
     sums_text,
 )
-from edgedistill.bundle.names import unsafe_path
-from edgedistill.data.files import kind_of
-from edgedistill.errors import UserError
-from edgedistill.models import locate
-from edgedistill.recipe import Recipe
-from edgedistill.records import (
+from edgedistill.records.names import unsafe_path
+from edgedistill.records.records import (
     Artifact,
     DataResult,
     FileEntry,
@@ -63,7 +65,6 @@ from edgedistill.store import (
     versions,
     write_durably,
 )
-from edgedistill.targets import Target
 
 GOLDEN_THREADS = 4
 TOOLS = (
@@ -299,7 +300,7 @@ def _manifest(
     sources: Sequence[Source],
     data: DataResult | None,
 ) -> Manifest:
-    tools = {**versions(*TOOLS), "edgedistill": __version__, "python": machine.describe()["python"]}
+    tools = {**versions(*TOOLS), "edgedistill": __version__, "python": facts.describe()["python"]}
     for one in artifacts:
         tools |= one.artifact.tool_versions
     return Manifest(
@@ -327,7 +328,7 @@ def _manifest(
         ],
         data=_data_note(data),
         tool_versions=dict(sorted(tools.items())),
-        machine=machine.describe(),
+        machine=facts.describe(),
         basis_notes=[
             note
             for record, one in zip(bundled, artifacts, strict=True)

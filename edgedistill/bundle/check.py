@@ -18,7 +18,8 @@ from edgedistill.bundle.files import REMEDY, hash_file, read_bounded, read_seale
 from edgedistill.bundle.golden import check_fingerprint
 from edgedistill.bundle.golden import replay as replay_golden
 from edgedistill.bundle.judge import check_ceilings, check_records
-from edgedistill.bundle.manifest import (
+from edgedistill.errors import UserError
+from edgedistill.records.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MAX_SUMS_BYTES,
@@ -30,8 +31,7 @@ from edgedistill.bundle.manifest import (
     parse_sums,
     self_hash_holds,
 )
-from edgedistill.errors import UserError
-from edgedistill.records import Latency, Record, Retention
+from edgedistill.records.records import Latency, Record, Retention
 from edgedistill.store import Store
 from edgedistill.strict import shown
 

@@ -14,19 +14,19 @@ from pydantic import ValidationError
 
 from edgedistill import __version__
 from edgedistill.bundle.files import REMEDY
-from edgedistill.bundle.golden_record import Golden
-from edgedistill.bundle.manifest import MANIFEST, BundleArtifact, Manifest, Tensor
 from edgedistill.bundle.npy import array_bytes
 from edgedistill.bundle.samples import sample_names
+from edgedistill.config.targets import Target, targets_list
 from edgedistill.errors import UserError
-from edgedistill.hf_tokenizer import TOKENIZER_FILES
-from edgedistill.kinds import ARTIFACTS, RUNTIMES_OF
-from edgedistill.records import FileEntry
-from edgedistill.records_json import first_fault
+from edgedistill.models.hf_tokenizer import TOKENIZER_FILES
+from edgedistill.quantization.kinds import ARTIFACTS, RUNTIMES_OF
+from edgedistill.records.golden import Golden
+from edgedistill.records.manifest import MANIFEST, BundleArtifact, Manifest, Tensor
+from edgedistill.records.reading import first_fault
+from edgedistill.records.records import FileEntry
 from edgedistill.statistics import MIN_UNITS
 from edgedistill.store import combined_sha256
 from edgedistill.strict import shown
-from edgedistill.targets import Target, targets_list
 
 # What a tokenizer's hash is taken over: nothing is in preprocess/ that no hash of the student holds.
 PREPROCESS_FILES = TOKENIZER_FILES

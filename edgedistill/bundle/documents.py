@@ -15,10 +15,10 @@ from edgedistill import __version__
 from edgedistill.bundle.card import digest_line, digest_text, model_card
 from edgedistill.bundle.claims import refuse
 from edgedistill.bundle.licenses import Source, license_text, notice_text
-from edgedistill.bundle.manifest import CARD, MANIFEST, Manifest
 from edgedistill.bundle.samples import sample_texts
 from edgedistill.bundle.sbom import sbom_text
-from edgedistill.records import Latency, Retention
+from edgedistill.records.manifest import CARD, MANIFEST, Manifest
+from edgedistill.records.records import Latency, Retention
 
 Read = Callable[[str], bytes]
 Figures = Sequence[tuple[Retention, Latency | None]]

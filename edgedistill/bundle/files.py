@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from edgedistill.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, REMEDY, Manifest, parse_manifest
 from edgedistill.errors import UserError
+from edgedistill.records.manifest import MANIFEST, MAX_MANIFEST_BYTES, REMEDY, Manifest, parse_manifest
 from edgedistill.strict import shown
 
 CHUNK_BYTES = 1 << 20

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgedistill.bundle.golden_record import Setting
 from edgedistill.guards.genai import rebuilt_config
 from edgedistill.guards.gguf import check_ggufs
 from edgedistill.guards.onnx_model import check_onnx
+from edgedistill.records.golden import Setting
 
 LONG = 64  # a text beyond is kept as its hash
 DIGITS = 16

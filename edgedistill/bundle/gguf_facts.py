@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.bundle.claims import context_asked, refuse
-from edgedistill.bundle.manifest import MANIFEST, BundleArtifact, Manifest
 from edgedistill.bundle.tokenizer_facts import CONVERTED, check_gguf_tokenizer
-from edgedistill.gguf.mixes import FILE_TYPES, quantizable, types_of
 from edgedistill.guards.gguf import GgufHeader, check_ggufs
+from edgedistill.quantization.mixes import FILE_TYPES, quantizable, types_of
+from edgedistill.records.manifest import MANIFEST, BundleArtifact, Manifest
 from edgedistill.strict import shown
 
 Read = Callable[[str], bytes]

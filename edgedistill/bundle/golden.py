@@ -17,11 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedistill import machine
 from edgedistill.bundle.fingerprint import fingerprint, first_difference
-from edgedistill.bundle.golden_chat import chat_differs, check_rendering
 from edgedistill.bundle.golden_make import compared, kernels, rows_compared, vocabulary_of
-from edgedistill.bundle.golden_record import Golden, GoldenCase
 from edgedistill.bundle.golden_rules import (
     COMPARED,
     MIN_ROWS_COMPARED,
@@ -34,10 +31,13 @@ from edgedistill.bundle.golden_rules import (
     statistics,
     too_much_seen,
 )
-from edgedistill.bundle.manifest import BundleArtifact
 from edgedistill.bundle.npy import load_array
 from edgedistill.errors import UserError
+from edgedistill.machine import facts
+from edgedistill.records.golden import Golden, GoldenCase
+from edgedistill.records.manifest import BundleArtifact
 from edgedistill.runtimes.bounds import replay_of
+from edgedistill.runtimes.chat import chat_differs, check_rendering
 from edgedistill.runtimes.confine import layers_off
 from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.store import Store
@@ -93,7 +93,7 @@ def replay(root: Path, artifact: BundleArtifact, *, store: Store | None = None) 
     model = root / artifact.folder / artifact.entry
     check_fingerprint(root, artifact)
     # A small model gains nothing from more threads, which on a busy machine wait for each other.
-    threads = 1 if artifact.bytes < SMALL_BYTES else min(REPLAY_THREADS, len(machine.usable_cpus()))
+    threads = 1 if artifact.bytes < SMALL_BYTES else min(REPLAY_THREADS, len(facts.usable_cpus()))
     # Prompt and continuation twice: token by token, and in one batch.
     tokens_in_all = 2 * sum(case.token_count + golden.new_tokens for case in golden.cases)
     with RuntimeProcess(

@@ -17,17 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedistill import machine
 from edgedistill.bundle.fingerprint import fingerprint
-from edgedistill.bundle.golden_chat import chat_differs, made_chat
 from edgedistill.bundle.golden_prompts import LONG, Encode, Prompt, chosen
-from edgedistill.bundle.golden_record import (
-    DamageSeen,
-    Golden,
-    GoldenCase,
-    GoldenOutput,
-    GoldenVocabulary,
-)
 from edgedistill.bundle.golden_rules import (
     MIN_ROWS_COMPARED,
     Compact,
@@ -41,7 +32,10 @@ from edgedistill.bundle.golden_rules import (
     too_much_seen,
 )
 from edgedistill.errors import RuntimeCrashed, UserError
-from edgedistill.records import Artifact
+from edgedistill.machine import facts
+from edgedistill.records.golden import DamageSeen, Golden, GoldenCase, GoldenOutput, GoldenVocabulary
+from edgedistill.records.records import Artifact
+from edgedistill.runtimes.chat import chat_differs, made_chat
 from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.store import Store
 
@@ -84,7 +78,7 @@ class _Seen:
 def kernels(info: dict[str, Any]) -> str:
     """What decides, beside the bytes, how a row is rounded: runtime, CPU and options. The threads do not."""
     options = {name: info["options"][name] for name in KERNEL_OPTIONS if name in info["options"]}
-    return f"{info['runtime_version']}; CPU {machine.fingerprint()}; {options}"
+    return f"{info['runtime_version']}; CPU {facts.fingerprint()}; {options}"
 
 
 def vocabulary_of(runtime: RuntimeProcess) -> GoldenVocabulary:
@@ -121,7 +115,7 @@ def make_golden(
     # A prompt with a token doubled is one longer.
     room = min(MAX_PROMPT_TOKENS, artifact.context_tokens - new_tokens)
     parse_special = artifact.runtime == "onnxruntime-genai"  # it knows no other way
-    threads = min(threads, len(machine.usable_cpus()))
+    threads = min(threads, len(facts.usable_cpus()))
 
     def opened(count: int, use_extra_bufts: bool | None) -> RuntimeProcess:
         return RuntimeProcess(
@@ -192,7 +186,7 @@ def _encoders(
             lambda text: runtime.tokenize(text, add_special=True, parse_special=parse_special),
             lambda text: runtime.tokenize(text, add_special=False, parse_special=parse_special),
         )
-    from edgedistill.hf_tokenizer import open_tokenizer
+    from edgedistill.models.hf_tokenizer import open_tokenizer
 
     tokenizer = open_tokenizer(tokenizer_json)
     return (

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedistill.bundle.golden_record import PROBED_IDS, TOP_IDS, DamageSeen, GoldenOutput, OutputName
+from edgedistill.records.golden import PROBED_IDS, TOP_IDS, DamageSeen, GoldenOutput, OutputName
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int32]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edgedistill.bundle.manifest import Manifest
+from edgedistill.records.manifest import Manifest
 
 LICENSE_NAMES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "LICENCE.md", "COPYING")
 NOTICE_NAMES = ("NOTICE", "NOTICE.txt", "NOTICE.md")

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedistill.bundle.golden_record import ArrayType
 from edgedistill.errors import UserError
+from edgedistill.records.golden import ArrayType
 from edgedistill.strict import shown
 
 MAGIC = b"\x93NUMPY\x01\x00"

@@ -1,6 +1,7 @@
 """What a decoder's ONNX graph or a transformers folder holds, held to what the manifest says of it.
 
-The counting is the exporter's (onnx/graph.py, folders/bitsandbytes.py), on readers that need neither onnx nor torch.
+The counting is the exporter's (onnx/graph.py, other_formats/bitsandbytes.py), on readers that need neither onnx nor
+torch.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgedistill.bundle.claims import refuse
-from edgedistill.bundle.manifest import MANIFEST, BundleArtifact, Tensor
 from edgedistill.bundle.tokenizer_facts import check_copied_tokenizer, check_stop_tokens
-from edgedistill.companions import TOKENIZER_NAMES
 from edgedistill.guards.onnx_model import BITS, OnnxModel, check_onnx
 from edgedistill.guards.transformers_folder import CONFIG_FILE, INDEX, rebuilt_folder
-from edgedistill.hf_tokenizer import TOKENIZER_FILES
+from edgedistill.models.companions import TOKENIZER_NAMES
+from edgedistill.models.hf_tokenizer import TOKENIZER_FILES
+from edgedistill.models.safetensors_header import read_safetensors_header
 from edgedistill.onnx.graph import COMPUTED, MODEL_FILE, matrix_name
-from edgedistill.safetensors_header import read_safetensors_header
+from edgedistill.records.manifest import MANIFEST, BundleArtifact, Tensor
 from edgedistill.strict import shown
 
 Read = Callable[[str], bytes]

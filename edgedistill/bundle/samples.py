@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 
-from edgedistill.bundle.manifest import BundleArtifact
+from edgedistill.records.manifest import BundleArtifact
 
 GENAI_CONFIG = "genai_config.json"
 SAMPLES = {"gguf": "sample_llama.py", "onnx": "sample_genai.py", "bitsandbytes": "sample_transformers.py"}

@@ -11,7 +11,7 @@ import uuid
 from typing import Any
 from urllib.parse import quote
 
-from edgedistill.bundle.manifest import BundleArtifact, Manifest
+from edgedistill.records.manifest import BundleArtifact, Manifest
 
 RUNTIME_PACKAGES = {
     "llama.cpp": ("llama-cpp-python",),

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from edgedistill.bundle.claims import refuse
-from edgedistill.bundle.manifest import MANIFEST, BundleArtifact, Manifest
 from edgedistill.errors import UserError
-from edgedistill.generation import DEFAULT_TEMPLATE
 from edgedistill.gguf.tokenizer_files import added_ends
 from edgedistill.guards.allowed import CODE
 from edgedistill.guards.gguf import GgufHeader
 from edgedistill.guards.tokenizer import is_merge
+from edgedistill.models.generation import DEFAULT_TEMPLATE
+from edgedistill.records.manifest import MANIFEST, BundleArtifact, Manifest
 from edgedistill.strict import shown
 
 Read = Callable[[str], bytes]

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
+from edgedistill.config.recipe import Data
 from edgedistill.data.files import Kind, folder_files, kind_of, printable, read_suffixes
 from edgedistill.data.opened import require_room
 from edgedistill.data.rows import BLANK, NO_TEXT, read_rows, rows_of
 from edgedistill.data.table import Table, no_column
 from edgedistill.data.text import read_text_file, refuse_rows_as_text
 from edgedistill.errors import UserError
-from edgedistill.recipe import Data
-from edgedistill.records import FileRead, LeftOut, SourceRead
+from edgedistill.records.records import FileRead, LeftOut, SourceRead
 from edgedistill.strict import local_path, shown
 
 PYTHON_DOCS = "python-docs"

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill import __version__
+from edgedistill.config.recipe import Data
 from edgedistill.data.documents import PYTHON_DOCS, Documents, read_source, source_hash
 from edgedistill.data.report import tell
 from edgedistill.data.split import PARTS, split_documents
 from edgedistill.progress import QUIET, Progress
-from edgedistill.recipe import Data
-from edgedistill.records import DataResult, SourceRead
+from edgedistill.records.records import DataResult, SourceRead
 from edgedistill.store import Store, Stored, Work, canonical_json
 
 LAYOUT = 3  # of the record and its parts: 3 since what is held out is left out of the training

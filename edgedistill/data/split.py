@@ -16,10 +16,10 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from edgedistill.config.recipe import Data
 from edgedistill.data.documents import PYTHON_DOCS, Group, source_hash
 from edgedistill.errors import UserError
-from edgedistill.recipe import Data
-from edgedistill.records import SplitPart
+from edgedistill.records.records import SplitPart
 
 Block = list[str]
 PARTS = ("train", "calibration", "held_out")

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from edgedistill.config.recipe import Data
 from edgedistill.data.opened import MAX_LINE_BYTES, encoding_remedy
 from edgedistill.errors import UserError, did_you_mean
-from edgedistill.recipe import Data
 from edgedistill.strict import shown
 
 COLUMNS_SHOWN = 20

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import UserError
-from edgedistill.generation import generation_of
-from edgedistill.gguf.architectures import TIED_HEAD, Model, TensorSpec, as_modules, by_gguf_name, model_of
 from edgedistill.gguf.generation_keys import with_generation
 from edgedistill.gguf.pooling import pooling_of
-from edgedistill.gguf.rope import MetadataValue
-from edgedistill.gguf.streaming import ELEMENT_BYTES, Dtype, write_tensor
 from edgedistill.gguf.tokenizer import GgufTokenizer, add_tokenizer, general_name, read_tokenizer
-from edgedistill.models import check_tied
+from edgedistill.models.architectures import TIED_HEAD, Model, TensorSpec, as_modules, by_gguf_name, model_of
+from edgedistill.models.folder import check_tied
+from edgedistill.models.generation import generation_of
+from edgedistill.models.rope import MetadataValue
+from edgedistill.models.streaming import ELEMENT_BYTES, Dtype, write_tensor
+from edgedistill.models.weights import StoredTensor, check_tensors, stored_tensors
 from edgedistill.store import fsync_folder
 from edgedistill.strict import read_json
-from edgedistill.weights import StoredTensor, check_tensors, stored_tensors
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -13,7 +13,7 @@ from typing import Any
 from edgedistill.errors import RuntimeCrashed, UserError
 from edgedistill.gguf.convert import convert_to_gguf
 from edgedistill.gguf.reader import GgufFile
-from edgedistill.gguf.streaming import Dtype
+from edgedistill.models.streaming import Dtype
 from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.store import fsync_folder
 

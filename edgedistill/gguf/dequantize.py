@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError, did_you_mean
-from edgedistill.gguf.architectures import TensorSpec, by_gguf_name, from_interleaved, specs_of
-from edgedistill.gguf.config import Sizes
-from edgedistill.gguf.families import FAMILIES, Family
 from edgedistill.gguf.reader import GgufFile, GgufTensor
-from edgedistill.gguf.rope import FACTORS, LONG_FACTORS, SHORT_FACTORS
 from edgedistill.gguf.split import open_gguf
+from edgedistill.models.architectures import TensorSpec, by_gguf_name, from_interleaved, specs_of
+from edgedistill.models.config import Sizes
+from edgedistill.models.families import FAMILIES, Family
+from edgedistill.models.rope import FACTORS, LONG_FACTORS, SHORT_FACTORS
 
 COMPUTED = frozenset({FACTORS, LONG_FACTORS, SHORT_FACTORS})  # from the config; no parameters of the torch model
 # llama and mistral are one architecture there, with the same names.

@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from edgedistill.errors import UserError
-from edgedistill.generation import DEFAULT_TEMPLATE, Generation
 from edgedistill.gguf.tokenizer_files import GgufTokenizer
+from edgedistill.models.generation import DEFAULT_TEMPLATE, Generation
 
 STOP_ROLES = ("eos", "eot", "eom")
 # Tokens that end a text in llama.cpp by what they are called, in every vocabulary that has them.

@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
-from edgedistill.export_options import ExportOptions
-from edgedistill.gguf.architectures import TensorSpec
-from edgedistill.gguf.mixes import quantizable
-from edgedistill.loading import LOADING
+from edgedistill.models.architectures import TensorSpec
+from edgedistill.models.loading import LOADING
 from edgedistill.progress import QUIET, Progress
-from edgedistill.records import Calibration
+from edgedistill.quantization.mixes import quantizable
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.records.records import Calibration
 from edgedistill.store import canonical_json
 
 Ids = NDArray[np.int32]
@@ -231,7 +231,7 @@ def _windows(checkpoint: Path, blocks: Sequence[Sequence[str]], *, length: int, 
 
 
 def _documents(checkpoint: Path, blocks: Sequence[Sequence[str]], options: ExportOptions) -> list[Ids]:
-    from edgedistill.models import open_tokenizer
+    from edgedistill.models.folder import open_tokenizer
 
     tokenizer = open_tokenizer(checkpoint / "tokenizer.json")
     tokenizer.enable_truncation(options.calibration_tokens)

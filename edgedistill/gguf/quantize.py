@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from edgedistill.errors import UserError, did_you_mean
-from edgedistill.export_options import DEFAULT_OPTIONS, ExportOptions
-from edgedistill.gguf.architectures import Model, model_of
 from edgedistill.gguf.converter import to_gguf
 from edgedistill.gguf.importance import gguf_importance
-from edgedistill.gguf.mixes import BASE_TYPES, UNQUANTIZED, quantizable
 from edgedistill.gguf.reader import GgufFile
 from edgedistill.gguf.request import Request, refuse_importance, request_of, request_of_file, with_importance
 from edgedistill.gguf.sensitivity import choose_mix, refuse_mixed
 from edgedistill.gguf.split import split_gguf
-from edgedistill.gguf.streaming import Dtype
+from edgedistill.models.architectures import Model, model_of
+from edgedistill.models.streaming import Dtype
 from edgedistill.progress import QUIET, Progress
-from edgedistill.records import Artifact, Fallback, Sensitivity
+from edgedistill.quantization.mixes import BASE_TYPES, UNQUANTIZED, quantizable
+from edgedistill.quantization.options import DEFAULT_OPTIONS, ExportOptions
+from edgedistill.records.records import Artifact, Fallback, Sensitivity
 from edgedistill.runtimes.quantize import quantize_in_child
 from edgedistill.store import combined_sha256, file_entries, fsync_folder, versions
 from edgedistill.strict import read_json

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edgedistill.errors import UserError
-from edgedistill.export_options import ExportOptions
-from edgedistill.gguf.architectures import Model
 from edgedistill.gguf.importance import (
     Ids,
     Importance,
@@ -17,7 +15,10 @@ from edgedistill.gguf.importance import (
     gguf_importance,
     read_importance,
 )
-from edgedistill.gguf.mixes import (
+from edgedistill.gguf.reader import GgufFile
+from edgedistill.models.architectures import Model
+from edgedistill.progress import QUIET, Progress
+from edgedistill.quantization.mixes import (
     MIXES_THAT_NEED_IMPORTANCE,
     UNQUANTIZED,
     chosen_overrides,
@@ -27,9 +28,8 @@ from edgedistill.gguf.mixes import (
     uses_importance,
     wanted_types,
 )
-from edgedistill.gguf.reader import GgufFile
-from edgedistill.progress import QUIET, Progress
-from edgedistill.records import Calibration
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.records.records import Calibration
 
 
 @dataclass(frozen=True, kw_only=True)

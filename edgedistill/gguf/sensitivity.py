@@ -19,24 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
-from edgedistill.export_options import ExportOptions
 from edgedistill.gguf import ggml
-from edgedistill.gguf.architectures import Model, TensorSpec
 from edgedistill.gguf.importance import MIN_TOKENS, calibration_sequences, gguf_importance
-from edgedistill.gguf.mixes import (
-    EMBEDDING,
-    GGML_BLOCKS,
-    HEAD,
-    LAYER,
-    UNQUANTIZED,
-    quantizable,
-    usable_type,
-)
 from edgedistill.gguf.request import Request, planned_types
 from edgedistill.gguf.stored import as_converted, as_in_torch, packed
+from edgedistill.models.architectures import Model, TensorSpec
 from edgedistill.progress import QUIET, Progress
-from edgedistill.records import Sensitivity
-from edgedistill.sensitivity import Group, Measured, Mix, Steps, find_mix, say_result
+from edgedistill.quantization.mixes import EMBEDDING, GGML_BLOCKS, HEAD, LAYER, UNQUANTIZED, quantizable, usable_type
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.quantization.sensitivity import Group, Measured, Mix, Steps, find_mix, say_result
+from edgedistill.records.records import Sensitivity
 from edgedistill.statistics import by_unit, positive_mean
 
 if TYPE_CHECKING:
@@ -189,8 +181,8 @@ class StoredModel:
     """
 
     def __init__(self, checkpoint: Path, model: Model, request: Request, *, threads: int = 1) -> None:
-        from edgedistill.distill.device import training_device
-        from edgedistill.verify.runners import load_torch
+        from edgedistill.models.device import training_device
+        from edgedistill.runtimes.runners import load_torch
 
         self.threads = threads
         self.device = training_device()
@@ -397,7 +389,7 @@ class Scored:
         """Of a batch's N tokens: what each costs, and for a language model its rise in negative log-likelihood."""
         import torch
 
-        from edgedistill.verify.metrics import TokenScores
+        from edgedistill.tasks.metrics import TokenScores
 
         longest = max(len(window.ids) for window in batch)
         padded = [np.pad(window.ids.astype(np.int64), (0, longest - len(window.ids))) for window in batch]

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.gguf import ggml
-from edgedistill.gguf.mixes import UNQUANTIZED
-from edgedistill.gguf.streaming import as_stored
+from edgedistill.models.streaming import as_stored
+from edgedistill.quantization.mixes import UNQUANTIZED
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -32,7 +32,7 @@ def gguf_values(values: Floats, type_name: str, importance: Floats | None, *, te
 
 
 def as_converted(values: Floats, change: str) -> Floats:
-    """The values as the converter writes them (see gguf/streaming.py); the order of rows does not matter here."""
+    """The values as the converter writes them (see models/streaming.py); the order of rows does not matter here."""
     if change == "transposed":
         return np.ascontiguousarray(values.T)
     return values + np.float32(1) if change == "plus_one" else values

@@ -55,7 +55,7 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> GgufTokenizer:
         return _read(files, vocab_size)
     except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
         # A part of the files is of another kind than it must be. Their own library says which, where it is of these.
-        from edgedistill.models import open_tokenizer
+        from edgedistill.models.folder import open_tokenizer
 
         open_tokenizer(folder / "tokenizer.json")
         raise UserError(

@@ -15,7 +15,7 @@ from edgedistill.gguf.tokenizer_files import (
     type_of,
     unknown,
 )
-from edgedistill.hf_tokenizer import BYTES
+from edgedistill.models.hf_tokenizer import BYTES
 
 PRE = "pretokenizers"
 NFC_NOTE = "llama.cpp does not compose characters (NFC): text with separate combining marks differs"

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import UserError
-from edgedistill.generation import DEFAULT_TEMPLATE, chat_templates
 from edgedistill.gguf.pretokenizers import OWN_CONVERTER
-from edgedistill.hf_tokenizer import BYTES, no_tokenizer_json, require_all_tokens
+from edgedistill.models.generation import DEFAULT_TEMPLATE, chat_templates
+from edgedistill.models.hf_tokenizer import BYTES, no_tokenizer_json, require_all_tokens
 from edgedistill.strict import read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types

@@ -21,7 +21,7 @@ from edgedistill.guards.allowed import (
     text,
 )
 from edgedistill.guards.genai import FILE_NAME
-from edgedistill.safetensors_header import read_safetensors_header
+from edgedistill.models.safetensors_header import read_safetensors_header
 from edgedistill.strict import read_json, shown
 
 CONFIG_FILE = "config.json"

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
-from edgedistill.export_options import ExportOptions
 from edgedistill.onnx.float_export import FloatExport
-from edgedistill.onnx.histogram import METHODS, PERCENTILE, Method, Observed, chosen_range
 from edgedistill.onnx.inputs import Batch
 from edgedistill.progress import QUIET, Progress
-from edgedistill.records import Calibration, TensorSpec
+from edgedistill.quantization.histogram import METHODS, PERCENTILE, Method, Observed, chosen_range
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.records.records import Calibration, TensorSpec
 from edgedistill.runtimes.graph import GraphProcess
 
 MINIMUM = 2
@@ -205,7 +205,7 @@ def _names(values: Any) -> set[str]:
 
 
 def _observed_input(samples: Samples, name: str, method: Method) -> Observed:
-    from edgedistill.onnx.histogram import observe
+    from edgedistill.quantization.histogram import observe
 
     seen = Observed()
     for number in range(1 if method == "minmax" else 2):

@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import RuntimeCrashed, UserError, did_you_mean
-from edgedistill.export_options import NOT_COMPARED
-from edgedistill.generation import generation_of
-from edgedistill.gguf.architectures import TIED_HEAD, architecture_of, rope_of, tensor_map
-from edgedistill.hf_tokenizer import no_tokenizer_json
-from edgedistill.loading import without_run_settings
-from edgedistill.models import require_sound
+from edgedistill.models.architectures import TIED_HEAD, architecture_of, rope_of, tensor_map
+from edgedistill.models.folder import require_sound
+from edgedistill.models.generation import generation_of
+from edgedistill.models.hf_tokenizer import no_tokenizer_json
+from edgedistill.models.loading import without_run_settings
+from edgedistill.models.shapes import shape_from_config
+from edgedistill.models.weights import check_tensors, stored_tensors
 from edgedistill.onnx.generation_settings import write_generation
 from edgedistill.onnx.graph import count_types, stored_weights
-from edgedistill.records import Artifact, Fallback, Parity, Shape
+from edgedistill.quantization.options import NOT_COMPARED
+from edgedistill.records.records import Artifact, Fallback, Parity, Shape
 from edgedistill.runtimes.child import signal_name
 from edgedistill.runtimes.interpreter import module_command, users_path
 from edgedistill.runtimes.process import RuntimeProcess
-from edgedistill.shapes import shape_from_config
 from edgedistill.store import combined_sha256, file_entries, versions
 from edgedistill.strict import read_json
-from edgedistill.weights import check_tensors, stored_tensors
 
 BLOCK_SIZE = 32
 # 4: activations to INT8 before each product, which is what makes INT4 fast on ARM (dotprod, i8mm) and x86.

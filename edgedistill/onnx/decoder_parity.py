@@ -18,15 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
+from edgedistill.models.shapes import shape_from_config
+from edgedistill.models.weights import read_tensor, stored_tensors
 from edgedistill.onnx.dequantize import HEAD, dequantized, modules_of, stored
 from edgedistill.onnx.graph import EMBEDDING, MODEL_FILE, load_graph
-from edgedistill.records import Parity
+from edgedistill.records.records import Parity
 from edgedistill.runtimes.graph import GraphProcess
 from edgedistill.runtimes.ort import CONFIG, genai_config
 from edgedistill.runtimes.process import RuntimeProcess
-from edgedistill.shapes import shape_from_config
 from edgedistill.strict import read_json
-from edgedistill.weights import read_tensor, stored_tensors
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -55,8 +55,8 @@ def check_decoder(
     Raises UserError where a stored weight is not the checkpoint's, or onnxruntime's logits are not torch's; the error
     names the first tensor that departs. RuntimeCrashed where the runtime dies.
     """
-    from edgedistill.verify.parity import INVALID, measure, real_inputs
-    from edgedistill.verify.runners import load_torch, with_weights
+    from edgedistill.runtimes.parity import INVALID, measure, real_inputs
+    from edgedistill.runtimes.runners import load_torch, with_weights
 
     check_weights(checkpoint, folder)
     config = read_json(checkpoint / "config.json", what="config.json")
@@ -84,7 +84,7 @@ def check_weights(checkpoint: Path, folder: Path) -> None:
     Raises UserError that names the first one whose scale, or what is left beside it, is no rounding; or one that the
     graph lacks.
     """
-    from edgedistill.verify.parity import INVALID, weight_difference
+    from edgedistill.runtimes.parity import INVALID, weight_difference
 
     config = read_json(checkpoint / "config.json", what="config.json")
     originals = stored_tensors(checkpoint)
@@ -104,7 +104,7 @@ def check_weights(checkpoint: Path, folder: Path) -> None:
 
 def first_departure(model: Any, checkpoint: Path, folder: Path, ids_T: NDArray[np.int64], limit: float) -> str:
     """Which of the graph's tensors, in the order of the computation, is the first to differ beyond `limit`."""
-    from edgedistill.verify.parity import Differences
+    from edgedistill.runtimes.parity import Differences
 
     expected = torch_outputs(model, ids_T)
     previous = "the graph's inputs"
@@ -143,7 +143,7 @@ def exact_departure(model: Any, checkpoint: Path, folder: Path, ids_T: NDArray[n
     missing sum, another operator, shows beyond EXACT_LIMIT. The second half of the tokens is computed again from the
     first half's cache: what is wrong with a cache shows in no run of a whole text.
     """
-    from edgedistill.verify.parity import Differences, torch_logits
+    from edgedistill.runtimes.parity import Differences, torch_logits
 
     named, found, continued = _exposed(checkpoint, folder, ids_T, exact=True)
     expected = torch_outputs(model, ids_T)

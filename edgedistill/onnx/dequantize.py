@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
+from edgedistill.models.shapes import shape_from_config
 from edgedistill.onnx.graph import COMPUTED, EMBEDDING, attribute, load_graph, read_initializer
-from edgedistill.records import Shape
-from edgedistill.shapes import shape_from_config
+from edgedistill.records.records import Shape
 
 HEAD = "lm_head"
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")

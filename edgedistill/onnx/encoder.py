@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from edgedistill.errors import UserError, did_you_mean
-from edgedistill.export_options import DEFAULT_OPTIONS, ExportOptions
 from edgedistill.onnx.calibration import Samples, file_samples, given_samples, text_samples
 from edgedistill.onnx.float_export import FloatExport, export_graphs, module_graph, trace
 from edgedistill.onnx.inputs import (
@@ -40,9 +39,10 @@ from edgedistill.onnx.tensorrt import NOTE as TENSORRT_NOTE
 from edgedistill.onnx.tensorrt import OPSET as TENSORRT_OPSET
 from edgedistill.onnx.tensorrt import write_engine_script
 from edgedistill.progress import QUIET, Progress
-from edgedistill.records import Artifact, Parity
+from edgedistill.quantization.options import DEFAULT_OPTIONS, ExportOptions
+from edgedistill.records.records import Artifact, Parity
 from edgedistill.runtimes.graph import GraphProcess
-from edgedistill.speed import compare_graphs, report
+from edgedistill.runtimes.speed import compare_graphs, report
 from edgedistill.store import combined_sha256, file_entries, fsync_tree, versions
 
 # quantization → "module:function", called with (list of FloatExport, folder to write the graphs of the same names into,

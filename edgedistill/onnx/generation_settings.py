@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgedistill.generation import DEFAULT_TEMPLATE, TEMPLATE_FILE, Generation, chat_templates
+from edgedistill.models.generation import DEFAULT_TEMPLATE, TEMPLATE_FILE, Generation, chat_templates
 from edgedistill.runtimes.ort import CONFIG, genai_config
 
 # transformers' name and onnxruntime-genai's are one; what is not here is noted. `max_length` is the context there.

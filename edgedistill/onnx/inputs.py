@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedistill import machine
+from edgedistill.machine import facts
 from edgedistill.onnx.float_export import FloatExport
 from edgedistill.onnx.model_inputs import MASK
 from edgedistill.onnx.processors import SIZES, open_image_processor, pixels, tokenized
 from edgedistill.onnx.tasks import TaskModel
-from edgedistill.records import TensorSpec
+from edgedistill.records.records import TensorSpec
 
 Batch = dict[str, NDArray[Any]]
 # Short and long, plain and not: what a graph is compared on where no text is given.
@@ -158,7 +158,7 @@ def longest_compared(opened: TaskModel, context_tokens: int | None) -> tuple[int
     config = opened.model.config
     heads = int(getattr(config, "num_attention_heads", 0) or 12)
     wide = opened.vocab_size if opened.task in ("fill-mask", "text2text") else 0
-    free = machine.available_bytes()
+    free = facts.available_bytes()
 
     def needed(tokens: int) -> int:
         return COPIES * 4 * tokens * (heads * tokens + wide)

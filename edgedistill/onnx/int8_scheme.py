@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from edgedistill import machine
 from edgedistill.errors import UserError, did_you_mean
+from edgedistill.machine import facts
 
 AUTO = "auto"
 
@@ -42,7 +42,7 @@ def scheme_of(asked: str, *, arch: str | None = None, isa: Collection[str] | Non
             raise UserError(f"no INT8 scheme '{asked}'", did_you_mean(asked, [AUTO, *SCHEMES]))
         return SCHEMES[asked], "as asked"
     if arch is None or isa is None:
-        here = machine.describe()
+        here = facts.describe()
         arch, isa = str(here["arch"]), list(here["isa"])
     if arch == "x86_64" and not set(isa) & set(DOT_PRODUCTS):
         return SCHEMES["u8s8-7bit"], "x86 without VNNI sums products of 8 bits in 16 and would saturate"

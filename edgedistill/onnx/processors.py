@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedistill.companions import PROCESSOR_NAMES, TOKENIZER_NAMES, companions
 from edgedistill.errors import UserError
-from edgedistill.hf_tokenizer import read_whole
+from edgedistill.models.companions import PROCESSOR_NAMES, TOKENIZER_NAMES, companions
+from edgedistill.models.hf_tokenizer import read_whole
 from edgedistill.strict import read_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"

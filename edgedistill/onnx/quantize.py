@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import UserError, did_you_mean
-from edgedistill.export_options import DEFAULT_OPTIONS, ExportOptions
 from edgedistill.onnx.calibration import Samples, observe_ranges, ranges_of
 from edgedistill.onnx.float_export import FloatExport
-from edgedistill.onnx.histogram import Observed
 from edgedistill.onnx.int8_scheme import scheme_of
 from edgedistill.onnx.qdq import Range
 from edgedistill.onnx.quantizable import (
@@ -25,6 +23,8 @@ from edgedistill.onnx.quantizable import (
 from edgedistill.onnx.quantized_graph import load, require_static, static_tensors, write_graph
 from edgedistill.onnx.sensitivity import kept_nodes
 from edgedistill.progress import QUIET, Progress
+from edgedistill.quantization.histogram import Observed
+from edgedistill.quantization.options import DEFAULT_OPTIONS, ExportOptions
 
 
 def quantize(

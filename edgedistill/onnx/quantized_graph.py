@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import UserError
-from edgedistill.export_options import DEFAULT_OPTIONS, ExportOptions
 from edgedistill.onnx.calibration import NEITHER, ranges_of
 from edgedistill.onnx.float_export import FloatExport
-from edgedistill.onnx.histogram import Observed
 from edgedistill.onnx.int8_scheme import Scheme, scheme_of
 from edgedistill.onnx.qdq import Int8Writer, Range
 from edgedistill.onnx.quantizable import (
@@ -32,7 +30,9 @@ from edgedistill.onnx.quantizable import (
 )  # fmt: skip
 from edgedistill.onnx.rewriting import Rewriter
 from edgedistill.onnx.weights_only import block_product, block_table
-from edgedistill.records import Fallback
+from edgedistill.quantization.histogram import Observed
+from edgedistill.quantization.options import DEFAULT_OPTIONS, ExportOptions
+from edgedistill.records.records import Fallback
 
 # Of MatMulNBits: 0 multiplies in float32, 4 rounds the activations to int8 first.
 ACCURACY_LEVEL = 0

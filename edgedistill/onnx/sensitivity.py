@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 
 from edgedistill.errors import UserError
-from edgedistill.export_options import ExportOptions
 from edgedistill.onnx.calibration import Samples
 from edgedistill.onnx.float_export import FloatExport
-from edgedistill.onnx.histogram import Observed
 from edgedistill.onnx.quantizable import FLOAT, INT4, WEIGHTS, Quantizable, node_types, stored_type
 from edgedistill.onnx.quantized_graph import quantize_graph
 from edgedistill.onnx.scoring import METRICS, Rows, meanings_of, rows_of, score
 from edgedistill.progress import QUIET, Progress
-from edgedistill.records import Sensitivity
+from edgedistill.quantization.histogram import Observed
+from edgedistill.quantization.options import ExportOptions
+from edgedistill.quantization.sensitivity import Group, Measured, Steps, find_mix, say_result
+from edgedistill.records.records import Sensitivity
 from edgedistill.runtimes.graph import GraphProcess
-from edgedistill.sensitivity import Group, Measured, Steps, find_mix, say_result
 from edgedistill.statistics import positive_mean
 
 BLOCK = 32

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import UserError, did_you_mean
-from edgedistill.loading import LOADING
-from edgedistill.models import require_plain_files
+from edgedistill.models.folder import require_plain_files
+from edgedistill.models.loading import LOADING
+from edgedistill.models.weights import refuse_wrapped
 from edgedistill.onnx.model_inputs import IDS, MASK, PIXELS, require_image_inputs, text_inputs
 from edgedistill.onnx.processors import (
     given_names,
@@ -29,7 +30,6 @@ from edgedistill.onnx.sentence import (
     read_pipeline,
 )
 from edgedistill.strict import read_json
-from edgedistill.weights import refuse_wrapped
 
 # Task → the transformers class that loads it, how its architectures are called in config.json, the graph's outputs.
 TASKS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -466,7 +466,7 @@ def _require_case(folder: Path, tokenizer: Any | None, pipeline: Pipeline | None
 def _require_vocabulary(folder: Path, vocab_size: int) -> None:
     if not (folder / "tokenizer.json").is_file():
         return
-    from edgedistill.models import vocabulary
+    from edgedistill.models.folder import vocabulary
 
     largest = max(vocabulary(folder, "model").values())
     if largest >= vocab_size:

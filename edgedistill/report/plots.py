@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
-from edgedistill.records import Interval, Latency, Retention, Rung
+from edgedistill.records.records import Interval, Latency, Retention, Rung
 
 INK = "#1f2933"
 FAINT = "#9aa5b1"

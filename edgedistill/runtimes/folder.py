@@ -25,7 +25,7 @@ class FolderBackend:
         import torch
         import transformers
 
-        from edgedistill.bitsandbytes_layers import open_folder
+        from edgedistill.models.bitsandbytes import open_folder
 
         torch.set_num_threads(threads)
         self._torch = torch
@@ -64,7 +64,7 @@ class FolderBackend:
         yield self._run(tokens_T, None).logits[0].float().cpu().numpy()
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        from edgedistill.hf_tokenizer import open_tokenizer
+        from edgedistill.models.hf_tokenizer import open_tokenizer
 
         tokenizer = open_tokenizer(self._folder / "tokenizer.json")
         tokenizer.encode_special_tokens = not parse_special

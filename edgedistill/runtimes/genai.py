@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedistill import waiting
 from edgedistill.errors import UserError
 from edgedistill.guards.tokenizer import TOKENIZER, check_tokenizer_json
+from edgedistill.machine import waiting
 from edgedistill.runtimes.backend import greedy_timed
 from edgedistill.runtimes.ort import genai_config
 

@@ -15,7 +15,7 @@ from edgedistill.runtimes.child import Child
 from edgedistill.runtimes.room import GRAPH, room_for
 
 if TYPE_CHECKING:
-    from edgedistill.onnx.histogram import Observed
+    from edgedistill.quantization.histogram import Observed
 
 
 class GraphProcess:
@@ -74,7 +74,7 @@ class GraphProcess:
 
     def observed(self) -> dict[str, Observed]:
         """What was seen of each output."""
-        from edgedistill.onnx.histogram import Observed
+        from edgedistill.quantization.histogram import Observed
 
         header, counts = next(self._child.stream("observed", "ranges", {}))
         return {name: Observed(**row, counts=counts[name]) for name, row in header["rows"].items()}

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedistill import waiting
 from edgedistill.errors import UserError
-from edgedistill.onnx.histogram import Observed, observe
+from edgedistill.machine import waiting
+from edgedistill.quantization.histogram import Observed, observe
 from edgedistill.runtimes.backend import greedy_timed
 
 DTYPES = {

@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedistill import machine
 from edgedistill.errors import RuntimeCrashed, UserError
+from edgedistill.machine import facts
 from edgedistill.runtimes.bounds import OWN
 from edgedistill.runtimes.child import logits_of, open_artifact
 from edgedistill.runtimes.quantize import quantize_in_child
@@ -70,7 +70,7 @@ def extra_bufts(store: Store) -> ExtraBufts:
         return ExtraBufts(use=override == "1", reason=f"set by {OVERRIDE}={override}", signal=None)
     build = llama_build(store)
     key = hashlib.sha256(canonical_json(build).encode()).hexdigest()[:16]
-    path = store.root / "probes" / f"{machine.fingerprint()}-{key}.json"
+    path = store.root / "probes" / f"{facts.fingerprint()}-{key}.json"
     found = _read(path)
     if found is not None:
         return found
@@ -79,7 +79,7 @@ def extra_bufts(store: Store) -> ExtraBufts:
         if found is None:
             found = probe()
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = {"schema": SCHEMA, "answer": asdict(found), "build": build, "machine": machine.describe()}
+            kept = {"schema": SCHEMA, "answer": asdict(found), "build": build, "machine": facts.describe()}
             write_durably(path, json.dumps(kept, indent=1, sort_keys=True))
     return found
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
-from edgedistill.machine import usable_cpus
+from edgedistill.machine.facts import usable_cpus
 from edgedistill.runtimes.bounds import OWN, Bounds
 from edgedistill.runtimes.child import logits_of, open_artifact
 from edgedistill.runtimes.probe import OVERRIDE, ExtraBufts, extra_bufts

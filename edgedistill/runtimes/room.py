@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgedistill import waiting
 from edgedistill.errors import UserError
+from edgedistill.machine import waiting
 from edgedistill.runtimes.bounds import HOME, OWN, Bounds, Limits, limits_of
 from edgedistill.runtimes.interpreter import STANDARD_FIRST, package_parent, search_paths, users_path
 from edgedistill.runtimes.staging import PrivateFolder, Staged, stage, stage_graph

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
-from edgedistill.machine import peak_rss_bytes
+from edgedistill.machine.facts import peak_rss_bytes
 from edgedistill.runtimes import confine, frames
 from edgedistill.runtimes.backend import Backend, Embedder
 from edgedistill.runtimes.bounds import HOME

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
-from edgedistill.models import open_tokenizer, vocabulary
+from edgedistill.models.folder import open_tokenizer, vocabulary
 from edgedistill.strict import read_json
 
 Ids = NDArray[np.int32]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
-from edgedistill.records import Artifact, Departure
+from edgedistill.records.records import Artifact, Departure
 from edgedistill.runtimes.process import RuntimeProcess
 
 TENSOR = re.compile(r"[\w.]+\.(?:weight|bias)")
@@ -75,11 +75,11 @@ def _first_departure(
     fraction: float,
 ) -> str:
     if artifact.format == "gguf":
-        from edgedistill.verify import gguf_layers
+        from edgedistill.gguf import layers
 
-        floating = artifact.quantization in gguf_layers.FLOAT_TYPES
-        limit = gguf_layers.FLOAT_LIMIT if floating else gguf_layers.QUANTIZED_LIMIT
-        return gguf_layers.first_departure(model, checkpoint, process, ids_T, fraction * limit)
+        floating = artifact.quantization in layers.FLOAT_TYPES
+        limit = layers.FLOAT_LIMIT if floating else layers.QUANTIZED_LIMIT
+        return layers.first_departure(model, checkpoint, process, ids_T, fraction * limit)
     if artifact.format == "onnx":
         from edgedistill.onnx import decoder_parity
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from edgedistill.errors import UserError
 from edgedistill.gguf.quantize import CONVERTER
-from edgedistill.records import Artifact
+from edgedistill.records.finding import Finding, require_none
+from edgedistill.records.records import Artifact
 from edgedistill.strict import read_json
-from edgedistill.verify.finding import Finding, require_none
 
 REMEDY = "the artifact is not that model: export it again, or report this with the model's config.json"
 
@@ -40,13 +40,13 @@ def require_faithful(artifact: Artifact, folder: Path, checkpoint: Path, *, run:
 
 
 def _gguf(artifact: Artifact, folder: Path, checkpoint: Path) -> list[Finding]:
-    from edgedistill.generation import generation_of
-    from edgedistill.gguf.architectures import model_of
     from edgedistill.gguf.convert import tokenizer_of
-    from edgedistill.gguf.mixes import FILE_TYPES
+    from edgedistill.gguf.faithful import key_findings, tensor_findings
     from edgedistill.gguf.split import open_gguf
+    from edgedistill.models.architectures import model_of
+    from edgedistill.models.generation import generation_of
+    from edgedistill.quantization.mixes import FILE_TYPES
     from edgedistill.runtimes.process import RuntimeProcess
-    from edgedistill.verify.faithful_gguf import key_findings, tensor_findings
     from edgedistill.verify.faithful_vocabulary import Vocabulary, vocabulary_findings
 
     entry = folder / artifact.entry
@@ -87,16 +87,10 @@ def _gguf(artifact: Artifact, folder: Path, checkpoint: Path) -> list[Finding]:
 
 
 def _genai(artifact: Artifact, folder: Path, checkpoint: Path, *, run: bool) -> list[Finding]:
-    from edgedistill.generation import generation_of
+    from edgedistill.models.generation import generation_of
+    from edgedistill.models.shapes import shape_from_config
+    from edgedistill.onnx.faithful import config_findings, departures, file_findings, graph_findings, weight_findings
     from edgedistill.runtimes.process import RuntimeProcess
-    from edgedistill.shapes import shape_from_config
-    from edgedistill.verify.faithful_onnx import (
-        config_findings,
-        departures,
-        file_findings,
-        graph_findings,
-        weight_findings,
-    )
 
     entry = folder / artifact.entry
     config = read_json(checkpoint / "config.json", what="config.json")
@@ -116,11 +110,11 @@ def _genai(artifact: Artifact, folder: Path, checkpoint: Path, *, run: bool) -> 
 
 def _folder(artifact: Artifact, folder: Path, checkpoint: Path) -> list[Finding]:
     """What other formats carry beside their graph or weights: the model's own tokenizer files, copied."""
-    from edgedistill.verify.faithful_onnx import file_findings
+    from edgedistill.onnx.faithful import file_findings
 
     found = list(file_findings(folder / artifact.entry if artifact.entry == "." else folder, checkpoint))
     if artifact.runtime == "transformers":
-        from edgedistill.generation import generation_of
+        from edgedistill.models.generation import generation_of
 
         kept, own = (generation_of(path, vocab_size=artifact.vocab_size) for path in (folder, checkpoint))
         if set(kept.stops) != set(own.stops):

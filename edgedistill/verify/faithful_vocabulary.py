@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgedistill.generation import Generation
 from edgedistill.gguf.generation_keys import GAPS_BY_TEXT, SAMPLING, STOP_ROLES, STOPS_BY_TEXT
 from edgedistill.gguf.reader import GgufFile
 from edgedistill.gguf.tokenizer import general_name
 from edgedistill.gguf.tokenizer_files import UNUSED, GgufTokenizer
-from edgedistill.verify.finding import Finding, difference_of, shown
+from edgedistill.models.generation import Generation
+from edgedistill.records.finding import Finding, difference_of, shown
 
 GGML = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"

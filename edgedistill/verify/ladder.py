@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedistill import machine, statistics
+from edgedistill import statistics
+from edgedistill.config.recipe import Verify
 from edgedistill.errors import GateFailed
+from edgedistill.machine import facts
 from edgedistill.progress import QUIET, Progress
-from edgedistill.recipe import Verify
-from edgedistill.records import (
+from edgedistill.records.records import (
     Agreement,
     Artifact,
     Baselines,
@@ -37,6 +38,7 @@ from edgedistill.records import (
     TokenizerCheck,
 )
 from edgedistill.runtimes.process import RuntimeName, RuntimeProcess
+from edgedistill.runtimes.runners import ArtifactScorer, Scorer, TorchScorer, load_torch, with_weights
 from edgedistill.statistics import (
     Estimate,
     by_unit,
@@ -52,7 +54,6 @@ from edgedistill.tasks.causal_lm import stride_of
 from edgedistill.verify.baselines import unigram
 from edgedistill.verify.blame import against_model, in_runtime
 from edgedistill.verify.limits import runtime_limit
-from edgedistill.verify.runners import ArtifactScorer, Scorer, TorchScorer, load_torch, with_weights
 from edgedistill.verify.scores import NEIGHBOURS, RUNGS, Scores, Text, score, some_ids, text_of, windows_sha256
 from edgedistill.verify.tokenizer_check import check_tokenizer
 
@@ -135,7 +136,7 @@ def climb(
         stride_tokens=stride_of(settings.context_tokens, settings.stride_tokens),
         bos=text.bos,
         intervals=statistics.METHOD,
-        machine=machine.describe(),
+        machine=facts.describe(),
         runtime_options=options,
         artifact=artifact_name(subject.artifact),
         made_of="student" if subject.masters is None else "masters",
@@ -225,7 +226,7 @@ def stored_weights(subject: Subject) -> Iterator[tuple[str, NDArray[np.float32]]
 
         return gguf_dequantized(subject.folder / subject.artifact.entry)
     if subject.artifact.format == "bitsandbytes":
-        from edgedistill.folders.bitsandbytes import dequantized as folder_dequantized
+        from edgedistill.other_formats.bitsandbytes import dequantized as folder_dequantized
 
         return folder_dequantized(subject.folder / subject.artifact.entry)
     from edgedistill.onnx.dequantize import dequantized as onnx_dequantized

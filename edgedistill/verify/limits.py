@@ -6,7 +6,7 @@ found by the check of the files, which compares tensor by tensor.
 
 from __future__ import annotations
 
-from edgedistill.recipe import Verify
+from edgedistill.config.recipe import Verify
 
 DEFAULT_MIN_RETENTION = float(Verify.model_fields["min_retention"].default)
 # Known corners (a literal ▁, combining marks) touch a few of the check's texts, a wrong tokenizer most.

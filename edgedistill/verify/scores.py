@@ -17,17 +17,17 @@ import torch  # noqa: TID253  this module is imported by verification alone
 from numpy.typing import NDArray
 from torch import Tensor  # noqa: TID253
 
+from edgedistill.config.recipe import Verify
 from edgedistill.errors import UserError
-from edgedistill.models import kept_tokens
+from edgedistill.models.folder import kept_tokens
 from edgedistill.progress import Progress
-from edgedistill.recipe import Verify
-from edgedistill.records import RungName, StudentResult, TeacherResult
+from edgedistill.records.records import RungName, StudentResult, TeacherResult
+from edgedistill.runtimes.runners import Scorer
 from edgedistill.statistics import ByUnit, by_unit
 from edgedistill.strict import shown
 from edgedistill.tasks.causal_lm import TextTokenizer, Window, encode_blocks, groups, scoring_windows
-from edgedistill.verify.metrics import PairScores, TokenScores
+from edgedistill.tasks.metrics import PairScores, TokenScores
 from edgedistill.verify.near_copies import units_of
-from edgedistill.verify.runners import Scorer
 
 RUNGS: tuple[RungName, ...] = ("teacher", "student", "quantized", "shipped")
 NEIGHBOURS: tuple[tuple[RungName, RungName], ...] = (("student", "quantized"), ("quantized", "shipped"))

@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgedistill import machine, statistics
+from edgedistill import statistics
+from edgedistill.config.recipe import Verify
 from edgedistill.errors import GateFailed
-from edgedistill.generation import generation_sha256
-from edgedistill.models import require_weights
+from edgedistill.machine import facts
+from edgedistill.models.folder import require_weights
+from edgedistill.models.generation import generation_sha256
 from edgedistill.progress import QUIET, Progress
-from edgedistill.recipe import Verify
-from edgedistill.records import Artifact, Measured, QadResult, Retention, StudentResult, TeacherResult
+from edgedistill.records.records import Artifact, Measured, QadResult, Retention, StudentResult, TeacherResult
 from edgedistill.runtimes.facts import runtime_facts
+from edgedistill.runtimes.unchanged import unchanged
 from edgedistill.store import Store, Stored, Work, canonical_json, versions, write_durably
-from edgedistill.unchanged import unchanged
 from edgedistill.verify.gate import failures, judged, remedy, spanned
 
 RECORD_VERSION = 3  # what Measured holds: raise it where the ladder measures something else
@@ -52,7 +53,7 @@ def verify_artifact(
         "intervals": statistics.METHOD,
         "gate": RECORD_VERSION,
         "tokenizers": [teacher.tokenizer_sha256, student.tokenizer_sha256],
-        "machine": machine.fingerprint(),
+        "machine": facts.fingerprint(),
         "runtime": runtime_facts(exported.result.runtime, store),
         "versions": versions(
             "edgedistill", "torch", "transformers", "tokenizers", "gguf", "onnxruntime", "onnxruntime-genai"
@@ -80,7 +81,7 @@ def verify_artifact(
                 ),
                 held_out=held_out,
                 settings=settings,
-                threads=max(1, len(machine.usable_cpus())),
+                threads=max(1, len(facts.usable_cpus())),
                 store=store,
                 progress=progress,
             )

@@ -11,7 +11,7 @@ from edgedistill.errors import UserError
 from edgedistill.gguf.pretokenizers import NEW_CHARACTERS_NOTE
 from edgedistill.gguf.quantize import CONVERTER
 from edgedistill.gguf.tokenizer import GgufTokenizer, read_tokenizer, write_vocabulary
-from edgedistill.records import Artifact, TokenizerCheck
+from edgedistill.records.records import Artifact, TokenizerCheck
 from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.strict import read_json
 
@@ -84,7 +84,7 @@ def check_tokenizer(
     tokenizer's own added tokens are included. `control_tokens_always_parsed`: the runtime cannot be asked for plain
     text, so that way of asking is left out. Raises UserError where the folder has no tokenizer.json.
     """
-    from edgedistill.models import open_tokenizer
+    from edgedistill.models.folder import open_tokenizer
 
     path = hf_tokenizer_dir / "tokenizer.json"
     if not path.is_file():
@@ -123,7 +123,7 @@ def with_checked_tokenizer(artifact: Artifact, folder: Path, checkpoint: Path) -
     """
     if artifact.runtime not in TOKENIZERS or not (checkpoint / "tokenizer.json").is_file():
         return artifact
-    from edgedistill.bundle.golden_chat import made_chat
+    from edgedistill.runtimes.chat import made_chat
 
     entry = folder / artifact.entry
     # llama.cpp reads the vocabulary alone; onnxruntime-genai has no way to read a control token in a text as text.
@@ -166,7 +166,7 @@ def _unread_word(checkpoint: Path, process: RuntimeProcess) -> str | None:
 
     A corner of a runtime touches few texts; such a word is in all that it was added for.
     """
-    from edgedistill.models import open_tokenizer
+    from edgedistill.models.folder import open_tokenizer
 
     original = open_tokenizer(checkpoint / "tokenizer.json")
     added = read_json(checkpoint / "tokenizer.json", what="tokenizer.json").get("added_tokens") or []

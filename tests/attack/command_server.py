@@ -84,10 +84,10 @@ def _serve(heavy: bool) -> None:
     os.dup2(2, 1)
     import edgedistill.bundle.check
     import edgedistill.bundle.report
-    import edgedistill.cli
+    import edgedistill.cli.app
     import edgedistill.data.documents
     import edgedistill.pipeline
-    import edgedistill.single  # noqa: F401
+    import edgedistill.stages  # noqa: F401
 
     if heavy:
         import pyarrow.parquet  # noqa: F401
@@ -98,7 +98,7 @@ def _serve(heavy: bool) -> None:
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    from edgedistill.machine import peak_rss_bytes
+    from edgedistill.machine.facts import peak_rss_bytes
 
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, name) for name in ("out", "err")]

@@ -54,7 +54,7 @@ def _artifact(bundle: Path, artifact: Tree) -> dict[str, str]:
 
 
 def _combined(files: list[Tree]) -> str:
-    from edgedistill.records import FileEntry
+    from edgedistill.records.records import FileEntry
 
     return combined_sha256([FileEntry(**entry) for entry in files])
 
@@ -74,8 +74,8 @@ def _bill(bundle: Path, manifest: Tree) -> None:
     """The bill of materials names the artifacts by their hashes; of a manifest that is none it stays as it is."""
     from pydantic import ValidationError
 
-    from edgedistill.bundle.manifest import Manifest
     from edgedistill.bundle.sbom import sbom_text
+    from edgedistill.records.manifest import Manifest
 
     try:
         text = sbom_text(Manifest.model_validate(manifest))
@@ -91,8 +91,8 @@ def _documents(bundle: Path, manifest: Tree) -> bool:
     from edgedistill.bundle.card import model_card
     from edgedistill.bundle.documents import REPORT, documents
     from edgedistill.bundle.licenses import Source
-    from edgedistill.bundle.manifest import CARD, Manifest
-    from edgedistill.records import Latency, Retention
+    from edgedistill.records.manifest import CARD, Manifest
+    from edgedistill.records.records import Latency, Retention
     from edgedistill.report.html import render
 
     try:

@@ -56,8 +56,8 @@ def warm() -> None:
     import edgedistill.bench.measure
     import edgedistill.bundle.check
     import edgedistill.bundle.report
-    import edgedistill.cli
-    import edgedistill.show  # noqa: F401
+    import edgedistill.cli.app
+    import edgedistill.cli.show  # noqa: F401
 
     gc.freeze()
 
@@ -157,7 +157,7 @@ def _child(words: list[str], said: Path) -> None:
         os.dup2(descriptor, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        from edgedistill.cli import run as command
+        from edgedistill.cli.app import run as command
 
         try:
             command(words)

@@ -19,8 +19,8 @@ def good_inputs(folder: Path) -> Good:
     from command import tiny_text
     from tiny_models import tiny_checkpoint
 
-    from edgedistill.recipe import load_recipe
-    from edgedistill.targets import load_target
+    from edgedistill.config.recipe import load_recipe
+    from edgedistill.config.targets import load_target
 
     text = folder / "text.txt"
     text.write_text(tiny_text(60))

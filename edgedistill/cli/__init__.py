@@ -1,0 +1,1 @@
+"""The commands, their options, results as tables for people."""

@@ -1,1 +1,0 @@
-"""See edgedistill/pipeline.py for where this stands in the flow."""

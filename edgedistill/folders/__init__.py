@@ -1,1 +1,0 @@
-"""Artifacts that are folders or programs of their own runtimes: bitsandbytes, ExecuTorch."""

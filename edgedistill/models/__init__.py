@@ -1,0 +1,1 @@
+"""Model folders: found, checked, hashed, opened; families and their tensors."""

@@ -1,0 +1,1 @@
+"""Formats beside GGUF and ONNX."""

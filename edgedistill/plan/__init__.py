@@ -1,0 +1,1 @@
+"""What a build will make, and what is refused before any work."""

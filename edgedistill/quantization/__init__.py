@@ -1,0 +1,1 @@
+"""What quantizing means and costs, the same for every format."""

@@ -1,0 +1,1 @@
+"""The teacher's signals: live or cached, behind one interface."""

@@ -1,0 +1,1 @@
+"""How stages are put together: distilling, quantization-aware."""

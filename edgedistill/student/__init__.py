@@ -1,0 +1,1 @@
+"""How a student starts: designed, cut, pruned, trimmed, with adapters."""

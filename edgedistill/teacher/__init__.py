@@ -1,0 +1,1 @@
+"""The teacher: obtained, trained, live, cached."""
