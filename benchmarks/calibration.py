@@ -24,7 +24,7 @@ from edgedistill.onnx.qdq import activation_step
 from edgedistill.onnx.quantized_graph import static_tensors
 from edgedistill.quantization.histogram import METHODS
 from edgedistill.quantization.options import ExportOptions
-from edgedistill.records.records import TensorSpec
+from edgedistill.records.artifact import TensorSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = 10_000

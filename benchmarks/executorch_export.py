@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from edgedistill.errors import UserError
 from edgedistill.export.stage import write_artifact
-from edgedistill.records.records import Artifact
+from edgedistill.records.artifact import Artifact
 
 CONTEXT_TOKENS = 256
 SHAPE: dict[str, Any] = {

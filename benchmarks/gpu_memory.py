@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from memory_script import case_of, device, measure, predicted
 
 from edgedistill.cli.show import human_bytes
-from edgedistill.records.records import Shape
+from edgedistill.records.shape import Shape
 
 
 def shape(vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> Shape:

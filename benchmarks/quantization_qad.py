@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM
 from edgedistill.config.targets import parse_artifact
 from edgedistill.models.folder import copy_tokenizer
 from edgedistill.progress import Progress
-from edgedistill.records.records import Artifact, Record, TrainResult
+from edgedistill.records.artifact import Artifact
+from edgedistill.records.base import Record
+from edgedistill.records.training import TrainResult
 from edgedistill.signals.signals import LiveSignals
 from edgedistill.statistics import ByUnit, Estimate, ratio_of_means
 from edgedistill.store import Store, Stored, Work, versions

@@ -21,7 +21,8 @@ from edgedistill.export.stage import export_model, options_of
 from edgedistill.pipeline import Trained, threads_here
 from edgedistill.progress import Progress
 from edgedistill.quantization.options import ExportOptions
-from edgedistill.records.records import Artifact, Record
+from edgedistill.records.artifact import Artifact
+from edgedistill.records.base import Record
 from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.statistics import ByUnit, by_unit
 from edgedistill.store import Store, Stored, Work, versions

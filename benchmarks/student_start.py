@@ -31,7 +31,7 @@ from edgedistill.data.prepare import prepare_data, read_part
 from edgedistill.models.folder import open_model
 from edgedistill.plan.plan import AUTO_STARTS
 from edgedistill.progress import Progress
-from edgedistill.records.records import Shape
+from edgedistill.records.shape import Shape
 from edgedistill.runtimes.runners import TorchScorer, load_torch
 from edgedistill.signals.signals import CachedSignals, cache_hidden
 from edgedistill.statistics import by_unit, perplexity, perplexity_ratio, positive_mean

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from edgedistill.config.recipe import Training
 from edgedistill.losses.losses import LossSpec, TeacherHead, head_loss
 from edgedistill.losses.model_parts import final_hidden, head_of
-from edgedistill.records.records import TrainResult
+from edgedistill.records.training import TrainResult
 from edgedistill.signals.signals import LiveSignals
 from edgedistill.statistics import median
 from edgedistill.tasks.causal_lm import Packed, Window

@@ -18,7 +18,7 @@ from common import Bound, finish, parser
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from memory_script import case_of, measure, predicted
 
-from edgedistill.records.records import Shape
+from edgedistill.records.shape import Shape
 
 
 def shape(vocab, hidden, inner, layers, heads, kv_heads, *, tied=True, family="llama") -> Shape:

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from edgedistill.config.recipe import Recipe, builtin_recipes, load_recipe
 from edgedistill.config.targets import Target, load_targets
 from edgedistill.fit.artifact import human_bytes
-from edgedistill.records.records import Figure
+from edgedistill.records.figures import Figure
 
 NOTE = "<!-- Written by `python docs/write_reference.py`. Edit what it is made of, not this page. -->"
 HELP_WIDTH = 100

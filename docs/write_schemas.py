@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from edgedistill.records.base import Record
+from edgedistill.records.latency import Latency
 from edgedistill.records.manifest import Manifest
-from edgedistill.records.records import Latency, Record, Retention
+from edgedistill.records.retention import Retention
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 SCHEMAS: dict[str, type[Record]] = {

@@ -33,16 +33,11 @@ from edgedistill.plan.preflight import (
 from edgedistill.plan.preflight import preflight as preflight
 from edgedistill.progress import QUIET, Progress
 from edgedistill.quantization.options import ExportOptions
-from edgedistill.records.records import (
-    Artifact,
-    DataResult,
-    Latency,
-    QadResult,
-    Retention,
-    SignalsResult,
-    StudentResult,
-    TeacherResult,
-)
+from edgedistill.records.artifact import Artifact
+from edgedistill.records.data import DataResult
+from edgedistill.records.latency import Latency
+from edgedistill.records.retention import Retention
+from edgedistill.records.training import QadResult, SignalsResult, StudentResult, TeacherResult
 from edgedistill.store import Store, Stored
 from edgedistill.strict import local_path, require_writable
 

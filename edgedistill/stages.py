@@ -27,8 +27,10 @@ from edgedistill.models.folder import (
 )
 from edgedistill.progress import QUIET, Progress
 from edgedistill.quantization.options import ExportOptions
+from edgedistill.records.artifact import Artifact
+from edgedistill.records.latency import Latency
 from edgedistill.records.reading import first_fault
-from edgedistill.records.records import Artifact, Latency, Retention
+from edgedistill.records.retention import Retention
 from edgedistill.store import Store, Stored, combined_sha256, fsync_folder, fsync_tree, sha256_of
 from edgedistill.strict import NotJson, local_path, parse_json, read_bytes, require_writable
 

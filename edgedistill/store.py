@@ -33,7 +33,7 @@ from pydantic import BaseModel, ValidationError
 
 from edgedistill import __version__
 from edgedistill.errors import UserError
-from edgedistill.records.records import FileEntry
+from edgedistill.records.base import FileEntry
 from edgedistill.strict import local_path, read_json
 
 R = TypeVar("R", bound=BaseModel)

@@ -15,26 +15,21 @@ from edgedistill.config.recipe import Recipe
 from edgedistill.config.targets import load_target
 from edgedistill.gguf.quantize import export_gguf
 from edgedistill.models.folder import tokenizer_sha256
-from edgedistill.records.records import (
+from edgedistill.records.artifact import Artifact, Parity, SpeedComparison
+from edgedistill.records.data import DataResult, SplitPart
+from edgedistill.records.latency import Latency, Workload
+from edgedistill.records.retention import (
     Agreement,
-    Artifact,
     Baselines,
-    DataResult,
-    Latency,
     Measured,
     Neighbours,
-    Parity,
     Retention,
     Rung,
     Scored,
-    Shape,
-    SpeedComparison,
-    SplitPart,
-    StudentResult,
-    TeacherResult,
     TokenizerCheck,
-    Workload,
 )
+from edgedistill.records.shape import Shape
+from edgedistill.records.training import StudentResult, TeacherResult
 from edgedistill.statistics import METHOD, rate
 from edgedistill.store import Store
 from edgedistill.verify.gate import judged

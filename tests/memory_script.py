@@ -26,7 +26,7 @@ import numpy as np
 from edgedistill.config.recipe import Distill, Recipe, Teacher
 from edgedistill.fit.training import blocks_of
 from edgedistill.fit.training_memory import Prediction, Teaching, predict
-from edgedistill.records.records import Shape
+from edgedistill.records.shape import Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 

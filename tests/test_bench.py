@@ -21,7 +21,9 @@ from edgedistill.config.recipe import Bench
 from edgedistill.config.targets import Target, load_target
 from edgedistill.errors import UserError
 from edgedistill.machine import facts
-from edgedistill.records.records import Artifact, Figure, Latency
+from edgedistill.records.artifact import Artifact
+from edgedistill.records.figures import Figure
+from edgedistill.records.latency import Latency
 from edgedistill.runtimes.quantize import quantize_in_child
 from edgedistill.store import Store, combined_sha256, file_entries
 

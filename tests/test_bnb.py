@@ -11,7 +11,7 @@ from checkpoints import tiny, torch_logits, torch_model
 
 from edgedistill.errors import UserError
 from edgedistill.export.stage import write_artifact
-from edgedistill.records.records import Artifact
+from edgedistill.records.artifact import Artifact
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")

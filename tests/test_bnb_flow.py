@@ -21,7 +21,7 @@ from edgedistill.export.stage import write_artifact
 from edgedistill.fit.sizes import artifact_bytes, kv_cache_bytes, read_bytes_a_token
 from edgedistill.models.shapes import shape_from_config
 from edgedistill.plan.plan import plan
-from edgedistill.records.records import Shape
+from edgedistill.records.shape import Shape
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
@@ -173,7 +173,7 @@ def test_a_profile_may_not_smuggle_in_what_no_build_follows() -> None:
 @pytest.mark.parametrize("words", [("verify",), ("bench", "-t", "phone")])
 def test_an_executorch_program_is_neither_verified_nor_timed(built, tmp_path: Path, words: tuple[str, ...]) -> None:
     """A record as `export` writes it: no interpreter is needed to refuse it."""
-    from edgedistill.records.records import Artifact
+    from edgedistill.records.artifact import Artifact
     from edgedistill.store import combined_sha256, file_entries
 
     command, _ = built

@@ -43,6 +43,8 @@ from edgedistill.errors import RuntimeCrashed, UserError
 from edgedistill.guards.onnx_model import check_onnx
 from edgedistill.models.folder import tokenizer_sha256
 from edgedistill.onnx.graph import stored_weights
+from edgedistill.records.artifact import Fallback
+from edgedistill.records.base import FileEntry
 from edgedistill.records.manifest import (
     CARD,
     Manifest,
@@ -53,7 +55,8 @@ from edgedistill.records.manifest import (
     sums_text,
 )
 from edgedistill.records.names import collision, unsafe_path
-from edgedistill.records.records import Fallback, FileEntry, FurtherTeacher, Scored
+from edgedistill.records.retention import Scored
+from edgedistill.records.training import FurtherTeacher
 from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.store import combined_sha256, files_under, sha256_of
 
@@ -1073,7 +1076,7 @@ class TestBuild:
             "from pathlib import Path\n"
             "import bundle_fixtures as f\n"
             "from edgedistill.errors import UserError\n"
-            "from edgedistill.records.records import Artifact\n"
+            "from edgedistill.records.artifact import Artifact\n"
             "i = object.__new__(f.Ingredients)\n"
             "i.folder = Path(sys.argv[2])\n"
             "i.store, i.checkpoint = f.Store(i.folder / 'store'), i.folder / 'student'\n"

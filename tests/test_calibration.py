@@ -27,7 +27,7 @@ from edgedistill.quantization.histogram import (
     rounded_up,
 )
 from edgedistill.quantization.options import ExportOptions
-from edgedistill.records.records import TensorSpec
+from edgedistill.records.artifact import TensorSpec
 
 IMAGE = TensorSpec(name="image", dtype="float", shape=["batch", 3, 4])
 

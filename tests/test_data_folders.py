@@ -15,7 +15,7 @@ from edgedistill.data.documents import read_source
 from edgedistill.data.prepare import prepare_data, read_part
 from edgedistill.data.report import warnings
 from edgedistill.errors import UserError
-from edgedistill.records.records import DataResult
+from edgedistill.records.data import DataResult
 from edgedistill.store import Store, Stored
 
 

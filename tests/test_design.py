@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from edgedistill.config.recipe import ShapeAsk
 from edgedistill.errors import UserError
-from edgedistill.records.records import Shape
+from edgedistill.records.shape import Shape
 from edgedistill.student.design import FILL, design_student, fill_of
 
 TEACHER = Shape(vocab_size=4096, hidden_size=512, intermediate_size=1536, num_hidden_layers=6,

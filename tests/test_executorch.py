@@ -13,7 +13,7 @@ from checkpoints import tiny
 from edgedistill.errors import RuntimeCrashed, UserError
 from edgedistill.export.stage import write_artifact
 from edgedistill.other_formats.executorch import INTERPRETER, LIMITS
-from edgedistill.records.records import Artifact
+from edgedistill.records.artifact import Artifact
 
 here = importlib.util.find_spec("executorch") is not None or INTERPRETER in os.environ
 needs_executorch = pytest.mark.skipif(not here, reason=f"no executorch here, and {INTERPRETER} names no interpreter")

@@ -20,7 +20,8 @@ from gate_models import changed, noisy, resealed, trained
 from edgedistill import stages
 from edgedistill.config.recipe import Recipe
 from edgedistill.errors import GateFailed, UserError
-from edgedistill.records.records import Artifact, Departure, Gate, Measured, Retention, Scored
+from edgedistill.records.artifact import Artifact
+from edgedistill.records.retention import Departure, Gate, Measured, Retention, Scored
 from edgedistill.statistics import ByUnit, perplexity_ratio
 from edgedistill.store import Store
 from edgedistill.verify.baselines import SMOOTHINGS, unigram

@@ -18,7 +18,7 @@ from edgedistill.gguf.request import matrices_of, planned_types
 from edgedistill.models.architectures import model_of
 from edgedistill.quantization.mixes import MIXES_THAT_NEED_IMPORTANCE, usable_type
 from edgedistill.quantization.options import ExportOptions
-from edgedistill.records.records import Artifact
+from edgedistill.records.artifact import Artifact
 from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.strict import read_json
 

@@ -21,7 +21,7 @@ from edgedistill.gguf.request import request_of, with_importance
 from edgedistill.gguf.sensitivity import Scored, StoredModel, group_of, ladders_of, read_text
 from edgedistill.models.architectures import Model, model_of
 from edgedistill.quantization.options import ExportOptions
-from edgedistill.records.records import Artifact, Sensitivity
+from edgedistill.records.artifact import Artifact, Sensitivity
 from edgedistill.strict import read_json
 
 CONTEXT = 128

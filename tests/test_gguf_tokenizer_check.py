@@ -15,7 +15,7 @@ from edgedistill.gguf.pretokenizers import NEW_CHARACTERS_NOTE
 from edgedistill.gguf.tokenizer_bpe import NFC_NOTE
 from edgedistill.models.folder import open_model, weights_sha256
 from edgedistill.progress import Progress
-from edgedistill.records.records import Artifact
+from edgedistill.records.artifact import Artifact
 from edgedistill.store import Store
 from edgedistill.verify.tokenizer_check import with_checked_tokenizer
 

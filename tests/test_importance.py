@@ -26,7 +26,7 @@ from edgedistill.gguf.importance import (
 from edgedistill.gguf.quantize import export_gguf
 from edgedistill.models.architectures import model_of
 from edgedistill.quantization.options import ExportOptions
-from edgedistill.records.records import Artifact
+from edgedistill.records.artifact import Artifact
 from edgedistill.strict import read_json
 
 BLOCKS = tuple((f"{number} {text}",) for number, text in enumerate(CORPUS * 40))

@@ -17,7 +17,7 @@ from edgedistill.onnx.decoder import QUANTIZATIONS, export_onnx
 from edgedistill.onnx.dequantize import dequantized, unpack
 from edgedistill.onnx.parity import relative_rms
 from edgedistill.plan.preflight import _require_exportable
-from edgedistill.records.records import Artifact
+from edgedistill.records.artifact import Artifact
 from edgedistill.runtimes.process import RuntimeProcess
 
 LLAMA3_ROPE = {

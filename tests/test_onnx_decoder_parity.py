@@ -15,7 +15,7 @@ from edgedistill.export.stage import write_artifact
 from edgedistill.machine import facts
 from edgedistill.onnx.decoder_parity import LIMITS, check_decoder, check_weights, torch_outputs, traced
 from edgedistill.quantization.options import NOT_COMPARED, ExportOptions
-from edgedistill.records.records import Artifact
+from edgedistill.records.artifact import Artifact
 
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},

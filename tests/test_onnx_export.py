@@ -24,7 +24,7 @@ from edgedistill.export.stage import write_artifact
 from edgedistill.onnx.encoder import export_encoder, export_module
 from edgedistill.onnx.tasks import TASKS, task_of
 from edgedistill.quantization.options import ExportOptions
-from edgedistill.records.records import Artifact
+from edgedistill.records.artifact import Artifact
 from edgedistill.runtimes.graph import GraphProcess
 from edgedistill.store import Store
 

@@ -26,7 +26,7 @@ from edgedistill.onnx.parity import _of_one, check_parity
 from edgedistill.onnx.processors import given_names, open_tokenizer, read, require_same_tokens, ship
 from edgedistill.onnx.tasks import open_task
 from edgedistill.quantization.options import ExportOptions
-from edgedistill.records.records import Artifact, TensorSpec
+from edgedistill.records.artifact import Artifact, TensorSpec
 from edgedistill.runtimes.graph import GraphProcess
 
 TEXT = ["input_ids", "attention_mask"]

@@ -26,7 +26,7 @@ from edgedistill.onnx.quantizable import quantizable_nodes
 from edgedistill.onnx.quantize import quantize
 from edgedistill.onnx.quantized_graph import load, quantize_graph, static_tensors
 from edgedistill.quantization.options import ExportOptions
-from edgedistill.records.records import Artifact
+from edgedistill.records.artifact import Artifact
 
 KINDS = ("bert", "resnet", "t5")
 # Of tiny random models, whose attention is far from uniform and whose widths average nothing out.

@@ -16,7 +16,7 @@ from edgedistill.export.stage import write_artifact
 from edgedistill.onnx.scoring import meanings_of, rows_of, score
 from edgedistill.onnx.tasks import CLASSES, DERIVED, LABELS, PLACES, SCORES, VECTORS, _meanings
 from edgedistill.quantization.options import ExportOptions
-from edgedistill.records.records import TensorSpec
+from edgedistill.records.artifact import TensorSpec
 
 RNG = np.random.default_rng(0)
 MASK = np.array([[1, 1, 1, 0], [1, 1, 1, 1]])

@@ -16,7 +16,7 @@ from edgedistill.errors import UserError
 from edgedistill.export.stage import write_artifact
 from edgedistill.onnx.calibration import text_samples
 from edgedistill.quantization.options import ExportOptions
-from edgedistill.records.records import Artifact
+from edgedistill.records.artifact import Artifact
 from edgedistill.runtimes.graph import GraphProcess
 
 OPTIONS = ExportOptions(

@@ -21,7 +21,7 @@ from edgedistill.onnx.sentence import activation_of, model_type, pooling_modes, 
 from edgedistill.onnx.sentence_modules import Pooling, Sentence
 from edgedistill.onnx.tasks import open_task, task_of
 from edgedistill.quantization.options import ExportOptions
-from edgedistill.records.records import Artifact
+from edgedistill.records.artifact import Artifact
 from edgedistill.runtimes.graph import GraphProcess
 
 OLD = "sentence_transformers.models."

@@ -16,7 +16,8 @@ from edgedistill.fit import sizes
 from edgedistill.fit.artifact import artifacts_of, context_of, decode_ceiling, human_bytes
 from edgedistill.fit.training import PROCESS_BYTES, _relaxed, distillation, predict_distillation, propose
 from edgedistill.plan.plan import AUTO_STARTS, Plan, plan, plan_rows
-from edgedistill.records.records import Figure, Shape
+from edgedistill.records.figures import Figure
+from edgedistill.records.shape import Shape
 
 TEACHER = Shape(vocab_size=4096, hidden_size=512, intermediate_size=1536, num_hidden_layers=6,
                 num_attention_heads=8, num_key_value_heads=4, head_dim=64)  # fmt: skip

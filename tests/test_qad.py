@@ -16,7 +16,7 @@ from edgedistill.gguf.dequantize import dequantized
 from edgedistill.gguf.importance import read_importance
 from edgedistill.onnx.dequantize import stored
 from edgedistill.quantization.options import ExportOptions
-from edgedistill.records.records import QadResult
+from edgedistill.records.training import QadResult
 from edgedistill.runtimes.runners import load_torch
 from edgedistill.strategies.fake_quant import FakeQuantizer, Rounding
 from edgedistill.strategies.qad import pinned

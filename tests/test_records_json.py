@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from edgedistill.bundle.npy import array_bytes, array_of, header
 from edgedistill.cli.edge import plain
 from edgedistill.errors import UserError
+from edgedistill.records.base import FileEntry
 from edgedistill.records.reading import json_record, json_value
-from edgedistill.records.records import FileEntry
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ from edgedistill.bundle.files import read_manifest
 from edgedistill.bundle.report import report
 from edgedistill.cli.show import latency_text, retention_text
 from edgedistill.errors import UserError
-from edgedistill.records.records import Fallback, Percentiles, Scored, Sensitivity, SensitivityRow, TokenizerCheck
+from edgedistill.records.artifact import Fallback, Sensitivity, SensitivityRow
+from edgedistill.records.latency import Percentiles
+from edgedistill.records.retention import Scored, TokenizerCheck
 from edgedistill.report import plots
 from edgedistill.report.html import interval, limits_of, number, plain, render, size
 from edgedistill.report.plots import drift_svg, token_ms_svg, ttft_svg
@@ -254,7 +256,7 @@ class TestLimits:
         }
         record = None
         if changes.pop("latency", True):
-            from edgedistill.records.records import Artifact
+            from edgedistill.records.artifact import Artifact
 
             stub = Artifact.model_construct(sha256="0" * 64)
             record = latency(stub, **changes)

@@ -11,7 +11,7 @@ import pytest
 
 from edgedistill.errors import UserError
 from edgedistill.models.shapes import ARCHITECTURES, FAMILIES, config_from_shape, shape_from_config
-from edgedistill.records.records import Shape
+from edgedistill.records.shape import Shape
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edgedistill.cli.show import _fallback_lines
-from edgedistill.records.records import Fallback
+from edgedistill.records.artifact import Fallback
 
 
 def test_tensors_that_fell_back_alike_share_a_line() -> None:

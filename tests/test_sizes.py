@@ -26,7 +26,7 @@ from edgedistill.quantization.mixes import (
     usable_type,
     uses_importance,
 )
-from edgedistill.records.records import Shape
+from edgedistill.records.shape import Shape
 
 WIDE = Shape(
     vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=9,

@@ -15,7 +15,7 @@ import pytest
 
 from edgedistill.cli.store_commands import store_adopt, store_list, store_prune, store_verify
 from edgedistill.errors import UserError
-from edgedistill.records.records import Record
+from edgedistill.records.base import Record
 from edgedistill.store import RACY_NS, Store, Work, key_of, own_sha256, versions
 
 
@@ -227,7 +227,7 @@ import sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from edgedistill.store import Store
-from edgedistill.records.records import Record
+from edgedistill.records.base import Record
 class Number(Record):
     value: int
 def build(work):

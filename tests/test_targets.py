@@ -30,7 +30,7 @@ from edgedistill.config.targets import (
 )
 from edgedistill.errors import UserError
 from edgedistill.fit.sizes import ONNX_FLOAT_BYTES, ONNX_MATMUL_BYTES
-from edgedistill.records.records import Figure
+from edgedistill.records.figures import Figure
 
 NAMES = [
     "cpu-x86", "jetson-agx-orin", "jetson-orin-nano", "phone-arm64-high", "phone-arm64-mid", "raspberry-pi-5",

@@ -14,7 +14,7 @@ from training_models import VOCAB, model, packed
 from edgedistill.config.recipe import Teacher, parse_recipe
 from edgedistill.errors import UserError
 from edgedistill.models.bitsandbytes import load_quantized
-from edgedistill.records.records import TeacherResult
+from edgedistill.records.training import TeacherResult
 from edgedistill.tasks.causal_lm import TextTokenizer
 from edgedistill.teacher.cached import cache_key
 from edgedistill.teacher.live import live_teacher

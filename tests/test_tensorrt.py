@@ -20,7 +20,7 @@ from edgedistill.errors import UserError
 from edgedistill.export.stage import write_artifact
 from edgedistill.onnx.tensorrt import require_tensorrt
 from edgedistill.quantization.options import ExportOptions
-from edgedistill.records.records import Artifact
+from edgedistill.records.artifact import Artifact
 
 SCRIPT = Path(__file__).resolve().parents[1] / "edgedistill" / "onnx" / "build_engine.py"
 

@@ -17,7 +17,7 @@ from edgedistill.fit.training_memory import Teaching, predict
 from edgedistill.losses import losses
 from edgedistill.losses.losses import Head, TeacherHead, _chunk_rows, _teacher_heads
 from edgedistill.losses.model_parts import final_hidden
-from edgedistill.records.records import Shape
+from edgedistill.records.shape import Shape
 from edgedistill.signals import cache, signals
 
 

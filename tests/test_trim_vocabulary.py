@@ -21,7 +21,7 @@ from edgedistill.errors import UserError
 from edgedistill.gguf.tokenizer import BYTES, read_tokenizer
 from edgedistill.models.folder import check_folder, vocabulary
 from edgedistill.plan.plan import plan
-from edgedistill.records.records import Shape
+from edgedistill.records.shape import Shape
 from edgedistill.signals.signals import LiveSignals
 from edgedistill.student.start import start_student
 from edgedistill.student.vocabulary import byte_alphabet, kept_ids, trim_rows, trim_tokenizer

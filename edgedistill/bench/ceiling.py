@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from edgedistill.errors import UserError
-from edgedistill.records.records import Figure
+from edgedistill.records.figures import Figure
 
 GGUF_EMBEDDING = "token_embd.weight"
 FOLDER_EMBEDDING = "model.embed_tokens.weight"

@@ -22,7 +22,9 @@ from edgedistill.config.targets import Target, why_not
 from edgedistill.errors import UserError
 from edgedistill.machine import facts
 from edgedistill.progress import QUIET, Progress
-from edgedistill.records.records import Artifact, Basis, Latency, Percentiles, Workload
+from edgedistill.records.artifact import Artifact
+from edgedistill.records.figures import Basis
+from edgedistill.records.latency import Latency, Percentiles, Workload
 from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.runtimes.unchanged import unchanged
 from edgedistill.statistics import MIN_VALUES_FOR_P99, rate

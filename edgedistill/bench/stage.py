@@ -9,7 +9,8 @@ from edgedistill.config.recipe import Bench
 from edgedistill.config.targets import Target
 from edgedistill.machine import facts
 from edgedistill.progress import QUIET, Progress
-from edgedistill.records.records import Artifact, Latency
+from edgedistill.records.artifact import Artifact
+from edgedistill.records.latency import Latency
 from edgedistill.runtimes.facts import runtime_facts
 from edgedistill.store import Store, Stored, Work, versions
 

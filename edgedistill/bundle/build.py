@@ -29,6 +29,10 @@ from edgedistill.data.files import kind_of
 from edgedistill.errors import UserError
 from edgedistill.machine import facts
 from edgedistill.models.folder import locate
+from edgedistill.records.artifact import Artifact
+from edgedistill.records.base import FileEntry
+from edgedistill.records.data import DataResult
+from edgedistill.records.latency import Latency
 from edgedistill.records.manifest import (
     CARD,
     MANIFEST,
@@ -44,16 +48,8 @@ from edgedistill.records.manifest import (
     sums_text,
 )
 from edgedistill.records.names import unsafe_path
-from edgedistill.records.records import (
-    Artifact,
-    DataResult,
-    FileEntry,
-    FurtherTeacher,
-    Latency,
-    Retention,
-    StudentResult,
-    TeacherResult,
-)
+from edgedistill.records.retention import Retention
+from edgedistill.records.training import FurtherTeacher, StudentResult, TeacherResult
 from edgedistill.report.html import render
 from edgedistill.store import (
     Store,

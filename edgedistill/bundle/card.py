@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import yaml
 
 from edgedistill.bundle.licenses import Source, plain, whose
+from edgedistill.records.latency import Latency
 from edgedistill.records.manifest import Manifest, claims_digest
-from edgedistill.records.records import Latency, Retention
+from edgedistill.records.retention import Retention
 from edgedistill.statistics import too_few
 
 HUB_ID = re.compile(r"[A-Za-z0-9._-]{1,96}(/[A-Za-z0-9._-]{1,96})?")

@@ -19,6 +19,8 @@ from edgedistill.bundle.golden import check_fingerprint
 from edgedistill.bundle.golden import replay as replay_golden
 from edgedistill.bundle.judge import check_ceilings, check_records
 from edgedistill.errors import UserError
+from edgedistill.records.base import Record
+from edgedistill.records.latency import Latency
 from edgedistill.records.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -31,7 +33,7 @@ from edgedistill.records.manifest import (
     parse_sums,
     self_hash_holds,
 )
-from edgedistill.records.records import Latency, Record, Retention
+from edgedistill.records.retention import Retention
 from edgedistill.store import Store
 from edgedistill.strict import shown
 

@@ -20,10 +20,10 @@ from edgedistill.config.targets import Target, targets_list
 from edgedistill.errors import UserError
 from edgedistill.models.hf_tokenizer import TOKENIZER_FILES
 from edgedistill.quantization.kinds import ARTIFACTS, RUNTIMES_OF
+from edgedistill.records.base import FileEntry
 from edgedistill.records.golden import Golden
 from edgedistill.records.manifest import MANIFEST, BundleArtifact, Manifest, Tensor
 from edgedistill.records.reading import first_fault
-from edgedistill.records.records import FileEntry
 from edgedistill.statistics import MIN_UNITS
 from edgedistill.store import combined_sha256
 from edgedistill.strict import shown

@@ -17,8 +17,9 @@ from edgedistill.bundle.claims import refuse
 from edgedistill.bundle.licenses import Source, license_text, notice_text
 from edgedistill.bundle.samples import sample_texts
 from edgedistill.bundle.sbom import sbom_text
+from edgedistill.records.latency import Latency
 from edgedistill.records.manifest import CARD, MANIFEST, Manifest
-from edgedistill.records.records import Latency, Retention
+from edgedistill.records.retention import Retention
 
 Read = Callable[[str], bytes]
 Figures = Sequence[tuple[Retention, Latency | None]]

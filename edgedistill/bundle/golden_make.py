@@ -33,8 +33,8 @@ from edgedistill.bundle.golden_rules import (
 )
 from edgedistill.errors import RuntimeCrashed, UserError
 from edgedistill.machine import facts
+from edgedistill.records.artifact import Artifact
 from edgedistill.records.golden import DamageSeen, Golden, GoldenCase, GoldenOutput, GoldenVocabulary
-from edgedistill.records.records import Artifact
 from edgedistill.runtimes.chat import chat_differs, made_chat
 from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.store import Store

@@ -15,9 +15,11 @@ from typing import Any
 from edgedistill.bundle.claims import MAX_RECORD_BYTES, recipe_part, refuse, target_of
 from edgedistill.bundle.files import REMEDY
 from edgedistill.bundle.plausible import check_intervals, check_ladder
+from edgedistill.records.base import Record
+from edgedistill.records.latency import Latency, Percentiles
 from edgedistill.records.manifest import BundleArtifact, Manifest
 from edgedistill.records.reading import json_record
-from edgedistill.records.records import Latency, Percentiles, Record, Retention, Rung, RungName
+from edgedistill.records.retention import Retention, Rung, RungName
 from edgedistill.strict import shown
 
 Read = Callable[[str], bytes]

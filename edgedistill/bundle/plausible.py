@@ -10,8 +10,9 @@ import re
 
 from edgedistill import __version__, statistics
 from edgedistill.bundle.claims import recipe_part, refuse
+from edgedistill.records.base import Interval
 from edgedistill.records.manifest import BundleArtifact, Manifest
-from edgedistill.records.records import Interval, Retention, Rung, RungName
+from edgedistill.records.retention import Retention, Rung, RungName
 from edgedistill.strict import shown
 from edgedistill.verify.tokenizer_check import VARIED_TEXTS
 

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from edgedistill.bundle.check import BundleCheck
     from edgedistill.pipeline import Built, Trained
     from edgedistill.plan.plan import Plan
-    from edgedistill.records.records import Artifact, Fallback, Gate, Latency, Retention, Sensitivity, SignalsResult
+    from edgedistill.records.artifact import Artifact, Fallback, Sensitivity
+    from edgedistill.records.latency import Latency
+    from edgedistill.records.retention import Gate, Retention
+    from edgedistill.records.training import SignalsResult
 
 WIDTH = 140
 

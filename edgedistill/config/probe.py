@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.config.targets import BenchSettings, Cluster, Cpu, Identify, Limits, Target
-from edgedistill.records.records import Figure
+from edgedistill.records.figures import Figure
 
 # Several times larger than the usual last-level cache, so that a copy goes through memory.
 BUFFER_BYTES = 256 << 20

@@ -25,7 +25,7 @@ from edgedistill.data.rows import BLANK, NO_TEXT, read_rows, rows_of
 from edgedistill.data.table import Table, no_column
 from edgedistill.data.text import read_text_file, refuse_rows_as_text
 from edgedistill.errors import UserError
-from edgedistill.records.records import FileRead, LeftOut, SourceRead
+from edgedistill.records.data import FileRead, LeftOut, SourceRead
 from edgedistill.strict import local_path, shown
 
 PYTHON_DOCS = "python-docs"

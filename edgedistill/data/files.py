@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from edgedistill.errors import UserError
-from edgedistill.records.records import LeftOut
+from edgedistill.records.data import LeftOut
 from edgedistill.strict import shown
 
 Format = Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "arrow"]

@@ -15,7 +15,7 @@ from edgedistill.data.documents import PYTHON_DOCS, Documents, read_source, sour
 from edgedistill.data.report import tell
 from edgedistill.data.split import PARTS, split_documents
 from edgedistill.progress import QUIET, Progress
-from edgedistill.records.records import DataResult, SourceRead
+from edgedistill.records.data import DataResult, SourceRead
 from edgedistill.store import Store, Stored, Work, canonical_json
 
 LAYOUT = 3  # of the record and its parts: 3 since what is held out is left out of the training

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from edgedistill.progress import Progress
-from edgedistill.records.records import LeftOut, SourceRead
+from edgedistill.records.data import LeftOut, SourceRead
 
 MAX_FILES_LISTED = 20
 # how the parts of a data set are called, in a file's or a folder's name

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from edgedistill.config.recipe import Data
 from edgedistill.data.documents import PYTHON_DOCS, Group, source_hash
 from edgedistill.errors import UserError
-from edgedistill.records.records import SplitPart
+from edgedistill.records.data import SplitPart
 
 Block = list[str]
 PARTS = ("train", "calibration", "held_out")

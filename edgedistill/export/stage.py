@@ -16,7 +16,7 @@ from edgedistill.models.folder import folder_notes, require_weights
 from edgedistill.models.generation import generation_sha256
 from edgedistill.progress import QUIET, Progress
 from edgedistill.quantization.options import DEFAULT_OPTIONS, NOT_COMPARED, UNKNOWN_FAMILY, ExportOptions
-from edgedistill.records.records import Artifact
+from edgedistill.records.artifact import Artifact
 from edgedistill.store import Store, Stored, Work, versions
 
 EXPORTERS = {

@@ -9,7 +9,9 @@ from edgedistill.config.targets import Target, parse_artifact
 from edgedistill.errors import UserError
 from edgedistill.fit import sizes
 from edgedistill.quantization.mixes import uses_importance
-from edgedistill.records.records import Figure, Record, Shape
+from edgedistill.records.base import Record
+from edgedistill.records.figures import Figure
+from edgedistill.records.shape import Shape
 
 # Last-level caches of these devices hold 2 to 50 MB: weights that small need not come from memory.
 CACHE_BYTES = 50_000_000

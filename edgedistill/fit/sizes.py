@@ -17,7 +17,7 @@ from edgedistill.quantization.mixes import (
     usable_type,
     uses_importance,
 )
-from edgedistill.records.records import Shape
+from edgedistill.records.shape import Shape
 
 # Names, dimensions and offsets in the header; the tokenizer's pieces, types, scores or merges.
 GGUF_BYTES_A_TENSOR = 72

@@ -8,7 +8,7 @@ from typing import Any
 
 from edgedistill.config.recipe import Recipe, Training
 from edgedistill.fit.training_memory import GENERAL_BLOCKS, PLAIN_BLOCKS, Prediction, Signals, Teaching, predict
-from edgedistill.records.records import Shape
+from edgedistill.records.shape import Shape
 
 # What stands after the imports of a training process (measured: 364 MB, 420 MB with peft), and its text.
 PROCESS_BYTES = 450_000_000

@@ -7,7 +7,7 @@ all key heads.
 from __future__ import annotations
 
 from edgedistill.config.recipe import Lora
-from edgedistill.records.records import Shape
+from edgedistill.records.shape import Shape
 
 # Bytes a weight, with bitsandbytes' scales: NF4 half a byte, and a byte and more a block of 64.
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.516}

@@ -29,7 +29,7 @@ from edgedistill.fit.training_counts import (
     matrix_parameters,
     teacher_bytes,
 )
-from edgedistill.records.records import Shape
+from edgedistill.records.shape import Shape
 
 # Measured: code that is paged in at its first use, the threads' and the matrix library's buffers.
 RUNTIME_BYTES = 27_000_000

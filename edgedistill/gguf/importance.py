@@ -26,7 +26,7 @@ from edgedistill.models.loading import LOADING
 from edgedistill.progress import QUIET, Progress
 from edgedistill.quantization.mixes import quantizable
 from edgedistill.quantization.options import ExportOptions
-from edgedistill.records.records import Calibration
+from edgedistill.records.artifact import Calibration
 from edgedistill.store import canonical_json
 
 Ids = NDArray[np.int32]

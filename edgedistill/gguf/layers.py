@@ -19,7 +19,7 @@ from edgedistill.gguf.pooling import CLS, LAST, MEAN
 from edgedistill.gguf.reader import GgufFile
 from edgedistill.models.architectures import as_modules, model_of, to_interleaved
 from edgedistill.models.weights import read_tensor, stored_tensors
-from edgedistill.records.records import Parity
+from edgedistill.records.artifact import Parity
 from edgedistill.runtimes.parity import INVALID, Differences, measure, real_inputs, weight_difference
 from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.runtimes.runners import with_weights

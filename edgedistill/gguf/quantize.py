@@ -22,7 +22,7 @@ from edgedistill.models.streaming import Dtype
 from edgedistill.progress import QUIET, Progress
 from edgedistill.quantization.mixes import BASE_TYPES, UNQUANTIZED, quantizable
 from edgedistill.quantization.options import DEFAULT_OPTIONS, ExportOptions
-from edgedistill.records.records import Artifact, Fallback, Sensitivity
+from edgedistill.records.artifact import Artifact, Fallback, Sensitivity
 from edgedistill.runtimes.quantize import quantize_in_child
 from edgedistill.store import combined_sha256, file_entries, fsync_folder, versions
 from edgedistill.strict import read_json

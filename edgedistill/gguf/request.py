@@ -29,7 +29,7 @@ from edgedistill.quantization.mixes import (
     wanted_types,
 )
 from edgedistill.quantization.options import ExportOptions
-from edgedistill.records.records import Calibration
+from edgedistill.records.artifact import Calibration
 
 
 @dataclass(frozen=True, kw_only=True)

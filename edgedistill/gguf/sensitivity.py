@@ -28,7 +28,7 @@ from edgedistill.progress import QUIET, Progress
 from edgedistill.quantization.mixes import EMBEDDING, GGML_BLOCKS, HEAD, LAYER, UNQUANTIZED, quantizable, usable_type
 from edgedistill.quantization.options import ExportOptions
 from edgedistill.quantization.sensitivity import Group, Measured, Mix, Steps, find_mix, say_result
-from edgedistill.records.records import Sensitivity
+from edgedistill.records.artifact import Sensitivity
 from edgedistill.statistics import by_unit, positive_mean
 
 if TYPE_CHECKING:

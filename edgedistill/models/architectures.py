@@ -20,7 +20,7 @@ from edgedistill.models.families import FAMILIES, Change, Family, Tensor
 from edgedistill.models.rope import MetadataValue, Rope, rope_of
 from edgedistill.models.weights import HEAD as TIED_HEAD
 from edgedistill.models.weights import StoredTensor
-from edgedistill.records.records import Shape
+from edgedistill.records.shape import Shape
 
 __all__ = ["TIED_HEAD", "architecture_of", "from_interleaved", "model_of", "rope_of", "tensor_map", "to_interleaved"]
 

@@ -29,7 +29,7 @@ from edgedistill.models.weights import (
     require_finite,
     stored_tensors,
 )
-from edgedistill.records.records import Shape
+from edgedistill.records.shape import Shape
 from edgedistill.store import Store, canonical_json
 from edgedistill.strict import local_path, open_regular, read_json
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgedistill.errors import UserError
-from edgedistill.records.records import Shape
+from edgedistill.records.shape import Shape
 from edgedistill.strict import shown
 
 # model_type -> family of the Shape

@@ -18,7 +18,7 @@ from edgedistill.onnx.inputs import Batch
 from edgedistill.progress import QUIET, Progress
 from edgedistill.quantization.histogram import METHODS, PERCENTILE, Method, Observed, chosen_range
 from edgedistill.quantization.options import ExportOptions
-from edgedistill.records.records import Calibration, TensorSpec
+from edgedistill.records.artifact import Calibration, TensorSpec
 from edgedistill.runtimes.graph import GraphProcess
 
 MINIMUM = 2

@@ -22,7 +22,8 @@ from edgedistill.models.weights import check_tensors, stored_tensors
 from edgedistill.onnx.generation_settings import write_generation
 from edgedistill.onnx.graph import count_types, stored_weights
 from edgedistill.quantization.options import NOT_COMPARED
-from edgedistill.records.records import Artifact, Fallback, Parity, Shape
+from edgedistill.records.artifact import Artifact, Fallback, Parity
+from edgedistill.records.shape import Shape
 from edgedistill.runtimes.child import signal_name
 from edgedistill.runtimes.interpreter import module_command, users_path
 from edgedistill.runtimes.process import RuntimeProcess

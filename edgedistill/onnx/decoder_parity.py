@@ -22,7 +22,7 @@ from edgedistill.models.shapes import shape_from_config
 from edgedistill.models.weights import read_tensor, stored_tensors
 from edgedistill.onnx.dequantize import HEAD, dequantized, modules_of, stored
 from edgedistill.onnx.graph import EMBEDDING, MODEL_FILE, load_graph
-from edgedistill.records.records import Parity
+from edgedistill.records.artifact import Parity
 from edgedistill.runtimes.graph import GraphProcess
 from edgedistill.runtimes.ort import CONFIG, genai_config
 from edgedistill.runtimes.process import RuntimeProcess

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgedistill.errors import UserError
 from edgedistill.models.shapes import shape_from_config
 from edgedistill.onnx.graph import COMPUTED, EMBEDDING, attribute, load_graph, read_initializer
-from edgedistill.records.records import Shape
+from edgedistill.records.shape import Shape
 
 HEAD = "lm_head"
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")

@@ -40,7 +40,7 @@ from edgedistill.onnx.tensorrt import OPSET as TENSORRT_OPSET
 from edgedistill.onnx.tensorrt import write_engine_script
 from edgedistill.progress import QUIET, Progress
 from edgedistill.quantization.options import DEFAULT_OPTIONS, ExportOptions
-from edgedistill.records.records import Artifact, Parity
+from edgedistill.records.artifact import Artifact, Parity
 from edgedistill.runtimes.graph import GraphProcess
 from edgedistill.runtimes.speed import compare_graphs, report
 from edgedistill.store import combined_sha256, file_entries, fsync_tree, versions

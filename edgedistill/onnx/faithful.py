@@ -20,8 +20,9 @@ from edgedistill.onnx.dequantize import HEAD, dequantized, stored
 from edgedistill.onnx.generation_settings import search_settings
 from edgedistill.onnx.graph import COMPUTED, EMBEDDING, load_graph, read_initializer
 from edgedistill.quantization.rounding import difference
+from edgedistill.records.artifact import Artifact
 from edgedistill.records.finding import Finding, difference_of, shown
-from edgedistill.records.records import Artifact, Shape
+from edgedistill.records.shape import Shape
 from edgedistill.runtimes.ort import CONFIG, genai_config
 from edgedistill.strict import read_json
 

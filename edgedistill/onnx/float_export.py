@@ -19,7 +19,7 @@ from edgedistill.errors import UserError
 from edgedistill.onnx.attention import fused_attention
 from edgedistill.onnx.fusions import fuse, name_axes
 from edgedistill.onnx.tasks import Graph, TaskModel, open_task
-from edgedistill.records.records import TensorSpec
+from edgedistill.records.artifact import TensorSpec
 
 DEFAULT_OPSET = 20
 OPSETS = range(18, 24)

@@ -18,7 +18,7 @@ from edgedistill.onnx.float_export import FloatExport
 from edgedistill.onnx.model_inputs import MASK
 from edgedistill.onnx.processors import SIZES, open_image_processor, pixels, tokenized
 from edgedistill.onnx.tasks import TaskModel
-from edgedistill.records.records import TensorSpec
+from edgedistill.records.artifact import TensorSpec
 
 Batch = dict[str, NDArray[Any]]
 # Short and long, plain and not: what a graph is compared on where no text is given.

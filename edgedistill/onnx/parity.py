@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from edgedistill.errors import RuntimeRefused, UserError
 from edgedistill.onnx.float_export import ATTENTION, MODULE_KEY, FloatExport
-from edgedistill.records.records import Parity
+from edgedistill.records.artifact import Parity
 from edgedistill.runtimes.graph import GraphProcess
 
 Arrays = Mapping[str, NDArray[Any]]

@@ -32,7 +32,7 @@ from edgedistill.onnx.rewriting import Rewriter
 from edgedistill.onnx.weights_only import block_product, block_table
 from edgedistill.quantization.histogram import Observed
 from edgedistill.quantization.options import DEFAULT_OPTIONS, ExportOptions
-from edgedistill.records.records import Fallback
+from edgedistill.records.artifact import Fallback
 
 # Of MatMulNBits: 0 multiplies in float32, 4 rounds the activations to int8 first.
 ACCURACY_LEVEL = 0

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from edgedistill.onnx.inputs import Batch
 from edgedistill.onnx.model_inputs import MASK
 from edgedistill.onnx.tasks import CLASSES, DERIVED, LABELS, PLACES, SCORES, VECTORS
-from edgedistill.records.records import TensorSpec
+from edgedistill.records.artifact import TensorSpec
 from edgedistill.statistics import ByUnit, by_unit
 
 METRICS = {

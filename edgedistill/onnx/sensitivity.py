@@ -22,7 +22,7 @@ from edgedistill.progress import QUIET, Progress
 from edgedistill.quantization.histogram import Observed
 from edgedistill.quantization.options import ExportOptions
 from edgedistill.quantization.sensitivity import Group, Measured, Steps, find_mix, say_result
-from edgedistill.records.records import Sensitivity
+from edgedistill.records.artifact import Sensitivity
 from edgedistill.runtimes.graph import GraphProcess
 from edgedistill.statistics import positive_mean
 

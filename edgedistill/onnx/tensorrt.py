@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
-from edgedistill.records.records import TensorSpec
+from edgedistill.records.artifact import TensorSpec
 from edgedistill.runtimes.graph import GraphProcess
 
 SCRIPT, SETTINGS, GOLDEN = "build_engine.py", "tensorrt.json", "golden"

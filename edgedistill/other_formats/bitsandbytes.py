@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from edgedistill.errors import UserError, did_you_mean
 from edgedistill.models.folder import require_sound
 from edgedistill.models.shapes import shape_from_config
-from edgedistill.records.records import Artifact
+from edgedistill.records.artifact import Artifact
 from edgedistill.store import combined_sha256, file_entries, fsync_tree, versions
 from edgedistill.strict import read_json
 

@@ -15,7 +15,7 @@ from typing import Any
 from edgedistill.errors import RuntimeCrashed, UserError, did_you_mean
 from edgedistill.models.folder import require_sound
 from edgedistill.models.shapes import shape_from_config
-from edgedistill.records.records import Artifact, Parity
+from edgedistill.records.artifact import Artifact, Parity
 from edgedistill.runtimes.child import signal_name
 from edgedistill.store import combined_sha256, file_entries, fsync_tree
 from edgedistill.strict import read_json

@@ -32,7 +32,10 @@ from edgedistill.fit.artifact import (
 from edgedistill.fit.training import GENERAL_LOSSES, PROCESS_BYTES, Run, distillation, propose, teacher_training
 from edgedistill.fit.verification_memory import verification_memory
 from edgedistill.quantization.mixes import BASE_TYPES, GGML_BLOCKS
-from edgedistill.records.records import Figure, Record, Shape, SourceRead
+from edgedistill.records.base import Record
+from edgedistill.records.data import SourceRead
+from edgedistill.records.figures import Figure
+from edgedistill.records.shape import Shape
 from edgedistill.signals.cache_files import estimate_bytes
 from edgedistill.student.design import FILL, Cut, design_student, fill_of
 

@@ -25,7 +25,9 @@ from edgedistill.models.folder import (
 from edgedistill.models.generation import generation_of
 from edgedistill.plan.plan import NF4_MULTIPLE, Plan, plan
 from edgedistill.progress import QUIET, Progress
-from edgedistill.records.records import DataResult, Shape, StudentResult
+from edgedistill.records.data import DataResult
+from edgedistill.records.shape import Shape
+from edgedistill.records.training import StudentResult
 from edgedistill.statistics import MIN_UNITS, effective_units
 from edgedistill.store import Store, Stored
 from edgedistill.verify.gate import MORE_DOCUMENTS

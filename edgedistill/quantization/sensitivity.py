@@ -20,7 +20,7 @@ import numpy as np
 
 from edgedistill.errors import UserError
 from edgedistill.progress import QUIET, Progress
-from edgedistill.records.records import Sensitivity, SensitivityRow
+from edgedistill.records.artifact import Sensitivity, SensitivityRow
 from edgedistill.statistics import Estimate
 
 # Sizes that are told apart: finer ones would cost measurements and save less than a four-thousandth of the choice.

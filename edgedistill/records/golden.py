@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from edgedistill.records.records import Record
+from edgedistill.records.base import Record
 
 Finite = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 OutputName = Literal["tokens", "greedy", "logits", "rms", "scale", "kl", "rank"]

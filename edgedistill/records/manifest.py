@@ -16,21 +16,13 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator
 
 from edgedistill.errors import UserError
+from edgedistill.records.artifact import Calibration, Fallback, Parity, Sensitivity, SpeedComparison
+from edgedistill.records.base import Count, FileEntry, Record
+from edgedistill.records.data import SplitPart
 from edgedistill.records.golden import Golden
 from edgedistill.records.names import collision, unsafe_path
 from edgedistill.records.reading import json_record
-from edgedistill.records.records import (
-    Calibration,
-    Count,
-    Fallback,
-    FileEntry,
-    Parity,
-    Record,
-    Sensitivity,
-    Shape,
-    SpeedComparison,
-    SplitPart,
-)
+from edgedistill.records.shape import Shape
 from edgedistill.strict import shown
 
 REMEDY = "take the bundle again from where it was made"

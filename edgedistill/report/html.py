@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
+from edgedistill.records.latency import Latency
 from edgedistill.records.manifest import BundleArtifact, Manifest
-from edgedistill.records.records import Latency, Retention
+from edgedistill.records.retention import Retention
 from edgedistill.report import plots
 from edgedistill.statistics import too_few
 

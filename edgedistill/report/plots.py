@@ -13,7 +13,9 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
-from edgedistill.records.records import Interval, Latency, Retention, Rung
+from edgedistill.records.base import Interval
+from edgedistill.records.latency import Latency
+from edgedistill.records.retention import Retention, Rung
 
 INK = "#1f2933"
 FAINT = "#9aa5b1"

@@ -17,7 +17,7 @@ import torch  # noqa: TID253  this module is imported by verification alone
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
-from edgedistill.records.records import Parity
+from edgedistill.records.artifact import Parity
 from edgedistill.tasks.causal_lm import TextTokenizer
 
 TEXTS = (

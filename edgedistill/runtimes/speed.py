@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgedistill import statistics
 from edgedistill.machine import facts
 from edgedistill.progress import Progress
-from edgedistill.records.records import SpeedComparison
+from edgedistill.records.artifact import SpeedComparison
 from edgedistill.runtimes.graph import GraphProcess
 from edgedistill.runtimes.process import RuntimeName, RuntimeProcess
 from edgedistill.store import Store

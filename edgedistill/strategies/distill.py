@@ -23,14 +23,9 @@ from edgedistill.models.folder import (
 )
 from edgedistill.models.generation import GENERATION_FILE
 from edgedistill.progress import QUIET, Progress
-from edgedistill.records.records import (
-    DataResult,
-    Shape,
-    SignalsResult,
-    StudentResult,
-    TeacherResult,
-    VocabularyResult,
-)
+from edgedistill.records.data import DataResult, VocabularyResult
+from edgedistill.records.shape import Shape
+from edgedistill.records.training import SignalsResult, StudentResult, TeacherResult
 from edgedistill.store import Store, Stored, Work, sha256_of, versions, write_durably
 from edgedistill.student.start import start_student
 from edgedistill.teacher.stage import mixture_key

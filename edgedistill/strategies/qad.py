@@ -22,7 +22,8 @@ from edgedistill.models.device import device_kind
 from edgedistill.models.loading import LOADING
 from edgedistill.progress import QUIET, Progress
 from edgedistill.quantization.options import ExportOptions
-from edgedistill.records.records import DataResult, QadResult, StudentResult, TeacherResult
+from edgedistill.records.data import DataResult
+from edgedistill.records.training import QadResult, StudentResult, TeacherResult
 from edgedistill.store import Store, Stored, Work, versions
 from edgedistill.strategies.distill import load_teachers, trimmed_vocabulary
 from edgedistill.teacher.stage import mixture_key
@@ -30,7 +31,7 @@ from edgedistill.teacher.stage import mixture_key
 if TYPE_CHECKING:
     from torch import nn
 
-    from edgedistill.records.records import TrainResult
+    from edgedistill.records.training import TrainResult
     from edgedistill.signals.signals import LiveSignals, MixedSignals
     from edgedistill.strategies.fake_quant import Rounding
     from edgedistill.training.ranks import Ranks

@@ -35,7 +35,7 @@ from typing import Literal
 
 from edgedistill.config.recipe import ShapeAsk
 from edgedistill.errors import UserError
-from edgedistill.records.records import Shape
+from edgedistill.records.shape import Shape
 
 FILL = 0.8
 MOST_QUERY_ERROR = 1 / 8

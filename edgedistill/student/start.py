@@ -10,7 +10,7 @@ from edgedistill.errors import UserError
 from edgedistill.models.folder import ModelFolder, check_folder
 from edgedistill.models.loading import LOADING
 from edgedistill.models.shapes import config_from_shape
-from edgedistill.records.records import Shape
+from edgedistill.records.shape import Shape
 from edgedistill.strict import read_json
 
 if TYPE_CHECKING:

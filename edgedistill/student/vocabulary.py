@@ -28,7 +28,7 @@ from edgedistill.models.folder import copy_tokenizer, kept_tokens, tokenizer_sha
 from edgedistill.models.generation import GENERATION_FILE
 from edgedistill.models.hf_tokenizer import BYTES
 from edgedistill.progress import QUIET, Progress
-from edgedistill.records.records import DataResult, VocabularyResult
+from edgedistill.records.data import DataResult, VocabularyResult
 from edgedistill.store import Store, Stored, Work, sha256_of, versions
 from edgedistill.strict import read_json
 from edgedistill.tasks.causal_lm import Ids, TextTokenizer

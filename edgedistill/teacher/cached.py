@@ -9,7 +9,8 @@ from typing import Any
 
 from edgedistill.config.recipe import Recipe
 from edgedistill.progress import QUIET, Progress
-from edgedistill.records.records import DataResult, SignalsResult, TeacherResult
+from edgedistill.records.data import DataResult
+from edgedistill.records.training import SignalsResult, TeacherResult
 from edgedistill.signals.cache import build_cache
 from edgedistill.signals.cache_files import cache_exists, recipe_key
 from edgedistill.signals.cache_reader import CacheReader, open_cache

@@ -18,7 +18,9 @@ from edgedistill.models.folder import (
 )
 from edgedistill.models.shapes import config_from_shape
 from edgedistill.progress import QUIET, Progress
-from edgedistill.records.records import DataResult, FurtherTeacher, Shape, TeacherResult
+from edgedistill.records.data import DataResult
+from edgedistill.records.shape import Shape
+from edgedistill.records.training import FurtherTeacher, TeacherResult
 from edgedistill.store import Store, Stored, Work, versions
 from edgedistill.training.save import save_model, weights_digest
 from edgedistill.training.text import training_text

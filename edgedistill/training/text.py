@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgedistill.config.recipe import Training
 from edgedistill.data.prepare import read_part
-from edgedistill.records.records import DataResult
+from edgedistill.records.data import DataResult
 from edgedistill.store import Stored
 from edgedistill.tasks.causal_lm import Packed, TextTokenizer, Window, encode_blocks, pack, scoring_windows
 

@@ -28,7 +28,7 @@ from edgedistill.errors import EdgedistillError, UserError
 from edgedistill.losses.losses import LossSpec
 from edgedistill.losses.model_parts import require_separate_documents
 from edgedistill.progress import QUIET, Progress
-from edgedistill.records.records import TrainResult
+from edgedistill.records.training import TrainResult
 from edgedistill.signals.signals import Signals
 from edgedistill.store import write_durably
 from edgedistill.tasks.causal_lm import Packed, Window

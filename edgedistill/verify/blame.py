@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgedistill.errors import UserError
-from edgedistill.records.records import Artifact, Departure
+from edgedistill.records.artifact import Artifact
+from edgedistill.records.retention import Departure
 from edgedistill.runtimes.process import RuntimeProcess
 
 TENSOR = re.compile(r"[\w.]+\.(?:weight|bias)")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from edgedistill.errors import UserError
 from edgedistill.gguf.quantize import CONVERTER
+from edgedistill.records.artifact import Artifact
 from edgedistill.records.finding import Finding, require_none
-from edgedistill.records.records import Artifact
 from edgedistill.strict import read_json
 
 REMEDY = "the artifact is not that model: export it again, or report this with the model's config.json"

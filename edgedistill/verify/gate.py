@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from edgedistill.records.records import Check, CheckName, Gate, Measured, Neighbours, Retention, RungName, Scored
+from edgedistill.records.retention import Check, CheckName, Gate, Measured, Neighbours, Retention, RungName, Scored
 from edgedistill.statistics import MIN_UNITS, counted
 from edgedistill.verify.limits import DEFAULT_MIN_RETENTION, MAX_MISMATCH_SHARE, quantizing_limit, runtime_limit
 

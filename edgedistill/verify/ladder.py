@@ -23,9 +23,9 @@ from edgedistill.config.recipe import Verify
 from edgedistill.errors import GateFailed
 from edgedistill.machine import facts
 from edgedistill.progress import QUIET, Progress
-from edgedistill.records.records import (
+from edgedistill.records.artifact import Artifact
+from edgedistill.records.retention import (
     Agreement,
-    Artifact,
     Baselines,
     Departure,
     Measured,
@@ -33,10 +33,9 @@ from edgedistill.records.records import (
     Rung,
     RungName,
     Scored,
-    StudentResult,
-    TeacherResult,
     TokenizerCheck,
 )
+from edgedistill.records.training import StudentResult, TeacherResult
 from edgedistill.runtimes.process import RuntimeName, RuntimeProcess
 from edgedistill.runtimes.runners import ArtifactScorer, Scorer, TorchScorer, load_torch, with_weights
 from edgedistill.statistics import (

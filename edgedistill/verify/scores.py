@@ -21,7 +21,8 @@ from edgedistill.config.recipe import Verify
 from edgedistill.errors import UserError
 from edgedistill.models.folder import kept_tokens
 from edgedistill.progress import Progress
-from edgedistill.records.records import RungName, StudentResult, TeacherResult
+from edgedistill.records.retention import RungName
+from edgedistill.records.training import StudentResult, TeacherResult
 from edgedistill.runtimes.runners import Scorer
 from edgedistill.statistics import ByUnit, by_unit
 from edgedistill.strict import shown

@@ -14,7 +14,9 @@ from edgedistill.machine import facts
 from edgedistill.models.folder import require_weights
 from edgedistill.models.generation import generation_sha256
 from edgedistill.progress import QUIET, Progress
-from edgedistill.records.records import Artifact, Measured, QadResult, Retention, StudentResult, TeacherResult
+from edgedistill.records.artifact import Artifact
+from edgedistill.records.retention import Measured, Retention
+from edgedistill.records.training import QadResult, StudentResult, TeacherResult
 from edgedistill.runtimes.facts import runtime_facts
 from edgedistill.runtimes.unchanged import unchanged
 from edgedistill.store import Store, Stored, Work, canonical_json, versions, write_durably

@@ -11,7 +11,8 @@ from edgedistill.errors import UserError
 from edgedistill.gguf.pretokenizers import NEW_CHARACTERS_NOTE
 from edgedistill.gguf.quantize import CONVERTER
 from edgedistill.gguf.tokenizer import GgufTokenizer, read_tokenizer, write_vocabulary
-from edgedistill.records.records import Artifact, TokenizerCheck
+from edgedistill.records.artifact import Artifact
+from edgedistill.records.retention import TokenizerCheck
 from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.strict import read_json
 

@@ -54,7 +54,7 @@ def _artifact(bundle: Path, artifact: Tree) -> dict[str, str]:
 
 
 def _combined(files: list[Tree]) -> str:
-    from edgedistill.records.records import FileEntry
+    from edgedistill.records.base import FileEntry
 
     return combined_sha256([FileEntry(**entry) for entry in files])
 
@@ -91,8 +91,9 @@ def _documents(bundle: Path, manifest: Tree) -> bool:
     from edgedistill.bundle.card import model_card
     from edgedistill.bundle.documents import REPORT, documents
     from edgedistill.bundle.licenses import Source
+    from edgedistill.records.latency import Latency
     from edgedistill.records.manifest import CARD, Manifest
-    from edgedistill.records.records import Latency, Retention
+    from edgedistill.records.retention import Retention
     from edgedistill.report.html import render
 
     try:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from edgedistill.records.records import Artifact, Retention, Scored
+from edgedistill.records.artifact import Artifact
+from edgedistill.records.retention import Retention, Scored
 
 # What a bundle holds: a quantized and a float artifact of each format.
 BUNDLES = (("gguf", "Q4_0"), ("gguf", "F32"), ("onnx", "INT4"), ("onnx", "FP32"))
