@@ -1,6 +1,6 @@
 """What training takes of one GPU, predicted by `plan` and measured: live teachers in bf16, INT8 and NF4, caches, FSDP2.
 
-Each case trains three steps through the real trainer in a process of its own (tests/memory_script.py). Measured is the most
+Each case trains three steps through the real trainer in a process of its own (tests/helpers/memory_script.py). Measured is the most
 that torch's allocator had given out; FSDP2 shards over the one GPU, so that what it gathers counts beside what it keeps. Without
 bitsandbytes the INT8 and NF4 teachers are left out, and named as not measured.
 
@@ -19,6 +19,7 @@ from typing import Any
 from common import Bound, finish, parser
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 from memory_script import case_of, device, measure, predicted
 
 from edgedistill.cli.show import human_bytes

@@ -75,7 +75,7 @@ def steps(*, tiny: bool) -> dict[str, Step]:
                                          "--json", *training]),
         "memory": Step(100, script("gpu_memory", *(["--tiny", "--only", "bf16 teacher, FSDP2"] if tiny else []))),
         "tests": Step(110, [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT),
-                            *(str(ROOT / "tests" / f"{name}.py") for name in tests)], json=False),
+                            *(str(path) for name in tests for path in (ROOT / "tests").rglob(f"{name}.py"))], json=False),
     }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-python3}"
 
-# What the steps import beyond what the machine has; tests/test_on_gpu.py holds the list to what they do import.
+# What the steps import beyond what the machine has; tests/benchmarks/test_on_gpu.py holds the list to what they do import.
 # Without their requirements: the machine has the rest, torch first of all. transformers and huggingface-hub come in the versions
 # that edgedistill asks for, where the machine's are older.
 wheels=(annotated-types datasets dill execnet huggingface-hub hypothesis iniconfig liger-kernel multiprocess pluggy pydantic

@@ -1,7 +1,7 @@
 """Peak memory of training, predicted by `plan` and measured: every ratio within 0.85 and 1.15.
 
 Each case trains three steps through the real trainer in a process of its own, with an evaluation a step, checkpoints and
-the teacher's signals (tests/memory_script.py). Measured is the resident set's peak less what stands after imports.
+the teacher's signals (tests/helpers/memory_script.py). Measured is the resident set's peak less what stands after imports.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from common import Bound, finish, parser
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 from memory_script import case_of, measure, predicted
 
 from edgedistill.records.shape import Shape

@@ -1,7 +1,7 @@
 """sbom.cdx.json: the model, what made it and what runs it, as CycloneDX 1.6. The same bundle, the same bytes.
 
 Written out rather than by a library: `bundle verify` makes it again, with nothing but edgedistill installed.
-tests/test_bundle.py holds it to the format's own schema.
+tests/bundle/test_bundle.py holds it to the format's own schema.
 """
 
 from __future__ import annotations

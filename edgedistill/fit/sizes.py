@@ -1,7 +1,7 @@
 """Bytes of artifacts and of the KV cache, computed from a Shape. Everything here is `derived`.
 
 GGUF follows llama.cpp's own choice of a type a tensor (quantization/mixes.py), with an importance matrix where
-exports use one by themselves; tests/test_sizes.py holds it to files that llama.cpp quantized.
+exports use one by themselves; tests/fit/test_sizes.py holds it to files that llama.cpp quantized.
 """
 
 from __future__ import annotations

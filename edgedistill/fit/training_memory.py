@@ -4,9 +4,9 @@ What is predicted is the process's peak less what stands after its imports: at e
 loading, the building of its cache, the loss, the backward pass's beginning and end, ...) the tensors that live
 then are counted, and the largest moment is the peak. The counts follow from the code: `losses/losses.py` for the head,
 transformers' Llama, Qwen2 and Qwen3 layers for what autograd keeps of each (held to torch's saved tensors by
-tests/test_training_memory.py). Two constants are measured, not derived: RUNTIME_BYTES and FREED_SHARE.
+tests/fit/test_training_memory.py). Two constants are measured, not derived: RUNTIME_BYTES and FREED_SHARE.
 
-Validated on CPUs (benchmarks/training_memory.py, tests/test_training_memory.py): the same count serves for a GPU,
+Validated on CPUs (benchmarks/training_memory.py, tests/fit/test_training_memory.py): the same count serves for a GPU,
 where no measurement stands behind it. torch.compile is left out, and so is sharding: it is one rank's memory without.
 
 Legend: N tokens of a micro-batch, H width, V vocabulary rows, F feed-forward width, Q and K widths of all query and of

@@ -14,7 +14,7 @@ from edgedistill.tasks.causal_lm import GROUP_TOKENS
 # torch and transformers loaded for inference (measured: 0.55 GB), and the runtime's process with its buffers.
 PROCESS_BYTES = 600_000_000
 RUNTIME_BYTES = 200_000_000
-# Arrays [tokens, vocabulary] in fp32 that live together at the peak (measured, tests/test_verification_memory.py).
+# Arrays [tokens, vocabulary] in fp32 that live together at the peak (measured, tests/fit/test_verification_memory.py).
 LOGITS_ARRAYS = 6
 FP32_BYTES = 4
 

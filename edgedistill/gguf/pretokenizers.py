@@ -2,7 +2,7 @@
 
 A pre-tokenizer can be written in many ways (one regex or several, `(?i:...)` or spelled out), so its words on
 probing texts are compared, not its JSON. PRE_TOKENIZERS holds the original of each name as the model's authors
-published it; tests/test_gguf_pretokenizers.py holds each of them to llama.cpp itself.
+published it; tests/gguf/test_gguf_pretokenizers.py holds each of them to llama.cpp itself.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def _pre_tokenizer(files: TokenizerFiles, vocab: Mapping[str, int]) -> tuple[boo
 
 
 def _notes(has_charsmap: bool, merges_spaces: bool, strips_right: bool, split_at_spaces: bool) -> list[str]:
-    """What tests/test_gguf_unigram.py finds, by class."""
+    """What tests/gguf/test_gguf_unigram.py finds, by class."""
     notes = ["llama.cpp's unigram reads neither U+2581 in a text nor control tokens in plain text as the original does"]
     if has_charsmap:
         notes.append(CLUSTERS_NOTE)

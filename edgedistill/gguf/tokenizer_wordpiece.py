@@ -67,7 +67,7 @@ def _normalizer(files: TokenizerFiles) -> tuple[bool, bool]:
 
 
 def _notes(*, lowercase: bool, strip_accents: bool, longest: int) -> list[str]:
-    """What tests/test_gguf_wordpiece.py finds over every character of Unicode, by class."""
+    """What tests/gguf/test_gguf_wordpiece.py finds over every character of Unicode, by class."""
     notes = [
         CONTROLS_NOTE,
         f"llama.cpp has no longest word; the original makes one of over {longest} characters unknown",

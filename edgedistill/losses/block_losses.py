@@ -1,4 +1,6 @@
-"""The losses of a block of tokens from its logits, and their gradient. Slow and obvious forms: tests/test_losses.py.
+"""The losses of a block of tokens from its logits, and their gradient.
+
+Slow and obvious forms: tests/losses/test_losses.py.
 
 Legend: n tokens of a block, V the student's rows, V_t the tokens that the tokenizer really has. Everything is fp32
 (fp64 in fp64); a block is small enough to stay in a CPU's caches, so passes over it are cheap and fresh memory is not.

@@ -2,7 +2,7 @@
 
 A mix (Q4_K_M, IQ3_XS, ...) is a base type and exceptions to it, which depend on the matrix's part of the network, its
 layer, the heads that share keys, whether the head is tied, and whether an importance matrix is given. The rules are
-those of llama.cpp's src/llama-quant.cpp for dense models; tests/test_sizes.py holds them to files that it wrote.
+those of llama.cpp's src/llama-quant.cpp for dense models; tests/fit/test_sizes.py holds them to files that it wrote.
 """
 
 from __future__ import annotations

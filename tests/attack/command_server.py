@@ -44,7 +44,7 @@ class Server:
     """The process that forks; `with Server() as run: run([...], folder)`."""
 
     def __init__(self, heavy: bool = True) -> None:
-        paths = os.pathsep.join([str(ROOT), str(HERE.parent)])
+        paths = os.pathsep.join([str(ROOT), str(HERE.parent), str(HERE.parent / "helpers")])
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": paths}
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "command_server.py"), "heavy" if heavy else "light"],

@@ -11,7 +11,7 @@ import pytest
 from bundle_fixtures import Ingredients
 from write_schemas import SCHEMAS, schema_text, write_schemas
 
-FOLDER = Path(__file__).resolve().parent.parent / "docs" / "schemas"
+FOLDER = Path(__file__).resolve().parents[2] / "docs" / "schemas"
 WRITTEN = {
     "edgedistill.bundle-1.json": "manifest.json",
     "edgedistill.latency-1.json": "reports/latency.json",

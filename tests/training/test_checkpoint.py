@@ -69,7 +69,7 @@ while True:
 
 
 def test_sigkill_during_twenty_checkpoint_writes_changes_nothing(tmp_path, repository):
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).resolve().parents[1] / "helpers")
 
     def script(name: str, kills: int) -> str:
         text = SCRIPT.format(

@@ -116,7 +116,7 @@ def test_odd_widths_fall_back_and_run(
 
 def test_every_quantization_is_known_to_llama_cpp_and_runs(wide: Path, tmp_path: Path) -> None:
     tokens = np.arange(20)
-    # Those that need an importance matrix: tests/test_importance.py
+    # Those that need an importance matrix: tests/gguf/test_importance.py
     for quantization in (name for name in QUANTIZATIONS if name not in MIXES_THAT_NEED_IMPORTANCE):
         artifact = export(wide, tmp_path / quantization, quantization)
         assert QUANTIZATIONS[quantization] in artifact.tensor_types, quantization

@@ -1,7 +1,7 @@
 """Trains a few steps in this process and prints, as JSON, how much memory that took: the resident set's high-water mark
 less what stood after the imports, phase by phase; on a GPU the most that torch's allocator had given out there.
 
-    python tests/memory_script.py '{"student": {...}, "training": {...}, "steps": 3, ...}'
+    python tests/helpers/memory_script.py '{"student": {...}, "training": {...}, "steps": 3, ...}'
 
 `case_of` says what a case holds. Linux only: the kernel's mark is set back through /proc/self/clear_refs.
 """
@@ -28,7 +28,7 @@ from edgedistill.fit.training import blocks_of
 from edgedistill.fit.training_memory import Prediction, Teaching, predict
 from edgedistill.records.shape import Shape
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # What a training process imports before and while it trains; some of it only inside of functions.
 IMPORTS = (

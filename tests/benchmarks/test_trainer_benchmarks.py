@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_models import VOCAB, model, packed, same, settings
 from transformers import LlamaForCausalLM
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 trainer_gpu, trainer_setup = (importlib.import_module(name) for name in ("trainer_gpu", "trainer_setup"))
 sys.path.remove(str(BENCHMARKS))

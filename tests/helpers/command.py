@@ -14,7 +14,7 @@ from typing import Any
 
 import warm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TINY = """
 name: tiny
 data: {{source: {text}, min_document_chars: 200, eval_share: 0.2, calibration_share: 0.1}}

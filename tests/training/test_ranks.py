@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 STEPS = 20
 RELATIVE = 1e-5
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install deepspeed"
 )
@@ -27,9 +27,9 @@ def launch(folder: Path, mode: str, ranks: int, *, stop_at: int | None = None, s
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0",
         "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
-        str(HERE / "rank_script.py"), str(folder), mode, str(steps),
+        str(HELPERS / "rank_script.py"), str(folder), mode, str(steps),
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HELPERS}{os.pathsep}{HELPERS.parents[1]}"}
     done = subprocess.run(
         command + ([] if stop_at is None else [str(stop_at)]), env=environment, capture_output=True, text=True,
         timeout=300, check=False,

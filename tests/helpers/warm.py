@@ -57,7 +57,9 @@ def _start_server() -> None:
     """The server of this process, once. It finds this module by PYTHONPATH alone, and would go on without it."""
     forkserver.set_forkserver_preload([__name__])
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), str(HERE), before]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(HERE.parents[1]), str(HERE.parent), str(HERE), before])
+    )
     try:
         forkserver.ensure_running()
     finally:

@@ -1,7 +1,7 @@
 """What a change that should change nothing must leave as it is: bytes of exports, losses, and what records hold.
 
-`python tests/pins.py` prints them; `--write` puts them into pins.json. Bytes are those of one set of library versions;
-losses and perplexities differ a little from CPU to CPU, and test_pins.py allows for that.
+`python tests/helpers/pins.py` prints them; `--write` puts them into pins.json. Bytes are those of one set of library
+versions; losses and perplexities differ a little from CPU to CPU, and test_pins.py allows for that.
 """
 
 from __future__ import annotations

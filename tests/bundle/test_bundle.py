@@ -60,7 +60,7 @@ from edgedistill.records.training import FurtherTeacher
 from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.store import combined_sha256, files_under, sha256_of
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ class TestWhole:
             ("x/../../y/text", "text"),
             ("private/corpus.jsonl", "corpus.jsonl"),
             ("customers/acme/texts", "texts"),
-            ("tests/tiny_models.py", "tiny_models.py"),  # it exists here
+            ("tests/helpers/tiny_models.py", "tiny_models.py"),  # it exists here
             ("s3://bucket/customers/acme.jsonl", "acme.jsonl"),
             ("https://user:secret@host/x/acme.csv?token=abc", "acme.csv"),
             (".", "local files"),
@@ -1089,7 +1089,7 @@ class TestBuild:
             "    print(error)\n"
         )
         arguments = [
-            str(Path(__file__).parent),
+            str(Path(__file__).resolve().parents[1] / "helpers"),
             str(ingredients.folder),
             str(copy),
             ingredients.artifact.model_dump_json(),

@@ -19,7 +19,7 @@ from edgedistill.runtimes.confine import layers_off
 from edgedistill.runtimes.staging import LOCK, PREFIX, PrivateFolder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the layers are Linux's")
-SCRIPT = Path(__file__).with_name("bounds_script.py")
+SCRIPT = Path(__file__).resolve().parents[1] / "helpers" / "bounds_script.py"
 NOBODY = 65534
 MIB = 1 << 20
 
@@ -165,7 +165,7 @@ class TestPrivateFolder:
             "from edgedistill.runtimes.staging import PrivateFolder\n"
             "print(PrivateFolder().root, flush=True); os.kill(os.getpid(), 9)"
         )
-        root = str(Path(__file__).resolve().parent.parent)
+        root = str(Path(__file__).resolve().parents[2])
         done = subprocess.run([sys.executable, "-P", "-c", code, root], capture_output=True, text=True)
         left = Path(done.stdout.strip())
         assert done.returncode == -9 and left.name.startswith(PREFIX) and (left / LOCK).exists()

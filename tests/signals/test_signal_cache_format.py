@@ -26,7 +26,7 @@ from edgedistill.signals.cache_files import SCHEMA
 from edgedistill.signals.cache_reader import open_cache
 from edgedistill.signals.signals import LiveSignals, produce_from
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "signal-cache.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "signal-cache.md").read_text(encoding="utf-8")
 
 
 def table(title: str) -> list[list[str]]:
@@ -201,7 +201,7 @@ def test_the_record_has_the_fields_of_the_page(tmp_path):
 
 
 def test_every_field_of_the_key_is_on_the_page():
-    root = Path(__file__).resolve().parent.parent / "edgedistill"
+    root = Path(__file__).resolve().parents[2] / "edgedistill"
     names = set()
     for file, function in (("signals/cache_files.py", "recipe_key"), ("teacher/cached.py", "cache_key")):
         tree = ast.parse((root / file).read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ from edgedistill.onnx.tensorrt import require_tensorrt
 from edgedistill.quantization.options import ExportOptions
 from edgedistill.records.artifact import Artifact
 
-SCRIPT = Path(__file__).resolve().parents[1] / "edgedistill" / "onnx" / "build_engine.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "edgedistill" / "onnx" / "build_engine.py"
 
 
 def script() -> Any:
