@@ -14,7 +14,7 @@ from edgedistill import __version__
 from edgedistill.bundle.claims import check_claims, profile_notes
 from edgedistill.bundle.contents import check_contents
 from edgedistill.bundle.documents import check_documents
-from edgedistill.bundle.files import REMEDY, hash_file, read_bounded, read_sealed, refuse_holes, sizes_in
+from edgedistill.bundle.files import hash_file, read_bounded, read_sealed, refuse_holes, sizes_in
 from edgedistill.bundle.golden import check_fingerprint
 from edgedistill.bundle.golden import replay as replay_golden
 from edgedistill.bundle.judge import check_ceilings, check_records
@@ -25,6 +25,7 @@ from edgedistill.records.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MAX_SUMS_BYTES,
+    REMEDY,
     SIGNATURE,
     SUMS,
     Manifest,

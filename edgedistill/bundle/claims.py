@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from edgedistill import __version__
-from edgedistill.bundle.files import REMEDY
 from edgedistill.bundle.npy import array_bytes
 from edgedistill.bundle.samples import sample_names
 from edgedistill.config.targets import Target, targets_list
@@ -22,7 +21,7 @@ from edgedistill.models.hf_tokenizer import TOKENIZER_FILES
 from edgedistill.quantization.kinds import ARTIFACTS, RUNTIMES_OF
 from edgedistill.records.base import FileEntry
 from edgedistill.records.golden import Golden
-from edgedistill.records.manifest import MANIFEST, BundleArtifact, Manifest, Tensor
+from edgedistill.records.manifest import MANIFEST, REMEDY, BundleArtifact, Manifest, Tensor
 from edgedistill.records.reading import first_fault
 from edgedistill.statistics import MIN_UNITS
 from edgedistill.store import combined_sha256

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from edgedistill.bundle.claims import PREPROCESS_FILES, refuse
-from edgedistill.bundle.files import REMEDY
 from edgedistill.bundle.gguf_facts import check_gguf_facts
 from edgedistill.bundle.npy import array_of
 from edgedistill.bundle.onnx_facts import check_folder_facts, check_onnx_facts
 from edgedistill.bundle.tokenizer_facts import check_preprocess
 from edgedistill.models.hf_tokenizer import tokenizer_bytes
-from edgedistill.records.manifest import BundleArtifact, Manifest
+from edgedistill.records.manifest import REMEDY, BundleArtifact, Manifest
 from edgedistill.records.reading import json_value
 from edgedistill.strict import shown
 

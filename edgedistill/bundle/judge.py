@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.bundle.claims import MAX_RECORD_BYTES, recipe_part, refuse, target_of
-from edgedistill.bundle.files import REMEDY
 from edgedistill.bundle.plausible import check_intervals, check_ladder
 from edgedistill.records.base import Record
 from edgedistill.records.latency import Latency, Percentiles
-from edgedistill.records.manifest import BundleArtifact, Manifest
+from edgedistill.records.manifest import REMEDY, BundleArtifact, Manifest
 from edgedistill.records.reading import json_record
 from edgedistill.records.retention import Retention, Rung, RungName
 from edgedistill.strict import shown
