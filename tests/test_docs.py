@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import os
 import re
@@ -10,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -71,33 +71,32 @@ def tree() -> dict[str, str]:
     return found
 
 
-def on_disk() -> set[str]:
-    """The files that the tree must show."""
-    package = [p for suffix in ("py", "yaml", "j2") for p in (ROOT / "edgedistill").rglob(f"*.{suffix}")]
-    top = [p for name in ("targets", "tests", "benchmarks", "docs") for p in (ROOT / name).iterdir() if p.is_file()]
-    files = [p.relative_to(ROOT) for p in [*package, *top]]
-    return {
-        p.as_posix() for p in files if not CACHES & set(p.parts) and not p.name.startswith(".") and not is_empty_init(p)
-    }
+def package_files() -> set[str]:
+    """The files of the package that a wheel must hold."""
+    found = (p for suffix in ("py", "yaml", "j2") for p in (ROOT / "edgedistill").rglob(f"*.{suffix}"))
+    return {p.relative_to(ROOT).as_posix() for p in found if not CACHES & set(p.parts)}
 
 
-def is_empty_init(path: Path) -> bool:
-    """An `__init__.py` of a folder of the package that is a docstring and nothing else."""
-    if path.name != "__init__.py" or path.parent.name == "edgedistill":
-        return False
-    body = ast.parse((ROOT / path).read_text(encoding="utf-8")).body
-    return all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body)
+def test_tree_has_every_folder_of_the_package() -> None:
+    folders = {p.parent.relative_to(ROOT).as_posix() for p in (ROOT / "edgedistill").rglob("*.py")}
+    inside = {path.rstrip("/") for path in tree() if path.startswith("edgedistill/") and path.endswith("/")}
+    assert inside == folders - {path for path in folders if CACHES & set(path.split("/"))}
+    for top in ("targets", "tests", "benchmarks", "docs"):
+        assert f"{top}/" in tree()
 
 
-def test_tree_is_what_is_there() -> None:
-    shown = {path for path in tree() if not path.endswith("/")}
-    missing, gone = on_disk() - shown, {path for path in shown if not (ROOT / path).is_file()}
-    assert not missing and not gone, f"not in the README's tree: {sorted(missing)}; not on disk: {sorted(gone)}"
-
-
-def test_tree_has_a_comment_a_file() -> None:
-    assert not [path for path, comment in tree().items() if not comment and not path.endswith("/")]
+def test_tree_has_a_comment_a_line_and_starts_where_a_reader_does() -> None:
+    assert not [path for path, comment in tree().items() if not comment and path != "edgedistill/"]
     assert list(tree())[1] == "edgedistill/pipeline.py"
+
+
+def test_tree_is_in_the_order_of_the_layers() -> None:
+    """What a folder may import stands below it in the README as in the contract that CI holds."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        layers = tomllib.load(file)["tool"]["importlinter"]["contracts"][0]["layers"]
+    order = [name for layer in layers for name in layer.split(" | ")]
+    shown = [path.split("/")[1] for path in tree() if path.startswith("edgedistill/") and path.count("/") == 2]
+    assert shown == [name for name in order if name in shown]
 
 
 def test_two_commands_on_the_first_screen() -> None:
@@ -253,7 +252,9 @@ def test_sdist(distributions: tuple[Path, Path]) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     profiles = {f"targets/{path.name}" for path in targets_folder().glob("*.yaml")}
     assert profiles and profiles <= names
-    assert on_disk() <= names
+    others = (p for top in ("targets", "tests", "benchmarks", "docs") for p in (ROOT / top).rglob("*.*") if p.is_file())
+    wanted = {p.relative_to(ROOT).as_posix() for p in others if p.suffix in (".py", ".sh", ".yaml", ".md")}
+    assert package_files() | wanted <= names
     assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml"} <= names
 
 
@@ -264,7 +265,7 @@ def test_wheel(distributions: tuple[Path, Path], tmp_path: Path) -> None:
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"edgedistill"}
     assert {f"edgedistill/_targets/{path.name}" for path in targets_folder().glob("*.yaml")} <= names
-    assert {path for path in on_disk() if path.startswith("edgedistill/")} <= names
+    assert package_files() <= names
     assert {"edgedistill/config/recipes/quickstart.yaml", "edgedistill/report/report.html.j2"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

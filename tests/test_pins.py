@@ -14,7 +14,11 @@ SAME_LIBRARIES = PINNED["versions"] == {name: version(name) for name in pins.LIB
 
 @pytest.mark.skipif(not SAME_LIBRARIES, reason="bytes are pinned for other versions of the libraries: see pins.json")
 def test_exports_are_the_same_bytes(tmp_path):
-    assert pins.exports(tmp_path) == PINNED["exports"]
+    found, pinned = pins.exports(tmp_path), PINNED["exports"]
+    assert found.keys() == pinned.keys()
+    if pins.machine() != PINNED["machine"]:  # elsewhere what is copied or rounded number by number alone
+        found, pinned = ({name: each[name] for name in ("gguf F16", "gguf Q8_0")} for each in (found, pinned))
+    assert found == pinned
 
 
 def test_twenty_losses(tmp_path):

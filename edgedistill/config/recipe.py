@@ -20,6 +20,8 @@ from edgedistill.strict import compiled_pattern, local_path, read_text, shown, u
 QUICKSTART = "quickstart"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 MAX_OVERRIDE_CHARS = 1 << 16
+# Tokens that verification scores together: windows of one length, at least one. The plan's memory counts with it.
+GROUP_TOKENS = 2048
 MAX_KEY_PARTS = 8  # a field stands at most four deep
 MAX_WHOLE_NUMBER = 10**15  # more tokens than anybody trains on; what is derived from it still fits in 64 bits
 

@@ -6,10 +6,9 @@ and divergences, each fp32 over all tokens of the group and the whole vocabulary
 
 from __future__ import annotations
 
-from edgedistill.config.recipe import Verify
+from edgedistill.config.recipe import GROUP_TOKENS, Verify
 from edgedistill.records.figures import Figure
 from edgedistill.records.shape import Shape
-from edgedistill.tasks.causal_lm import GROUP_TOKENS
 
 # torch and transformers loaded for inference (measured: 0.55 GB), and the runtime's process with its buffers.
 PROCESS_BYTES = 600_000_000

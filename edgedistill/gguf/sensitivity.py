@@ -322,7 +322,7 @@ def read_text(checkpoint: Path, model: Model, options: ExportOptions, *, weighte
 
 def _of_any_length(windows: Sequence[Window]) -> list[list[Window]]:
     """Batches of windows that are nearly as long: a decoder does not look ahead, so padding behind changes nothing."""
-    from edgedistill.tasks.causal_lm import GROUP_TOKENS
+    from edgedistill.config.recipe import GROUP_TOKENS
 
     batches: list[list[Window]] = []
     for window in sorted(windows, key=lambda window: -len(window.ids)):

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgedistill.config.recipe import GROUP_TOKENS
 from edgedistill.errors import UserError
 from edgedistill.models.folder import open_tokenizer, vocabulary
 from edgedistill.strict import read_json
 
 Ids = NDArray[np.int32]
 IGNORED = -100
-# Tokens that are scored together: windows of one length, at least one. verification_memory.py counts with it.
-GROUP_TOKENS = 2048
 
 
 @dataclass(frozen=True)

@@ -84,12 +84,21 @@ def records(folder: Path) -> dict[str, Any]:
     }
 
 
+def machine() -> dict[str, Any]:
+    """What bytes depend on beside the libraries: how a CPU rounds sums decides what a quantizer picks in a tie."""
+    from edgedistill.machine.facts import describe
+
+    here = describe()
+    return {"arch": here["arch"], "isa": here["isa"]}
+
+
 def found(folder: Path) -> dict[str, Any]:
     made = {name: folder / name for name in ("exports", "losses", "records")}
     for each in made.values():
         each.mkdir()
     return {
         "versions": {name: version(name) for name in LIBRARIES},
+        "machine": machine(),
         "exports": exports(made["exports"]),
         "losses": losses(made["losses"]),
         "records": records(made["records"]),
