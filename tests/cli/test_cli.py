@@ -34,7 +34,7 @@ def command(tmp_path_factory) -> Command:
 @pytest.mark.parametrize("words", [["--help"], ["targets", "list"], ["build", "--help"], ["recipes", "list"]])
 def test_light_commands_import_nothing_heavy(command, words):
     code = (
-        "import sys; from edgedistill import cli\n"
+        "import sys; from edgedistill.cli import app as cli\n"
         "try: cli.main(sys.argv[1:])\n"
         "except SystemExit as stop: assert not stop.code, stop.code\n"
         f"print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])"

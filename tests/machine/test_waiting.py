@@ -136,7 +136,7 @@ def test_the_training_process_has_it(tmp_path: Path) -> None:
 def test_python_users_get_it_with_the_first_call_of_the_pipeline(tmp_path: Path) -> None:
     script = (
         "import os, sys\n"
-        "from edgedistill import pipeline, waiting\n"
+        "from edgedistill import pipeline\nfrom edgedistill.machine import waiting\n"
         "assert waiting.MARK not in os.environ and 'torch' not in sys.modules, 'importing changes nothing'\n"
         "from edgedistill.config.recipe import load_recipe\n"
         "from edgedistill.store import Store\n"
