@@ -23,8 +23,7 @@ from edgedistill.machine import facts
 from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.runtimes.runners import ArtifactScorer, Scorer, TorchScorer, load_torch
 from edgedistill.store import Store
-from edgedistill.tasks.causal_lm import TextTokenizer, encode_blocks, scoring_windows
-from edgedistill.verify.ladder import groups
+from edgedistill.tasks.causal_lm import TextTokenizer, encode_blocks, groups, scoring_windows
 
 DATA = Path(os.environ.get("EDGEDISTILL_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 EXPORTS = (("gguf", "F16"), ("onnx", "FP32"), ("gguf", "Q8_0"), ("gguf", "Q4_0"), ("onnx", "INT8"), ("onnx", "INT4"))

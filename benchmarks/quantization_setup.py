@@ -26,9 +26,8 @@ from edgedistill.records.base import Record
 from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.statistics import ByUnit, by_unit
 from edgedistill.store import Store, Stored, Work, versions
-from edgedistill.tasks.causal_lm import TextTokenizer, Window, encode_blocks, scoring_windows
+from edgedistill.tasks.causal_lm import TextTokenizer, Window, encode_blocks, groups, scoring_windows
 from edgedistill.tasks.metrics import TokenScores
-from edgedistill.verify.ladder import groups
 
 DATA = Path(os.environ.get("EDGEDISTILL_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 CONTEXT = 256

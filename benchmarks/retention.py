@@ -28,8 +28,7 @@ from edgedistill.runtimes.process import RuntimeProcess
 from edgedistill.runtimes.runners import ArtifactScorer, Scorer, TorchScorer, load_torch
 from edgedistill.statistics import ByUnit, Estimate, by_unit, linearised, perplexity, perplexity_ratio
 from edgedistill.store import Store
-from edgedistill.tasks.causal_lm import TextTokenizer, encode_blocks, scoring_windows
-from edgedistill.verify.ladder import groups
+from edgedistill.tasks.causal_lm import TextTokenizer, encode_blocks, groups, scoring_windows
 
 PLAIN = ["distill.forward_kl=0", "distill.cross_entropy=1"]
 

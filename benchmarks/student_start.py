@@ -38,11 +38,10 @@ from edgedistill.statistics import by_unit, perplexity, perplexity_ratio, positi
 from edgedistill.store import Store
 from edgedistill.strategies.distill import SAMPLE_TOKENS, loss_of
 from edgedistill.student.start import start_student
-from edgedistill.tasks.causal_lm import Packed, Window, encode_blocks, scoring_windows
+from edgedistill.tasks.causal_lm import Packed, Window, encode_blocks, groups, scoring_windows
 from edgedistill.tasks.metrics import TokenScores
 from edgedistill.training.text import Text, training_text
 from edgedistill.training.trainer import train
-from edgedistill.verify.ladder import groups
 
 DATA = Path(os.environ.get("EDGEDISTILL_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 # Sizes that differ from the teacher's. "fresh" has what the design gives at this budget, "both" the same.

@@ -57,9 +57,8 @@ from edgedistill.statistics import by_unit, positive_mean, ratio_of_means
 from edgedistill.store import Store
 from edgedistill.student.design import design_student
 from edgedistill.student.start import start_student
-from edgedistill.tasks.causal_lm import Packed, encode_blocks, scoring_windows
+from edgedistill.tasks.causal_lm import Packed, encode_blocks, groups, scoring_windows
 from edgedistill.training.text import Text, training_text
-from edgedistill.verify.ladder import groups
 
 DATA = Path(os.environ.get("EDGEDISTILL_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 TEACHER = DATA / "weights" / "teacher-tinystories-21m"
