@@ -20,15 +20,16 @@ QUICK = ("--quantization", "F16", "--set", "export.compare_speed=false", "--set"
 SHADOWS = ("resource", "queue", "secrets", "statistics", "platform", "calendar", "token", "uuid", "seccomp", "random")
 NOISY = """
 import logging, sys, warnings
-from edgedistill import cli, single
+from edgedistill import stages
+from edgedistill.cli import app
 def export(*_, **__):
     print("printed by a library")
     warnings.warn("warned by a library")
     logging.getLogger("library").error("logged by a library")
     sys.stderr.write("written by a library\\n")
     {then}
-single.export = export
-cli.main({arguments!r})
+stages.export = export
+app.main({arguments!r})
 """
 
 

@@ -18,8 +18,9 @@ from edgedistill.config.recipe import Recipe, Student
 from edgedistill.config.targets import load_target
 from edgedistill.data.prepare import read_part
 from edgedistill.errors import UserError
+from edgedistill.gguf.tokenizer import read_tokenizer
 from edgedistill.models.folder import check_folder, vocabulary
-from edgedistill.models.hf_tokenizer import BYTES, read_tokenizer
+from edgedistill.models.hf_tokenizer import BYTES
 from edgedistill.plan.plan import plan
 from edgedistill.records.shape import Shape
 from edgedistill.signals.signals import LiveSignals

@@ -359,7 +359,7 @@ def test_what_was_logged_before_an_error_is_on_disk(tmp_path):
     """The process ends in the middle of training: its steps are in the log."""
     script = (
         "import sys, itertools; from pathlib import Path; from training_models import model, run\n"
-        "from edgedistill.distill import trackers\nfrom edgedistill.training.step import Step\n"
+        "from edgedistill.training import trackers\nfrom edgedistill.training.step import Step\n"
         "trackers.FLUSH_EVERY_S = 1e9\n"
         "original, calls = Step.run, itertools.count()\n"
         "def dying(*a, **n):\n"
