@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import os
 import re
@@ -29,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 FIRST_SCREEN_LINES = 60
+MOST_README_LINES = 200
 START = (
     "python3 -m venv .venv && .venv/bin/pip install -e '.[build]' && .venv/bin/edgedistill build --target jetson",
     "python3 -m venv .venv && .venv/bin/pip install -e '.[dev]' && .venv/bin/python -m pytest",
@@ -72,32 +72,39 @@ def tree() -> dict[str, str]:
 
 
 def on_disk() -> set[str]:
-    """The files that the tree must show."""
+    """Files that a source distribution and (of the package) a wheel must hold."""
     package = [p for suffix in ("py", "yaml", "j2") for p in (ROOT / "edgedistill").rglob(f"*.{suffix}")]
     top = [p for name in ("targets", "tests", "benchmarks", "docs") for p in (ROOT / name).iterdir() if p.is_file()]
     files = [p.relative_to(ROOT) for p in [*package, *top]]
-    return {
-        p.as_posix() for p in files if not CACHES & set(p.parts) and not p.name.startswith(".") and not is_empty_init(p)
-    }
+    return {p.as_posix() for p in files if not CACHES & set(p.parts) and not p.name.startswith(".")}
 
 
-def is_empty_init(path: Path) -> bool:
-    """An `__init__.py` of a folder of the package that is a docstring and nothing else."""
-    if path.name != "__init__.py" or path.parent.name == "edgedistill":
-        return False
-    body = ast.parse((ROOT / path).read_text(encoding="utf-8")).body
-    return all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body)
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= MOST_README_LINES
 
 
-def test_tree_is_what_is_there() -> None:
-    shown = {path for path in tree() if not path.endswith("/")}
-    missing, gone = on_disk() - shown, {path for path in shown if not (ROOT / path).is_file()}
-    assert not missing and not gone, f"not in the README's tree: {sorted(missing)}; not on disk: {sorted(gone)}"
+def test_tree_has_every_folder_and_no_other() -> None:
+    package = {p for p in (ROOT / "edgedistill").rglob("*") if p.is_dir() and not CACHES & set(p.parts)}
+    folders = {f"{p.relative_to(ROOT).as_posix()}/" for p in [ROOT / "edgedistill", *package]}
+    shown = set(tree())
+    missing = sorted(folders - shown)
+    gone = sorted(path for path in shown if not (ROOT / path).exists())
+    assert not missing and not gone, f"not in the README's tree: {missing}; not on disk: {gone}"
+    assert {path for path in shown if not path.endswith("/")} == {"edgedistill/pipeline.py"}
+    assert {"targets/", "tests/", "benchmarks/", "docs/"} <= shown
 
 
-def test_tree_has_a_comment_a_file() -> None:
-    assert not [path for path, comment in tree().items() if not comment and not path.endswith("/")]
-    assert list(tree())[1] == "edgedistill/pipeline.py"
+def test_tree_says_what_each_folder_is_and_where_to_start() -> None:
+    found = tree()
+    assert list(found)[:2] == ["edgedistill/", "edgedistill/pipeline.py"]
+    assert found["edgedistill/pipeline.py"].startswith("START HERE")
+    assert not [path for path, comment in found.items() if not comment and path != "edgedistill/"]
+
+
+def test_retention_and_proxy_are_defined_before_the_table() -> None:
+    before = README[: README.index("<!-- result:begin -->")]
+    assert "the teacher's perplexity divided by the artifact's" in before and "1.0 is lossless" in before
+    assert "**proxy**" in before
 
 
 def test_two_commands_on_the_first_screen() -> None:
@@ -171,6 +178,11 @@ def test_every_figure_of_the_profiles_is_in_the_docs() -> None:
             assert figure.source.replace("|", "\\|") in text
 
 
+def slug(heading: str) -> str:
+    """A heading's anchor, as GitHub and mkdocs make it."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
@@ -182,7 +194,7 @@ def test_links(page: Path) -> None:
         assert to.exists(), f"{page.name}: {link}"
         if anchor:
             headings = re.findall(r"^#+ (.+)$", to.read_text(encoding="utf-8"), re.MULTILINE)
-            assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, f"{page.name}: {link}"
+            assert anchor in {slug(heading) for heading in headings}, f"{page.name}: {link}"
 
 
 def shown_commands() -> list[str]:
