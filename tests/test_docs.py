@@ -197,6 +197,12 @@ def test_links(page: Path) -> None:
             assert anchor in {slug(heading) for heading in headings}, f"{page.name}: {link}"
 
 
+def test_index_names_every_page() -> None:
+    linked = set(re.findall(r"\]\(([\w-]+\.md)", (ROOT / "docs" / "index.md").read_text(encoding="utf-8")))
+    pages = {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")}
+    assert pages - linked == {"index.md"} and linked <= pages
+
+
 def shown_commands() -> list[str]:
     """Every `edgedistill …` line of the pages, the generated ones left out."""
     pages = [p for p in PAGES if p.name not in reference_pages()]
