@@ -203,6 +203,19 @@ def test_index_names_every_page() -> None:
     assert pages - linked == {"index.md"} and linked <= pages
 
 
+def test_site_builds_and_has_every_page(tmp_path: Path) -> None:
+    """What CI runs: a page that is not in the navigation, and a link or anchor that leads nowhere, are errors."""
+    if importlib.util.find_spec("mkdocs") is None:
+        pytest.skip("mkdocs is not installed: pip install -e '.[dev]'")
+    words = ["build", "--strict", "-f", str(ROOT / ".mkdocs.yml"), "-d", str(tmp_path / "site")]
+    done = subprocess.run([sys.executable, "-m", "mkdocs", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in (ROOT / "docs").rglob("*.md"):
+        made = tmp_path / "site" / ("index.html" if page.stem == "index" else f"{page.stem}/index.html")
+        assert made.is_file(), page.name
+    assert (tmp_path / "site" / "schemas" / "edgedistill.bundle-1.json").is_file()
+
+
 def shown_commands() -> list[str]:
     """Every `edgedistill …` line of the pages, the generated ones left out."""
     pages = [p for p in PAGES if p.name not in reference_pages()]
@@ -241,7 +254,7 @@ def test_ci_runs_what_the_readme_says() -> None:
     text = script.read_text(encoding="utf-8")
     assert os.access(script, os.X_OK)
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
-    for words in ("set -euo pipefail", "pip install", "-e '.[dev]'", "ruff check", "ruff format --check", "mypy"):
+    for words in ("set -euo pipefail", "pip install", "-e '.[dev]'", "ruff check", "ruff format --check", "mypy", "mkdocs build"):
         assert words in text
     assert text.rstrip().endswith("python -m pytest")
 
