@@ -254,7 +254,8 @@ def test_ci_runs_what_the_readme_says() -> None:
     text = script.read_text(encoding="utf-8")
     assert os.access(script, os.X_OK)
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
-    for words in ("set -euo pipefail", "pip install", "-e '.[dev]'", "ruff check", "ruff format --check", "mypy", "mkdocs build"):
+    checks = ("ruff check", "ruff format --check", "mypy", "mkdocs build --strict")
+    for words in ("set -euo pipefail", "pip install", "-e '.[dev]'", *checks):
         assert words in text
     assert text.rstrip().endswith("python -m pytest")
 
