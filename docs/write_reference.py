@@ -49,10 +49,10 @@ def recipe_page() -> str:
         "",
         NOTE,
         "",
-        "A recipe is a YAML file. Every field has a default, so a recipe says only what it changes; an unknown key is",
-        "refused. `--set a.b=c` sets any field from the command line. Where no recipe is named, `build`, `plan`,",
-        "`distill` and `bundle` take the built-in `quickstart`, or `own` where a teacher, student or data is named.",
-        "Their columns have their values where those differ from the default, which is what a recipe of your own gets.",
+        "A recipe is a YAML file. Every field has a default, so a recipe says only what it changes. An unknown key is",
+        "refused. `--set a.b=c` sets any field from the command line. If no recipe is named, `build`, `plan`,",
+        "`distill` and `bundle` take a built-in one: `own` if a teacher, student or data is named, else `quickstart`.",
+        "Their columns have a value where it differs from the default. A recipe of your own starts from the defaults.",
     ]
     names = builtin_recipes()
     for path, section, chosen in _sections(Recipe, [load_recipe(name) for name in names], ""):

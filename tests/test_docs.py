@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 FIRST_SCREEN_LINES = 60
+MOST_README_LINES = 200
 START = (
     "python3 -m venv .venv && .venv/bin/pip install -e '.[build]' && .venv/bin/edgedistill build --target jetson",
     "python3 -m venv .venv && .venv/bin/pip install -e '.[dev]' && .venv/bin/python -m pytest",
@@ -77,17 +78,32 @@ def package_files() -> set[str]:
     return {p.relative_to(ROOT).as_posix() for p in found if not CACHES & set(p.parts)}
 
 
-def test_tree_has_every_folder_of_the_package() -> None:
-    folders = {p.parent.relative_to(ROOT).as_posix() for p in (ROOT / "edgedistill").rglob("*.py")}
-    inside = {path.rstrip("/") for path in tree() if path.startswith("edgedistill/") and path.endswith("/")}
-    assert inside == folders - {path for path in folders if CACHES & set(path.split("/"))}
-    for top in ("targets", "tests", "benchmarks", "docs"):
-        assert f"{top}/" in tree()
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= MOST_README_LINES
 
 
-def test_tree_has_a_comment_a_line_and_starts_where_a_reader_does() -> None:
-    assert not [path for path, comment in tree().items() if not comment and path != "edgedistill/"]
-    assert list(tree())[1] == "edgedistill/pipeline.py"
+def test_tree_has_every_folder_and_no_other() -> None:
+    package = {p for p in (ROOT / "edgedistill").rglob("*") if any(p.glob("*.py"))}
+    folders = {f"{p.relative_to(ROOT).as_posix()}/" for p in [ROOT / "edgedistill", *package]}
+    shown = set(tree())
+    missing = sorted(folders - shown)
+    gone = sorted(path for path in shown if not (ROOT / path).exists())
+    assert not missing and not gone, f"not in the README's tree: {missing}; not on disk: {gone}"
+    assert {path for path in shown if not path.endswith("/")} == {"edgedistill/pipeline.py"}
+    assert {"targets/", "tests/", "benchmarks/", "docs/"} <= shown
+
+
+def test_tree_says_what_each_folder_is_and_where_to_start() -> None:
+    found = tree()
+    assert list(found)[:2] == ["edgedistill/", "edgedistill/pipeline.py"]
+    assert found["edgedistill/pipeline.py"].startswith("START HERE")
+    assert not [path for path, comment in found.items() if not comment and path != "edgedistill/"]
+
+
+def test_retention_and_proxy_are_defined_before_the_table() -> None:
+    before = README[: README.index("<!-- result:begin -->")]
+    assert "the teacher's perplexity divided by the artifact's" in before and "1.0 is lossless" in before
+    assert "**proxy**" in before
 
 
 def test_tree_is_in_the_order_of_the_layers() -> None:
@@ -170,6 +186,11 @@ def test_every_figure_of_the_profiles_is_in_the_docs() -> None:
             assert figure.source.replace("|", "\\|") in text
 
 
+def slug(heading: str) -> str:
+    """A heading's anchor, as GitHub and mkdocs make it."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
@@ -181,7 +202,26 @@ def test_links(page: Path) -> None:
         assert to.exists(), f"{page.name}: {link}"
         if anchor:
             headings = re.findall(r"^#+ (.+)$", to.read_text(encoding="utf-8"), re.MULTILINE)
-            assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, f"{page.name}: {link}"
+            assert anchor in {slug(heading) for heading in headings}, f"{page.name}: {link}"
+
+
+def test_index_names_every_page() -> None:
+    linked = set(re.findall(r"\]\(([\w-]+\.md)", (ROOT / "docs" / "index.md").read_text(encoding="utf-8")))
+    pages = {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")}
+    assert pages - linked == {"index.md"} and linked <= pages
+
+
+def test_site_builds_and_has_every_page(tmp_path: Path) -> None:
+    """What CI runs: a page that is not in the navigation, and a link or anchor that leads nowhere, are errors."""
+    if importlib.util.find_spec("mkdocs") is None:
+        pytest.skip("mkdocs is not installed: pip install -e '.[dev]'")
+    words = ["build", "--strict", "-f", str(ROOT / ".mkdocs.yml"), "-d", str(tmp_path / "site")]
+    done = subprocess.run([sys.executable, "-m", "mkdocs", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in (ROOT / "docs").rglob("*.md"):
+        made = tmp_path / "site" / ("index.html" if page.stem == "index" else f"{page.stem}/index.html")
+        assert made.is_file(), page.name
+    assert (tmp_path / "site" / "schemas" / "edgedistill.bundle-1.json").is_file()
 
 
 def shown_commands() -> list[str]:
@@ -222,7 +262,8 @@ def test_ci_runs_what_the_readme_says() -> None:
     text = script.read_text(encoding="utf-8")
     assert os.access(script, os.X_OK)
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
-    for words in ("set -euo pipefail", "pip install", "-e '.[dev]'", "ruff check", "ruff format --check", "mypy"):
+    checks = ("ruff check", "ruff format --check", "mypy", "mkdocs build --strict")
+    for words in ("set -euo pipefail", "pip install", "-e '.[dev]'", *checks):
         assert words in text
     assert text.rstrip().endswith("python -m pytest")
 

@@ -67,11 +67,11 @@ app = typer.Typer(
     **PLAIN,
     help="Distil a large model into a small one that a device can run, and prove what it kept and how fast it is.",
 )
-teacher_app = typer.Typer(no_args_is_help=True, help="The teacher's signals.")
+teacher_app = typer.Typer(no_args_is_help=True, help="The teacher's signals, computed once for many runs.")
 bundle_app = typer.Typer(cls=FallThrough, help="Write a bundle ([RECIPE] --target NAME), or verify one.")
 targets_app = typer.Typer(no_args_is_help=True, **PLAIN, help="Device profiles.")
 recipes_app = typer.Typer(no_args_is_help=True, **PLAIN, help="Recipes that ship with edgedistill.")
-store_app = typer.Typer(no_args_is_help=True, **PLAIN, help="What finished work is kept.")
+store_app = typer.Typer(no_args_is_help=True, **PLAIN, help="Show, check and remove the finished work that is kept.")
 app.add_typer(teacher_app, name="teacher")
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(targets_app, name="targets")
@@ -145,7 +145,7 @@ def plan(
     document_separator: Separator = None,
     as_json: Json = False,
 ) -> None:
-    """What build would do, without doing it: sizes, memory, ceilings, disk."""
+    """What build would do, without doing it: sizes, memory, disk, the most speed that a device allows."""
     from edgedistill import pipeline
     from edgedistill.cli import show
 
@@ -195,7 +195,7 @@ def teacher_cache(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run the teacher over the text once and keep its signals; `distill` reads them where teacher_signals is cached."""
+    """Run the teacher over the text once and keep its signals, for runs with distill.teacher_signals=cached."""
     from edgedistill import pipeline
     from edgedistill.cli import show
 
@@ -215,14 +215,14 @@ def export(
         int | None, typer.Option(min=8, max=1 << 30, help="context of the artifact; default: the model's")
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option("--calibration", help="what importance matrices and static INT8 see: text or inputs")
+        str | None, typer.Option("--calibration", help="text or inputs for importance matrices and static INT8")
     ] = None,
     task: Annotated[
-        str | None, typer.Option("--task", help="of a model without a causal head; default: its own")
+        str | None, typer.Option("--task", help="task of a non-decoder model; default: by its config.json")
     ] = None,
     converter: Annotated[
         Path | None,
-        typer.Option("--converter", help="llama.cpp's convert_hf_to_gguf.py, for families without one here"),
+        typer.Option("--converter", help="llama.cpp's convert_hf_to_gguf.py, for other families"),
     ] = None,
     sets: Sets = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder to write; must be new or empty")] = Path("exported"),
@@ -245,7 +245,7 @@ def export(
 @app.command()
 def verify(
     artifact: Annotated[Path, typer.Argument(help="folder that `export` wrote")],
-    student: Annotated[str, typer.Option("--student", help="the model that the artifact was made of")],
+    student: Annotated[str, typer.Option("--student", help="the model that the artifact was made from")],
     data: Annotated[str, typer.Option("--data", help="held-out text")],
     teacher: Annotated[str | None, typer.Option("--teacher", help="default: the student is its own teacher")] = None,
     document_separator: Separator = None,
@@ -255,7 +255,7 @@ def verify(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """The retention ladder of an exported artifact on a text; exit code 3 where the gate fails or cannot tell."""
+    """Measure what an exported artifact kept, on a text; exit code 3 if the gate fails or cannot tell."""
     from edgedistill import stages
     from edgedistill.cli import show
     from edgedistill.verify.stage import require_gate
@@ -276,14 +276,14 @@ def verify(
 @app.command()
 def bench(
     artifact: Annotated[Path, typer.Argument(help="folder that `export` wrote")],
-    target: Annotated[str, typer.Option("--target", "-t", help="whose settings and ceiling to use")],
+    target: Annotated[str, typer.Option("--target", "-t", help="device profile, for its settings and bandwidth")],
     sets: Sets = None,
     on: Host = "local",
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure an exported artifact's speed and memory here and now."""
+    """Measure an exported artifact's speed and memory on this machine."""
     from edgedistill import stages
     from edgedistill.cli import show
 
@@ -320,7 +320,7 @@ def bundle(
 
 @bundle_app.command("verify")
 def bundle_verify(directory: Annotated[Path, typer.Argument(help="bundle folder")], as_json: Json = False) -> None:
-    """Hashes and golden vectors of a bundle, with only its runtime installed."""
+    """Check the hashes of a bundle and replay its golden vectors; needs only its runtime."""
     from edgedistill.bundle.check import verify_bundle
     from edgedistill.cli.show import check_text
 
@@ -334,7 +334,7 @@ def report(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="file to write; default: beside the bundle")] = None,
     as_json: Json = False,
 ) -> None:
-    """The HTML report of a bundle: one file, nothing loaded from outside."""
+    """Write the HTML report of a bundle: one file, which loads nothing from outside."""
     from edgedistill.bundle.report import report as write_report
 
     path = write_report(directory, out)
@@ -357,7 +357,7 @@ def targets_list(as_json: Json = False) -> None:
 
 @targets_app.command("show")
 def targets_show(name: str, as_json: Json = False) -> None:
-    """One profile with every figure, its basis and source."""
+    """Print one profile with every figure, its basis and source."""
     from edgedistill.config import targets
 
     found = targets.targets_show(name)
@@ -375,7 +375,7 @@ def targets_check(profile: str, as_json: Json = False) -> None:
 
 @targets_app.command("probe")
 def targets_probe(as_json: Json = False) -> None:
-    """Draft a profile of this machine, its memory bandwidth measured."""
+    """Draft a profile of this machine, with its memory bandwidth measured."""
     from edgedistill.config import targets
     from edgedistill.config.probe import targets_probe as probe
 
@@ -441,7 +441,7 @@ def store_prune(
     everything: Annotated[bool, typer.Option("--all", help="all that is in the store and is not being built")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove damaged records, and what the options choose, unless it is being built."""
+    """Remove damaged records and what the options choose, except what is being built."""
     from edgedistill.cli import store_commands as module
 
     removed = module.store_prune(the_store(), stage=stage, older_than_days=older_than_days, everything=everything)
@@ -449,8 +449,11 @@ def store_prune(
 
 
 @app.command()
-def doctor(target: Annotated[list[str] | None, typer.Option("--target", "-t")] = None, as_json: Json = False) -> None:
-    """What this machine can and cannot do for each target, and how to mend it."""
+def doctor(
+    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="only this target; default: all")] = None,
+    as_json: Json = False,
+) -> None:
+    """What this machine can and cannot do for each target, and how to get what is missing."""
     from edgedistill.cli import show
     from edgedistill.plan import doctor as module
 

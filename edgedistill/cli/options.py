@@ -21,15 +21,17 @@ RecipeArgument = Annotated[
     typer.Argument(metavar="RECIPE", help="built-in or YAML file; default: quickstart, or own with --teacher, --data"),
 ]
 Targets = Annotated[list[str], typer.Option("--target", "-t", help="device profile; may be given several times")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, over any field of the recipe")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="set a field of the recipe: key.path=value")]
 TeacherOption = Annotated[str | None, typer.Option("--teacher", help="folder or hub id of the large model")]
 StudentOption = Annotated[str | None, typer.Option("--student", help="folder or hub id of a pretrained student")]
 DataOption = Annotated[
     str | None, typer.Option("--data", help="text file, folder, .jsonl, .csv, .tsv, .parquet, or a hub id")
 ]
-EvalData = Annotated[str | None, typer.Option("--eval-data", help="held-out text of its own")]
+EvalData = Annotated[str | None, typer.Option("--eval-data", help="a held-out text of its own")]
 Separator = Annotated[str | None, typer.Option("--document-separator", help="what ends a document in a text file")]
-MinRetention = Annotated[float | None, typer.Option("--min-retention", help="the gate, on the interval's lower end")]
+MinRetention = Annotated[
+    float | None, typer.Option("--min-retention", help="least retention, at its interval's lower end")
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="folder for bundles")]
 Host = Annotated[str, typer.Option("--on", help="host to benchmark on; only 'local' so far")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]

@@ -35,7 +35,7 @@ class Section(BaseModel):
 
 
 class ShapeAsk(Section):
-    """Sizes of a decoder to build. What stays out is designed (student), or as in the quickstart (teacher)."""
+    """Sizes of a decoder to build. Sizes that are left out are designed (student), or the quickstart's (teacher)."""
 
     hidden_size: int | None = Field(None, ge=8, le=65536, description="width of the residual stream")
     intermediate_size: int | None = Field(None, ge=8, le=262144, description="width of the feed-forward layers")
@@ -48,7 +48,7 @@ class ShapeAsk(Section):
 class Training(Section):
     """How a model is trained, teacher or student."""
 
-    tokens: int | None = Field(None, ge=1, description="tokens to train on; wins over epochs")
+    tokens: int | None = Field(None, ge=1, description="tokens to train on; epochs is then ignored")
     epochs: float = Field(3.0, gt=0, le=10000, description="passes over the training part")
     context_tokens: int = Field(512, ge=8, le=1 << 20, description="length of a packed sequence")
     batch_sequences: int = Field(16, ge=1, description="packed sequences an optimizer step")
@@ -57,10 +57,10 @@ class Training(Section):
         "adamw", description="muon: for the layers' matrices, AdamW elsewhere; adamw8bit: bitsandbytes"
     )
     learning_rate: float = Field(1e-3, gt=0, le=10, description="AdamW's peak")
-    muon_learning_rate: float = Field(0.02, gt=0, le=10, description="Muon's peak, where it is used")
+    muon_learning_rate: float = Field(0.02, gt=0, le=10, description="Muon's peak, if it is used")
     warmup_share: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising rate")
     final_rate_share: float = Field(0.05, ge=0, le=1, description="the cosine's end, as a share of the peak")
-    weight_decay: float = Field(0.1, ge=0, le=10, description="on the layers' matrices alone")
+    weight_decay: float = Field(0.1, ge=0, le=10, description="on the layers' matrices only")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second moment")
     clip_norm: float = Field(1.0, gt=0, description="largest norm of the gradient")
@@ -73,7 +73,7 @@ class Training(Section):
     patience: int = Field(0, ge=0, description="evaluations without a better one before stopping; 0: never stop early")
     checkpoint_every_s: float = Field(30.0, gt=0, description="seconds between checkpoints")
     attention: Literal["packed", "documents"] = Field(
-        "packed", description="packed: over the whole packed sequence; documents: each document sees itself alone"
+        "packed", description="packed: over the whole packed sequence; documents: within each document"
     )
     activation_checkpointing: bool = Field(False, description="recompute layers in the backward pass: less memory")
     compile: bool = Field(False, description="torch.compile the model's body")
@@ -81,7 +81,7 @@ class Training(Section):
         "stop", description="at a loss or gradient that is not finite, or a spike: stop, or skip that batch"
     )
     spike_factor: float = Field(
-        20.0, gt=1, description="a loss above so many times the median of the last 64 steps is a spike"
+        20.0, gt=1, description="a loss above this many times the median of the last 64 steps is a spike"
     )
     tracker: str | None = Field(
         "tensorboard", description="where every step's figures go: tensorboard, or another that accelerate knows"
@@ -95,9 +95,9 @@ class Training(Section):
 
 
 class TeacherTraining(Training):
-    """How the quickstart's teacher is made, where no teacher is named."""
+    """How a teacher is trained if none is named, as in the quickstart."""
 
-    vocab_size: int = Field(2048, ge=300, le=1 << 20, description="of the byte-level BPE trained on the data")
+    vocab_size: int = Field(2048, ge=300, le=1 << 20, description="tokens of the BPE that is trained on the data")
     shape: ShapeAsk = ShapeAsk()
 
 
@@ -124,7 +124,7 @@ class Teacher(Section):
         "auto",
         description="auto: beside the student; offload: on the CPU, layer by layer; shard: over the ranks (FSDP)",
     )
-    weight: float = Field(1.0, gt=0, le=1e6, description="its share of the mean where `also` names others")
+    weight: float = Field(1.0, gt=0, le=1e6, description="its share of the mean if `also` names others")
     also: list[AlsoTeacher] = Field(
         [], description="teachers beside it: the student learns the mean of all their probabilities, by weight"
     )
@@ -144,11 +144,11 @@ class Student(Section):
         "uniform", description="which of the teacher's layers are kept"
     )
     trim_vocabulary: bool = Field(
-        False, description="keep only the tokens that the text uses, all three parts of it; not with pretrained"
+        False, description="keep only the tokens that the text uses (all three parts of it); not with pretrained"
     )
     model: str | None = Field(None, description="folder or hub id of a pretrained student")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    compression: float = Field(4.0, ge=1, le=10000, description="teacher's parameters ÷ student's, at least")
+    compression: float = Field(4.0, ge=1, le=10000, description="the teacher's parameters ÷ the student's, at least")
     shape: ShapeAsk = ShapeAsk()
 
 
@@ -159,21 +159,21 @@ class Data(Section):
     subset: str | None = Field(None, description="configuration of a hub dataset")
     text_column: str = Field("text", description="column of .jsonl, .csv, .tsv, .parquet and hub data: the text")
     streaming: bool = Field(False, description="read a dataset row by row up to max_documents, without downloading it")
-    max_documents: int | None = Field(None, ge=1, description="the first so many documents; required with streaming")
+    max_documents: int | None = Field(None, ge=1, description="read only so many documents; required with streaming")
     document_separator: str | None = Field(
-        None, min_length=1, description="what ends a document in a text file; default: a blank line, or a line each"
+        None, min_length=1, description="what ends a document in a text file; default: a blank line, or each line"
     )
     min_document_chars: int = Field(
         2000,
         ge=0,
-        description="lines and paragraphs of running text are joined to blocks of this size: honest intervals, no leak",
+        description="running text is joined to blocks of this size; a block counts as one document",
     )
     split: Literal["hash", "tail"] = Field(
-        "hash", description="hash: by each document's own hash; tail: the end is held out, calibration stands before it"
+        "hash", description="hash: by each document's own hash; tail: the end is held out, calibration comes before it"
     )
-    eval_data: str | None = Field(None, description="held-out text of its own; then nothing is split off for it")
-    eval_share: float = Field(0.05, gt=0, lt=0.9, description="held out: of the documents (hash), of the lines (tail)")
-    calibration_share: float = Field(0.05, gt=0, lt=0.9, description="for evaluation while training; counted likewise")
+    eval_data: str | None = Field(None, description="a held-out text of its own; then no part of the data is held out")
+    eval_share: float = Field(0.05, gt=0, lt=0.9, description="share held out: of documents (hash), of lines (tail)")
+    calibration_share: float = Field(0.05, gt=0, lt=0.9, description="share for evaluation while training, likewise")
 
     @field_validator("document_separator")
     @classmethod
@@ -208,7 +208,7 @@ class Lora(Section):
     """Low-rank adapters on a frozen student, merged before export (Hu et al. 2021)."""
 
     rank: int = Field(0, ge=0, le=1024, description="0: none, all weights are trained")
-    alpha: float = Field(16.0, gt=0, description="adapters count alpha / rank")
+    alpha: float = Field(16.0, gt=0, description="adapters are scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' input")
     targets: list[str] = Field([], description="names of linear layers; empty: all but the output head")
     base: Literal["fp32", "nf4", "int8"] = Field("fp32", description="the frozen weights; nf4: QLoRA")
@@ -221,11 +221,11 @@ class Qad(Section):
         0.0,
         ge=0,
         le=1,
-        description="tokens of it, as a share of the distillation's; 0: none; 0.09 halved the KL of four types",
+        description="tokens of this run, as a share of the distillation's; 0: no run; 0.09 halved the KL of four types",
     )
-    learning_rate: float = Field(2e-4, gt=0, le=1, description="AdamW's peak; higher ones leave the float student")
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="AdamW's peak; higher: drift from the float student")
     teacher_share: float = Field(
-        0.5, ge=0, le=1, description="of what is learnt: the teacher's probabilities; the rest: the float student's"
+        0.5, ge=0, le=1, description="the teacher's share of the probabilities learnt; the rest is the float student's"
     )
     batch_sequences: int = Field(4, ge=1, description="packed sequences an optimizer step")
 
@@ -241,14 +241,16 @@ class Distill(Training):
     taid: float = Field(0.0, ge=0, description="weight of TAID: KL to a teacher that moves from student to teacher")
     total_variation: float = Field(0.0, ge=0, description="weight of half the L1 distance of the probabilities")
     cross_entropy: float = Field(0.0, ge=0, description="weight of the next token's cross-entropy")
-    temperature: float = Field(1.0, gt=0, le=100, description="of teacher and student in all but cross_entropy, × T²")
+    temperature: float = Field(
+        1.0, gt=0, le=100, description="T: divides both models' logits in all losses but cross_entropy; these are × T²"
+    )
     jsd_beta: float = Field(0.5, gt=0, lt=1, description="the teacher's share in jsd's mixture")
-    skew: float = Field(0.1, gt=0, lt=1, description="of the skewed divergences")
+    skew: float = Field(0.1, gt=0, lt=1, description="what the skewed divergences mix in")
     taid_start: float = Field(0.4, ge=0, le=1, description="the teacher's share in TAID at the first step")
-    taid_end: float = Field(1.0, ge=0, le=1, description="and at the last")
+    taid_end: float = Field(1.0, ge=0, le=1, description="the teacher's share in TAID at the last step")
     documents_share: float = Field(1.0, gt=0, le=1, description="share of the training documents the student sees")
     teacher_signals: Literal["auto", "live", "cached"] = Field(
-        "auto", description="cached: the teacher runs once over the text; auto: where that pays and fits"
+        "auto", description="cached: the teacher runs once over the text; auto: if that saves time and fits"
     )
     cache: Cache = Cache()
     lora: Lora = Lora()
@@ -261,7 +263,7 @@ class Export(Section):
     artifacts: list[str] = Field([], description="e.g. [gguf:Q4_K_M, onnx:INT4]; empty: the target's default")
     context_tokens: int | None = Field(None, ge=8, description="context on the device; default: the target's")
     importance_matrix: Literal["auto", "on", "off"] = Field(
-        "auto", description="GGUF: weights by the calibration text's activations; auto: for the types where it helps"
+        "auto", description="GGUF: weigh columns by calibration activations; auto: for the types where it helps"
     )
     tensor_types: dict[str, str] = Field(
         {}, description="regular expression of a tensor's (GGUF) or node's (ONNX) name: its type, e.g. {ffn_down: Q6_K}"
@@ -270,29 +272,29 @@ class Export(Section):
         None,
         gt=0,
         le=1,
-        description="GGUF: raise the layers that cost most until the quantized student keeps this of the float one, at"
-        " the smallest size",
+        description="GGUF: give the layers that cost most a higher type, until the quantized student keeps this much of"
+        " the float one, at the smallest size",
     )
     max_file_bytes: int | None = Field(None, ge=1 << 20, description="split a larger GGUF into files of at most this")
     calibration_samples: int = Field(128, ge=2, le=1_000_000, description="sequences or inputs for calibration")
     calibration_tokens: int = Field(256, ge=8, le=1 << 20, description="length of a calibration sequence")
     calibration_method: Literal["minmax", "entropy", "percentile"] = Field(
-        "minmax", description="of the ranges of static INT8"
+        "minmax", description="how the ranges of static INT8 are found"
     )
-    calibration_batch: int = Field(8, ge=1, le=4096, description="samples a run of calibration; changes no range")
+    calibration_batch: int = Field(8, ge=1, le=4096, description="samples in a run; the ranges do not depend on it")
     int8_scheme: Literal["auto", "u8s8", "u8s8-7bit", "u8u8", "s8s8"] = Field(
         "auto",
         description="signs and bits of ONNX INT8; auto: what this CPU multiplies without saturating; s8s8: TensorRT",
     )
-    opset: int | None = Field(None, ge=17, le=30, description="of ONNX graphs; default: the exporter's")
+    opset: int | None = Field(None, ge=17, le=30, description="opset of ONNX graphs; default: the exporter's")
     ort_format: bool = Field(False, description="write the graph in ORT format too, for mobile builds of the runtime")
     tensorrt: bool = Field(
-        False, description="ONNX encoders with standard operators alone, and a script that builds a TensorRT engine"
+        False, description="ONNX encoders with standard operators only, and a script that builds a TensorRT engine"
     )
     compare_logits: bool = Field(
-        True, description="hold a GGUF or ONNX decoder to the float32 model's logits; false: to its weights alone"
+        True, description="compare a GGUF or ONNX decoder with the float32 model's logits; false: only with its weights"
     )
-    compare_speed: bool = Field(True, description="measure float against quantized where the runtime is at hand")
+    compare_speed: bool = Field(True, description="time float against quantized if the runtime is installed")
 
     @field_validator("tensor_types")
     @classmethod
@@ -310,10 +312,10 @@ class Export(Section):
 class Verify(Section):
     """How retention is measured."""
 
-    min_retention: float = Field(0.80, ge=0, le=10, description="the gate, on the interval's lower end")
+    min_retention: float = Field(0.80, ge=0, le=10, description="least retention, at its interval's lower end")
     context_tokens: int = Field(256, ge=8, description="window of the evaluation")
     stride_tokens: int | None = Field(None, ge=1, description="step between windows; default: the window (disjoint)")
-    max_tokens: int = Field(60_000, ge=64, description="at most so many held-out tokens, whole documents")
+    max_tokens: int = Field(60_000, ge=64, description="score at most this many held-out tokens, in whole documents")
 
 
 class Bench(Section):
@@ -321,7 +323,7 @@ class Bench(Section):
 
     prompt_tokens: int | None = Field(None, ge=1, description="length of the prompt; default: the target's")
     new_tokens: int | None = Field(None, ge=2, description="tokens decoded after it; default: the target's")
-    warmup: int | None = Field(None, ge=0, description="runs thrown away first; default: the target's")
+    warmup: int | None = Field(None, ge=0, description="runs before those that count; default: the target's")
     repeats: int | None = Field(None, ge=1, description="runs that count; default: the target's")
     threads: int | None = Field(None, ge=1, description="CPU threads; default: the target's")
 

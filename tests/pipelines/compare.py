@@ -160,7 +160,7 @@ def session_run(path: Path) -> Callable[[Arrays], Arrays]:
 
 
 def text2text_run(folder: Path) -> Callable[[Arrays], Arrays]:
-    """Encoder once, decoder token by token with its cache, as docs/onnx.md describes it."""
+    """Encoder once, decoder token by token with its cache, as docs/onnx-export.md describes it."""
     import onnxruntime
     import transformers
 
