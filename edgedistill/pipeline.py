@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgedistill.config.recipe import Recipe
-from edgedistill.config.refusals import refuse_mixture, refuse_trimming
+from edgedistill.config.refusals import refuse_mixture, refuse_no_text, refuse_trimming
 from edgedistill.config.targets import Target
 from edgedistill.data.prepare import find_data, prepare_data
 from edgedistill.errors import EdgedistillError, LimitBroken, RuntimeCrashed, UserError
@@ -99,7 +99,7 @@ def build(
                 progress.warn(f"{target.name}: {error.cause}; the other targets go on")
     try:
         _raise_unfinished(unfinished)
-        _raise_failed_gates(built)
+        _raise_failed_gates(built, recipe)
         _raise_broken_limits(built)
     except EdgedistillError as error:
         error.results = (trained, built)
@@ -186,6 +186,7 @@ def cache_teacher(recipe: Recipe, *, store: Store, progress: Progress = QUIET) -
     refuse_signals(recipe)
     require_loadable_models(recipe)
     require_sound_models(recipe, store)
+    refuse_no_text(recipe)
     for note in model_notes(recipe):
         progress.warn(note)
     require_usable_cache(recipe, store, find_data(recipe.data, store=store))
@@ -383,7 +384,7 @@ def _raise_unfinished(unfinished: Sequence[tuple[Target, EdgedistillError]]) -> 
     )
 
 
-def _raise_failed_gates(built: Sequence[Built]) -> None:
+def _raise_failed_gates(built: Sequence[Built], recipe: Recipe) -> None:
     from edgedistill.verify.stage import require_gate
 
     require_gate(
@@ -395,7 +396,8 @@ def _raise_failed_gates(built: Sequence[Built]) -> None:
             )
             for item in built
             for done in item.artifacts
-        ]
+        ],
+        length=recipe.distill.length,
     )
 
 

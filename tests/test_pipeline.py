@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -160,6 +161,29 @@ def test_interrupting_twice_is_safe(built, tmp_path):
     done = command("build", str(recipe), *TARGETS)
     assert done.returncode == 0, done.stderr
     assert model_sums(bundle_of(command)) == model_sums(bundle_of(built))
+
+
+def test_an_interrupt_is_a_checkpoint_of_the_very_step(built, tmp_path):
+    """Ctrl-C long before a checkpoint is due: the next run goes on from the step after which it came."""
+    command = Command(tmp_path, warm=True)
+    recipe = shutil.copy(built.recipe(), tmp_path / "tiny.yaml")
+    rarely = ("--set", "teacher.train.checkpoint_every_s=1000", "--set", "distill.checkpoint_every_s=1000")
+    process = command.start("distill", str(recipe), *TARGETS, *rarely)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "teacher 1/" in line:
+            break
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "this step is finished, and a checkpoint written" in stderr
+    done = command("distill", str(recipe), *TARGETS, *rarely, "--json")
+    assert done.returncode == 0, done.stderr
+    step, steps = (int(n) for n in re.search(r"teacher: goes on from step (\d+) of (\d+)", done.stderr).groups())
+    assert 1 <= step <= steps
+    whole = built.json("distill", built.recipe(), *TARGETS)
+    assert json.loads(done.stdout)["student"]["weights_sha256"] == whole["student"]["weights_sha256"]
 
 
 def test_an_interrupt_says_what_is_kept(tmp_path):

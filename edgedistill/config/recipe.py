@@ -6,12 +6,13 @@ A recipe is YAML. Every field has a default, so a recipe says only what it chang
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib import resources
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from edgedistill.config.recipe_errors import refuse_unknown, wrong_values
 from edgedistill.config.strict_yaml import MAX_YAML_BYTES, parse_yaml
 from edgedistill.errors import UserError, did_you_mean
 from edgedistill.machine import facts
@@ -49,7 +50,7 @@ class Training(Section):
     """How a model is trained, teacher or student."""
 
     tokens: int | None = Field(None, ge=1, description="tokens to train on; epochs is then ignored")
-    epochs: float = Field(3.0, gt=0, le=10000, description="passes over the training part")
+    epochs: float = Field(3.0, gt=0, le=10000, description="passes over the training part, if tokens is not set")
     context_tokens: int = Field(512, ge=8, le=1 << 20, description="length of a packed sequence")
     batch_sequences: int = Field(16, ge=1, description="packed sequences an optimizer step")
     micro_batch_sequences: int | None = Field(None, ge=1, description="sequences a forward pass; default: the batch")
@@ -86,6 +87,16 @@ class Training(Section):
     tracker: str | None = Field(
         "tensorboard", description="where every step's figures go: tensorboard, or another that accelerate knows"
     )
+
+    def key(self, leave_out: Collection[str] = ()) -> dict[str, Any]:
+        """What of it can change the weights that come out; of tokens and epochs the one that counts."""
+        loser = {"epochs"} if self.tokens is not None else set()
+        return self.model_dump(mode="json", exclude={*leave_out, *loser})
+
+    @property
+    def length(self) -> str:
+        """What says how long it trains, and what that is now."""
+        return f"tokens, {self.tokens:,} now" if self.tokens is not None else f"epochs, {self.epochs:g} now"
 
     @field_validator("precision")
     @classmethod
@@ -382,24 +393,31 @@ def parse_recipe(
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"recipe {where} holds a {type(tree).__name__}", "a recipe is a mapping, like `data: {...}`")
-    _refuse_unknown(tree, Recipe, f"recipe {where}", "")
+    refuse_unknown(tree, Recipe, f"recipe {where}")
     sources: dict[str, str] = {}
     for path, value, said in _asked(overrides, values or {}):
-        _refuse_unknown(_nested(path, value), Recipe, said, "")
+        refuse_unknown(_nested(path, value), Recipe, said)
         _set(tree, path, value, said)
         sources[path] = said
-    _refuse_unknown(tree, Recipe, f"recipe {where}", "")
+    _later_length_wins(tree, sources)
+    refuse_unknown(tree, Recipe, f"recipe {where}")
     _refuse_huge(tree, where, "")
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        path = shown(".".join(str(part) for part in first["loc"]))[1:-1]
-        asked = next((one for one in sources if path == one or path.startswith(f"{one}.")), None)
-        cause = f"recipe {where}: {path} = {shown(first['input'])}" if asked is None else sources[asked]
-        raise UserError(
-            f"{cause}: {first['msg']}", f"docs/recipe-reference.md says what {path} may be, and what it is by default"
-        ) from error
+        raise wrong_values(error, where, sources) from error
+
+
+def _later_length_wins(tree: dict[str, Any], sources: Mapping[str, str]) -> None:
+    """`--set distill.epochs=10` is meant, whatever the recipe's distill.tokens says; and the other way round."""
+    for section in ("teacher.train", "distill"):
+        for asked, other in (("epochs", "tokens"), ("tokens", "epochs")):
+            if f"{section}.{asked}" in sources and f"{section}.{other}" not in sources:
+                node: Any = tree
+                for part in section.split("."):
+                    node = node.get(part) if isinstance(node, dict) else None
+                if isinstance(node, dict):
+                    node.pop(other, None)
 
 
 def _nested(path: str, value: Any) -> dict[str, Any]:
@@ -465,23 +483,3 @@ def _refuse_huge(value: Any, where: str, path: str) -> None:
             _refuse_huge(inner, where, path)
     elif isinstance(value, int) and abs(value) > MAX_WHOLE_NUMBER:
         raise UserError(f"recipe {where}: {path} = {shown(value)}", f"at most {MAX_WHOLE_NUMBER:,}")
-
-
-def _refuse_unknown(tree: dict[str, Any], section: type[BaseModel], source: str, prefix: str) -> None:
-    """`source`: the recipe, or the option that says it."""
-    for key, value in tree.items():
-        field = section.model_fields.get(key)
-        if field is None:
-            raise UserError(
-                f"{source}: unknown key '{prefix}{shown(key)[1:-1]}'", did_you_mean(key, section.model_fields)
-            )
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            if value is None:
-                value = tree[key] = {}
-            if not isinstance(value, dict):
-                raise UserError(
-                    f"{source}: '{prefix}{key}' is {shown(value)}",
-                    f"it is a section with the keys {', '.join(inner.model_fields)}",
-                )
-            _refuse_unknown(value, inner, source, f"{prefix}{key}.")

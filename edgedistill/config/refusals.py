@@ -106,3 +106,14 @@ def refuse_mixed_format(format_: str, quantization: str, *, decoder: bool = True
             " layer by layer there alone",
             "export as GGUF, or leave export.mixed_retention out",
         )
+
+
+def refuse_no_text(recipe: Recipe) -> None:
+    """A model of the user's is not distilled on the quickstart's text because nobody named another. UserError."""
+    role = "teacher" if recipe.teacher.model else "student" if recipe.student.model else ""
+    if role and "source" not in recipe.data.model_fields_set:
+        raise UserError(
+            f"a {role} is named, and no text to distil on",
+            "--data with a file, a folder or a hub id of text like that the model will meet (data.source in a recipe);"
+            " --data python-docs takes Python's documentation, to try it",
+        )

@@ -184,6 +184,10 @@ class Target(Profile):
         return self
 
 
+# What people ask for by these words, and what no near name stands for.
+NO_PROFILE_YET = ("iphone", "ipad", "ios", "macbook", "coral", "hexagon", "esp32", "browser", "wasm", "webgpu")
+
+
 def parse_artifact(artifact: str) -> tuple[str, str]:
     """`"gguf:Q4_K_M"` -> `("gguf", "Q4_K_M")`; letter case is forgiven. Raises UserError for what is not known."""
     format_, colon, quantization = artifact.strip().partition(":")
@@ -223,6 +227,12 @@ def load_target(name_or_path: str) -> Target:
         if name_or_path == target.name or name_or_path in target.aliases:
             return target
     known = [name for target in targets.values() for name in (target.name, *target.aliases)]
+    if any(word in name_or_path.lower() for word in NO_PROFILE_YET):
+        raise UserError(
+            f"no target '{name_or_path}': no profile of it ships with edgedistill yet",
+            "write one as a file (`edgedistill targets show phone` has every field),"
+            f" or take one of {', '.join(known)}",
+        )
     raise UserError(f"no target '{name_or_path}'", did_you_mean(name_or_path, known))
 
 

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 
 from edgedistill.config.recipe import Recipe
-from edgedistill.config.refusals import refuse_trimming
+from edgedistill.config.refusals import refuse_no_text, refuse_trimming
 from edgedistill.config.targets import Target, parse_artifact
 from edgedistill.data.prepare import Texts, find_data, prepare_data, read_part, read_texts
 from edgedistill.data.split import held_out_chars
@@ -46,6 +46,7 @@ def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store, progre
     refuse_trimming(recipe)
     teacher, parameters = _teacher_sizes(recipe)
     require_sound_models(recipe, store)
+    refuse_no_text(recipe)
     room = store.root
     while not room.exists():
         room = room.parent
@@ -74,8 +75,15 @@ def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store, progre
         machine_memory_bytes=facts.describe()["memory_bytes"],
         machine_cores=len(facts.usable_cpus()),
     )
-    further = [*_too_little_held_out(recipe, texts), *model_notes(recipe)]
+    further = [*_two_lengths(recipe), *_too_little_held_out(recipe, texts), *model_notes(recipe)]
     return planned.model_copy(update={"warnings": [*planned.warnings, *further]})
+
+
+def _two_lengths(recipe: Recipe) -> Iterator[str]:
+    """Where both fields that say how long to train are set, which of them counts."""
+    for name, settings in (("teacher.train", recipe.teacher.train), ("distill", recipe.distill)):
+        if settings.tokens is not None and "epochs" in settings.model_fields_set:
+            yield f"{name}.tokens ({settings.tokens:,}) counts, and {name}.epochs ({settings.epochs:g}) does nothing"
 
 
 def _too_little_held_out(recipe: Recipe, texts: Texts) -> Iterator[str]:

@@ -51,7 +51,7 @@ def student_inputs(
 ) -> dict[str, Any]:
     """What a student's key is made of: everything that can change its weights."""
     return {
-        "distill": recipe.distill.model_dump(mode="json", exclude={*NOT_IN_KEY, "micro_batch_sequences"})
+        "distill": recipe.distill.key({*NOT_IN_KEY, "micro_batch_sequences"})
         | {"micro_batch_sequences": recipe.distill.micro_batch_sequences or recipe.distill.batch_sequences},
         "student": recipe.student.model_dump(mode="json", include={"start", "layer_choice", "trim_vocabulary"}),
         "pretrained": pretrained_sha256,

@@ -84,7 +84,7 @@ def quantization_aware(
     inputs = {
         "artifact": artifact,
         "qad": recipe.distill.qad.model_dump(mode="json"),
-        "settings": settings.model_dump(mode="json", exclude={*NOT_IN_KEY, "qad"}),
+        "settings": settings.key({*NOT_IN_KEY, "qad"}),
         "options": dataclasses.replace(options, compare_logits=False, compare_speed=False, notes=()).key(),
         "context_tokens": context_tokens,
         "student": student.result.weights_sha256,

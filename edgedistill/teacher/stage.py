@@ -86,7 +86,7 @@ def find_teacher(recipe: Recipe, *, data: Stored[DataResult] | None, store: Stor
 def teacher_inputs(recipe: Recipe, data: Stored[DataResult]) -> dict[str, Any]:
     """What a trained teacher's key is made of."""
     return {
-        "train": recipe.teacher.train.model_dump(mode="json", exclude={"checkpoint_every_s", "tracker"}),
+        "train": recipe.teacher.train.key({"checkpoint_every_s", "tracker"}),
         "seed": recipe.seed,
         "device": device_kind(),
         "data": data.result.sha256,

@@ -35,6 +35,7 @@ from edgedistill.tasks.causal_lm import Packed, Window
 from edgedistill.training import zero
 from edgedistill.training.checkpoint import Position, load_best, load_checkpoint, save_best, save_checkpoint
 from edgedistill.training.evaluate import perplexity
+from edgedistill.training.interrupt import Interrupt, after_the_step
 from edgedistill.training.loss_module import LossModule, bare, wrap
 from edgedistill.training.optimizers import make_optimizers
 from edgedistill.training.optimizers import rate_share as rate_share
@@ -110,33 +111,39 @@ def train(
     saved_at = time.monotonic()
     stopped = _impatient(position, settings)
     batches = data.batches(settings.batch_sequences, position.step)
-    while position.step < steps and not stopped:
-        before = time.monotonic()
-        rows = next(batches)
-        figures, micro = step.run(
-            rows,
-            rate_share=rate_share(position.step, steps, settings),
-            micro=position.micro_batch_sequences,
-            taid_t=position.taid_share,
-            spike=_spike_limit(position, settings),
-            report_kl=position.step % KL_EVERY == 0,
-        )
-        bad = _what_is_bad(figures, position, settings)
-        if bad:
-            _report_bad_step(bad, position, rows, data, figures, state, label, settings, ranks, progress)
-        position = _advance(position, figures, bad=bool(bad), micro=micro, steps=steps, taid=taid)
-        if position.step % every == 0 or position.step == steps:
-            with weights():
-                value = _perplexity(module, evaluation, position, ranks, data.context, settings.compile)
-            position = _evaluated(module, value, position, figures, state, ranks)
-            stopped = _impatient(position, settings)
-        now = time.monotonic()
-        position = replace(position, seconds=now - started)
-        _tell(tracker, progress, label, figures, position, steps, settings, data, now - before, ranks)
-        due = now - saved_at >= settings.checkpoint_every_s
-        if position.step < steps and not stopped and ranks.broadcast(due):
-            save_checkpoint(state, model=bare(module).student, optimizers=optimizers, position=position, ranks=ranks)
-            saved_at = time.monotonic()
+    # Of several ranks each gets its own SIGINT, at a step of its own: they end where they are.
+    with after_the_step(progress) if ranks.world == 1 else nullcontext(Interrupt()) as interrupt:
+        while position.step < steps and not stopped:
+            before = time.monotonic()
+            rows = next(batches)
+            figures, micro = step.run(
+                rows,
+                rate_share=rate_share(position.step, steps, settings),
+                micro=position.micro_batch_sequences,
+                taid_t=position.taid_share,
+                spike=_spike_limit(position, settings),
+                report_kl=position.step % KL_EVERY == 0,
+            )
+            bad = _what_is_bad(figures, position, settings)
+            if bad:
+                _report_bad_step(bad, position, rows, data, figures, state, label, settings, ranks, progress)
+            position = _advance(position, figures, bad=bool(bad), micro=micro, steps=steps, taid=taid)
+            if position.step % every == 0 or position.step == steps:
+                with weights():
+                    value = _perplexity(module, evaluation, position, ranks, data.context, settings.compile)
+                position = _evaluated(module, value, position, figures, state, ranks)
+                stopped = _impatient(position, settings)
+            now = time.monotonic()
+            position = replace(position, seconds=now - started)
+            _tell(tracker, progress, label, figures, position, steps, settings, data, now - before, ranks)
+            due = now - saved_at >= settings.checkpoint_every_s
+            if interrupt.asked or (position.step < steps and not stopped and ranks.broadcast(due)):
+                save_checkpoint(
+                    state, model=bare(module).student, optimizers=optimizers, position=position, ranks=ranks
+                )
+                saved_at = time.monotonic()
+            if interrupt.asked:
+                raise KeyboardInterrupt
     tracker.close()
     ranks.barrier()
     _require_trained(position, label, settings)

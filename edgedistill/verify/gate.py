@@ -49,12 +49,12 @@ def failures(gate: Gate) -> list[str]:
     return [f"{check.rung}: {check.why}" for check in told]
 
 
-def remedy(gate: Gate) -> str:
-    """What to do about the first check that did not pass."""
+def remedy(gate: Gate, length: str = "") -> str:
+    """What to do about the first check that did not pass. `length`: the field that says how long the student trains."""
     if gate.verdict == "too few documents to tell":
         return MORE_DOCUMENTS
     first = next(check for check in gate.checks if check.passed is False)
-    return REMEDIES[first.name]
+    return REMEDIES[first.name].replace("distill.epochs", f"distill.{length}" if length else "distill.epochs")
 
 
 REMEDIES: dict[CheckName, str] = {

@@ -111,8 +111,11 @@ def verify_artifact(
     return retention, reports
 
 
-def require_gate(verified: Sequence[tuple[str, Retention, Path]]) -> None:
-    """GateFailed that names every check that did not pass. `verified`: what it is called, its record, its reports."""
+def require_gate(verified: Sequence[tuple[str, Retention, Path]], *, length: str = "") -> None:
+    """GateFailed that names every check that did not pass. `verified`: what it is called, its record, its reports.
+
+    `length`: the recipe's field that says how long the student trains, and what it is, for the remedy.
+    """
     failed = [one for one in verified if not one[1].gate.passed]
     if not failed:
         return
@@ -122,4 +125,4 @@ def require_gate(verified: Sequence[tuple[str, Retention, Path]]) -> None:
         + f"; reports in {reports}"
         for name, retention, reports in failed
     ]
-    raise GateFailed("\n".join(lines), remedy(failed[0][1].gate))
+    raise GateFailed("\n".join(lines), remedy(failed[0][1].gate, length))

@@ -97,6 +97,7 @@ def test_no_such_things(command):
     refused(command("build", "quickstrat", "-t", "phone"), "did you mean 'quickstart'?")
     refused(command("build", "./missing.yaml", "-t", "phone"), "./missing.yaml")
     refused(command("build", "-t", "jetsn"), "no target 'jetsn'", "did you mean 'jetson'?")
+    refused(command("build", "-t", "iphone"), "no target 'iphone': no profile of it ships", "targets show phone")
     refused(command("build", "-t", "phone", "--teacher", "./nowhere"), "no teacher ./nowhere")
     refused(command("build", "-t", "phone", "--teacher", "org/model"), "no teacher 'org/model'")
     missing = "no data file ./missing.txt"
@@ -235,6 +236,13 @@ def test_student_larger_than_its_teacher(command, teacher, tmp_path):
         str(command.folder / "text.txt"),
     )
     refused(done, "more than its teacher")
+
+
+def test_a_model_of_ones_own_is_not_distilled_on_text_that_nobody_named(command, teacher):
+    for words in (("plan", "-t", "phone"), ("build", "-t", "phone"), ("distill", "-t", "phone"), ("teacher", "cache")):
+        refused(command(*words, "--teacher", str(teacher)), "a teacher is named, and no text to distil on", "--data")
+    asked = command("plan", "-t", "phone", "--teacher", str(teacher), "--data", "python-docs")
+    assert asked.returncode == 0, asked.stderr
 
 
 def test_target_that_cannot_hold_any_student(command, tmp_path):
