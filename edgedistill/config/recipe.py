@@ -241,8 +241,8 @@ class Qad(Section):
     batch_sequences: int = Field(4, ge=1, description="packed sequences an optimizer step")
 
 
-class Distill(Training):
-    """The student's training: Training's fields, and the losses."""
+class LossWeights(Section):
+    """The losses, each with its weight: a field for each line of `DIVERGENCES` in losses/divergences.py, and one."""
 
     forward_kl: float = Field(1.0, ge=0, description="weight of KL(teacher ‖ student)")
     reverse_kl: float = Field(0.0, ge=0, description="weight of KL(student ‖ teacher)")
@@ -252,6 +252,26 @@ class Distill(Training):
     taid: float = Field(0.0, ge=0, description="weight of TAID: KL to a teacher that moves from student to teacher")
     total_variation: float = Field(0.0, ge=0, description="weight of half the L1 distance of the probabilities")
     cross_entropy: float = Field(0.0, ge=0, description="weight of the next token's cross-entropy")
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Name → weight, zeros too."""
+        return {name: getattr(self, name) for name in LossWeights.model_fields}
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(weight > 0 for name, weight in self.losses.items() if name != "cross_entropy")
+
+    @property
+    def general(self) -> list[str]:
+        """Those that are asked for beside forward KL and cross-entropy, for which there is a shorter way."""
+        plain = ("forward_kl", "cross_entropy")
+        return [name for name, weight in self.losses.items() if weight > 0 and name not in plain]
+
+
+class Distill(Training, LossWeights):
+    """The student's training: Training's fields, and the losses."""
+
     temperature: float = Field(
         1.0, gt=0, le=100, description="T: divides both models' logits in all losses but cross_entropy; these are × T²"
     )

@@ -12,7 +12,6 @@ from edgedistill.records.shape import Shape
 
 # What stands after the imports of a training process (measured: 364 MB, 420 MB with peft), and its text.
 PROCESS_BYTES = 450_000_000
-GENERAL_LOSSES = ("reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "taid", "total_variation")
 
 
 @dataclass(frozen=True)
@@ -67,19 +66,14 @@ def predict_distillation(
         further=tuple(further),
     )
     return predict(
-        student, ask, teaching if needs_teacher(recipe) else None, lora=ask.lora, blocks=blocks_of(recipe),
+        student, ask, teaching if recipe.distill.needs_teacher else None, lora=ask.lora, blocks=blocks_of(recipe),
         device=device,
     )  # fmt: skip
 
 
-def needs_teacher(recipe: Recipe) -> bool:
-    return any(getattr(recipe.distill, name) > 0 for name in ("forward_kl", *GENERAL_LOSSES))
-
-
 def blocks_of(recipe: Recipe) -> int:
     """How many float32 buffers of a block of logits the recipe's mix of losses needs."""
-    general = any(getattr(recipe.distill, name) > 0 for name in GENERAL_LOSSES)
-    return GENERAL_BLOCKS if general or recipe.distill.temperature != 1.0 else PLAIN_BLOCKS
+    return GENERAL_BLOCKS if recipe.distill.general or recipe.distill.temperature != 1.0 else PLAIN_BLOCKS
 
 
 def teacher_precision(recipe: Recipe, device: str) -> str:
@@ -118,13 +112,13 @@ def _relaxed(run: Run, recipe: Recipe) -> Iterator[tuple[Recipe, tuple[str, ...]
         recipe = _set(recipe, run.section, optimizer="adamw8bit")
         words += (f"{run.section}.optimizer=adamw8bit",)
         yield recipe, words
-    if run.section != "distill" or not needs_teacher(recipe):
+    if run.section != "distill" or not recipe.distill.needs_teacher:
         return
     ways = [(recipe, words)]
     if recipe.distill.teacher_signals != "cached":
         # samples serve forward KL alone; other losses need exact states, of several teachers their mixed logits
         exact = "dense" if recipe.teacher.also else "hidden"
-        kind = exact if any(getattr(recipe.distill, name) > 0 for name in GENERAL_LOSSES) else "sampled"
+        kind = exact if recipe.distill.general else "sampled"
         cache = recipe.distill.cache.model_copy(update={"kind": kind})
         words += ("distill.teacher_signals=cached",)
         words += () if kind == recipe.distill.cache.kind else (f"distill.cache.kind={kind}",)

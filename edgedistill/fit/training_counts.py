@@ -7,15 +7,11 @@ all key heads.
 from __future__ import annotations
 
 from edgedistill.config.recipe import Lora
+from edgedistill.fit.chunks import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES, CUDA_CHUNK_TOKENS, FEWEST_CHUNK_TOKENS
 from edgedistill.records.shape import Shape
 
 # Bytes a weight, with bitsandbytes' scales: NF4 half a byte, and a byte and more a block of 64.
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.516}
-# As in losses/losses.py, which cannot be imported without torch; a test holds them equal.
-CPU_CHUNK_BYTES = 256 << 20
-CUDA_CHUNK_BYTES = 1 << 30
-CUDA_CHUNK_TOKENS = 1024
-FEWEST_CHUNK_TOKENS = 256
 
 
 def matrix_parameters(shape: Shape) -> int:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgedistill.config.recipe import Lora, Training
+from edgedistill.fit.chunks import BLOCK_BYTES, CACHE_BATCH_TOKENS, EVALUATION_TOKENS, LOGITS_BYTES, SHARD_BYTES
 from edgedistill.fit.training_counts import (
     WEIGHT_BYTES,
     adapted_sizes,
@@ -39,17 +40,10 @@ STEP_HOLES = 0.35
 GRADIENT_HOLES = 0.62
 # glibc maps blocks of that size and above one by one (DEFAULT_MMAP_THRESHOLD_MAX): they leave no holes.
 MAPPED_BYTES = 32 << 20
-# As in losses/losses.py, which cannot be imported without torch; a test holds them equal.
-BLOCK_BYTES = 2 << 20
 # Blocks of float32 logits that the loss works on at a time: forward KL and cross-entropy in place, any other mix.
 PLAIN_BLOCKS, GENERAL_BLOCKS = 3, 9
-# As in signals/signals.py and signals/cache.py.
-CACHE_BATCH_TOKENS = 4096
-CACHE_LOGITS_BYTES = 128 << 20
-CACHE_SHARD_BYTES = 64 << 20
 # Copies of the fp32 logits while a cache is written: themselves, log p, p, and float64 sums that count twice (sampled).
 CACHE_BUFFERS = {"sampled": 5, "topk": 3, "dense": 1.5, "hidden": 0}
-EVALUATION_TOKENS = 4096
 
 Signals = Literal["live", "cached"]
 
@@ -265,7 +259,7 @@ class _Run:
         if ask.signals == "cached":
             context = self.training.context_tokens
             tokens = max(1, CACHE_BATCH_TOKENS // context) * context
-            rows = min(tokens, max(1, CACHE_LOGITS_BYTES // (4 * ask.shape.vocab_size)))
+            rows = min(tokens, max(1, LOGITS_BYTES // (4 * ask.shape.vocab_size)))
             states = 4.0 * tokens * ask.shape.hidden_size
             logits = 4.0 * rows * ask.shape.vocab_size * CACHE_BUFFERS[ask.kind]
             batch = 2.0 * tokens * {"hidden": ask.shape.hidden_size, "dense": ask.shape.vocab_size}.get(ask.kind, 0)
@@ -276,7 +270,7 @@ class _Run:
                 # the heap keeps what the pass freed while the logits, mapped one by one, are worked on
                 "teacher's forward pass": forward_bytes(ask.shape, tokens, self._teacher_low),
                 "teacher's logits": states + logits,
-                "cache's shard": max(0.0, CACHE_SHARD_BYTES - batch) if batch else 0.0,
+                "cache's shard": max(0.0, SHARD_BYTES - batch) if batch else 0.0,
             }
         return found
 

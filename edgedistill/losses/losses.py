@@ -24,6 +24,13 @@ from typing import Any
 import torch  # noqa: TID253  this module is imported by training alone
 from torch import Tensor  # noqa: TID253
 
+from edgedistill.fit.chunks import (
+    BLOCK_BYTES,
+    CPU_CHUNK_BYTES,
+    CUDA_CHUNK_BYTES,
+    CUDA_CHUNK_TOKENS,
+    FEWEST_CHUNK_TOKENS,
+)
 from edgedistill.losses.block_losses import Dense, block_loss, finish_logits
 from edgedistill.losses.loss_spec import NAMES, Head, LossSpec, SparseTargets, Teacher, TeacherHead, TeacherLogits
 from edgedistill.tasks.causal_lm import IGNORED
@@ -33,11 +40,6 @@ __all__ = [
     "head_loss",
 ]  # fmt: skip
 
-CPU_CHUNK_BYTES = 256 << 20
-CUDA_CHUNK_BYTES = 1 << 30
-CUDA_CHUNK_TOKENS = 1024  # fewer starve the matrix units
-FEWEST_CHUNK_TOKENS = 256
-BLOCK_BYTES = 2 << 20  # of fp32 logits that are worked on at a time on a CPU: they stay in its caches
 HEAD_BLOCK_ROWS = 8192  # of the head's gradient that one low-precision product makes
 
 

@@ -29,7 +29,7 @@ from edgedistill.fit.artifact import (
     context_of,
     human_bytes,
 )
-from edgedistill.fit.training import GENERAL_LOSSES, PROCESS_BYTES, Run, distillation, propose, teacher_training
+from edgedistill.fit.training import PROCESS_BYTES, Run, distillation, propose, teacher_training
 from edgedistill.fit.verification_memory import verification_memory
 from edgedistill.quantization.mixes import BASE_TYPES, GGML_BLOCKS
 from edgedistill.records.base import Record
@@ -200,7 +200,7 @@ def refuse_signals(recipe: Recipe) -> None:
     settings = recipe.distill
     if settings.teacher_signals != "cached" or settings.cache.kind not in ("sampled", "topk"):
         return
-    others = [name for name in GENERAL_LOSSES if getattr(settings, name) > 0]
+    others = settings.general
     if others:
         raise UserError(
             f"distill.cache.kind is {settings.cache.kind}, which serves forward_kl and cross_entropy alone, and"

@@ -20,14 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor  # noqa: TID253
 
 from edgedistill.errors import UserError
+from edgedistill.fit.chunks import LOGITS_BYTES, SHARD_BYTES
 from edgedistill.losses.losses import Head, finish_logits
 from edgedistill.progress import QUIET, Progress
 from edgedistill.signals import multiset
 from edgedistill.signals.cache_files import KINDS, SCHEMA, estimate_bytes, is_remote, local_copy, read_record, upload
 from edgedistill.store import fsync_folder, sha256_of, write_durably
 
-SHARD_BYTES = 64 << 20  # about; a shard is whole sequences
-LOGITS_BYTES = 128 << 20  # of fp32 logits made at a time while writing
 Rows = NDArray[np.int64]
 
 

@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn  # noqa: TID253
 
 from edgedistill.errors import UserError
+from edgedistill.fit.chunks import CACHE_BATCH_TOKENS
 from edgedistill.losses.losses import Head, Teacher, TeacherHead, finish_logits
 from edgedistill.losses.model_parts import device_of, final_hidden, head_of
 from edgedistill.progress import QUIET, Progress
 from edgedistill.signals.cache import Produced, build_cache
 from edgedistill.signals.cache_reader import CacheReader, open_cache
 from edgedistill.tasks.causal_lm import IGNORED, Packed
-
-CACHE_BATCH_TOKENS = 4096
 
 
 class Signals(Protocol):

@@ -41,9 +41,6 @@ MAX_CACHE_BYTES = 16 << 30
 EPOCHS_FOR_CACHE = 1.5  # below, writing the cache costs more than it saves
 SAMPLE_TOKENS = 8192  # of the training text, from which the importance of the teacher's parts is measured
 NOT_IN_KEY = {"checkpoint_every_s", "tracker", "qad"}
-LOSS_NAMES = (
-    "forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "taid", "total_variation", "cross_entropy",
-)  # fmt: skip
 
 
 def student_inputs(
@@ -136,7 +133,7 @@ def loss_of(settings: Distill, vocab: int) -> LossSpec:
     from edgedistill.losses.losses import LossSpec
 
     return LossSpec(
-        {name: getattr(settings, name) for name in LOSS_NAMES},
+        settings.losses,
         temperature=settings.temperature,
         vocab=vocab,
         jsd_beta=settings.jsd_beta,

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.config.recipe import Recipe
+from edgedistill.fit.chunks import CACHE_BATCH_TOKENS
 from edgedistill.progress import QUIET, Progress
 from edgedistill.records.data import DataResult
 from edgedistill.records.training import SignalsResult, TeacherResult
 from edgedistill.signals.cache import build_cache
 from edgedistill.signals.cache_files import cache_exists, recipe_key
 from edgedistill.signals.cache_reader import CacheReader, open_cache
-from edgedistill.signals.signals import CACHE_BATCH_TOKENS, CachedSignals, LiveSignals, MixedSignals, produce_from
+from edgedistill.signals.signals import CachedSignals, LiveSignals, MixedSignals, produce_from
 from edgedistill.store import Store, Work, versions
 from edgedistill.tasks.causal_lm import Packed, TextTokenizer
 from edgedistill.teacher.live import precision_of

@@ -7,17 +7,16 @@ import math
 import torch  # noqa: TID253  this module is imported by training alone
 from torch import nn  # noqa: TID253
 
+from edgedistill.fit.chunks import EVALUATION_TOKENS
 from edgedistill.losses.losses import IGNORED, LossSpec
 from edgedistill.tasks.causal_lm import Window
 from edgedistill.training.loss_module import bare, settle
 from edgedistill.training.ranks import Ranks
 
-MOST_BATCH_TOKENS = 4096
-
 
 @torch.no_grad()
 def perplexity(
-    module: nn.Module, windows: list[Window], ranks: Ranks, *, batch_tokens: int = MOST_BATCH_TOKENS
+    module: nn.Module, windows: list[Window], ranks: Ranks, *, batch_tokens: int = EVALUATION_TOKENS
 ) -> float:
     """exp of the mean negative log-likelihood (nats) over the windows' scored tokens; inf where it is not finite.
 
@@ -26,7 +25,7 @@ def perplexity(
     """
     module.eval()
     spec = LossSpec({"cross_entropy": 1.0}, temperature=1.0, vocab=bare(module).spec.vocab)
-    batches = _batches(windows, min(batch_tokens, MOST_BATCH_TOKENS))
+    batches = _batches(windows, min(batch_tokens, EVALUATION_TOKENS))
     total, count = 0.0, 0.0
     for first in range(0, len(batches), ranks.world):
         mine = first + ranks.rank

@@ -11,14 +11,11 @@ import torch
 from memory_script import case_of, measure, model_of, predicted
 
 from edgedistill.config.recipe import Distill, Lora
-from edgedistill.fit import training_counts, training_memory
 from edgedistill.fit.training_counts import adapter_parameters, chunk_rows, kept_bytes, matrix_parameters
 from edgedistill.fit.training_memory import Teaching, predict
-from edgedistill.losses import losses
 from edgedistill.losses.losses import Head, TeacherHead, _chunk_rows, _teacher_heads
 from edgedistill.losses.model_parts import final_hidden
 from edgedistill.records.shape import Shape
-from edgedistill.signals import cache, signals
 
 
 def shape(vocab, hidden, inner, layers, heads, kv_heads, *, tied=True, family="llama") -> Shape:
@@ -111,18 +108,6 @@ def test_counts_are_those_of_the_models() -> None:
         adapted = inject_adapter_in_model(LoraConfig(r=4, target_modules=names), model_of(SMALL, 0))
         count = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
         assert adapter_parameters(SMALL, Lora(rank=4, targets=targets)) == count
-
-
-def test_constants_are_those_of_the_code_that_is_predicted() -> None:
-    for name in ("CPU_CHUNK_BYTES", "CUDA_CHUNK_BYTES", "CUDA_CHUNK_TOKENS", "FEWEST_CHUNK_TOKENS"):
-        assert getattr(training_counts, name) == getattr(losses, name), name
-    assert training_memory.BLOCK_BYTES == losses.BLOCK_BYTES
-    assert training_memory.CACHE_BATCH_TOKENS == signals.CACHE_BATCH_TOKENS
-    assert training_memory.CACHE_LOGITS_BYTES == cache.LOGITS_BYTES
-    assert training_memory.CACHE_SHARD_BYTES == cache.SHARD_BYTES
-    from edgedistill.training.evaluate import MOST_BATCH_TOKENS
-
-    assert training_memory.EVALUATION_TOKENS == MOST_BATCH_TOKENS
 
 
 @pytest.mark.parametrize("vocab", [64, 2048, 40_000])
