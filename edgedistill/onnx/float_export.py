@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from edgedistill.errors import UserError
 from edgedistill.onnx.attention import fused_attention
 from edgedistill.onnx.fusions import fuse, name_axes
+from edgedistill.onnx.shifting import shift_keeps_the_batch
 from edgedistill.onnx.tasks import Graph, TaskModel, open_task
 from edgedistill.records.artifact import TensorSpec
 
@@ -94,7 +95,8 @@ def trace(
     opset = DEFAULT_OPSET if opset is None else opset
     if opset not in OPSETS:
         raise UserError(f"opset {opset}", f"use {OPSETS.start} to {OPSETS.stop - 1}")
-    with _quiet(), contextlib.nullcontext() if standard else fused_attention(model):
+    plain = contextlib.nullcontext()
+    with _quiet(), shift_keeps_the_batch(model), plain if standard else fused_attention(model):
         program = _program(graph, opset, fusions=None if standard else "cpu")
     fuse(program, first_token=first_token)
     _require_axes(program, graph)
