@@ -1,6 +1,7 @@
 """How long the quickstart takes from an empty store, teacher included, and a second target after it.
 
-Claims: `build --target jetson` at most 3 minutes and `build --target phone` after it at most 60 s, on two cores.
+Claims, on two cores with AVX-512 and without AMX: `build --target jetson` at most 3 minutes, and `build --target phone`
+after it at most 60 s. A machine without AVX-512 is outside the first claim: its time is shown and held to no bound.
 Run it on a machine that does nothing else: beside other work the training threads get their share of the cores.
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 from common import Bound, finish, parser
 
 from edgedistill.cli.show import with_interval
+from edgedistill.machine import facts
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 MARKED = re.compile(r"(<!-- result:begin -->\n).*?(<!-- result:end -->)", re.DOTALL)
@@ -104,6 +106,7 @@ def main() -> None:
                 f"{rung['retention']:.3f}",
             )
         )
+    claimed = any(name.startswith("avx512") for name in facts.describe()["isa"])
     finish(
         "quickstart",
         asked,
@@ -111,10 +114,13 @@ def main() -> None:
         header=("build", "seconds", "teacher's training (s)", "student's training (s)", "retention"),
         rows=rows,
         bounds=[
-            Bound("quickstart for jetson from an empty store, seconds", first_s, "<=", 180),
+            *([Bound("quickstart for jetson from an empty store, seconds", first_s, "<=", 180)] if claimed else []),
             Bound("phone after it, seconds", second_s, "<=", 60),
         ],
-        notes=["The training times of the second row are those of the first build: nothing was trained again."],
+        notes=[
+            "The training times of the second row are those of the first build: nothing was trained again.",
+            *([] if claimed else ["The first claim is about CPUs with AVX-512; this one has none."]),
+        ],
     )
 
 

@@ -324,7 +324,9 @@ def test_wheel(distributions: tuple[Path, Path], tmp_path: Path) -> None:
     listed = run("-m", "edgedistill", "targets", "list")
     for name in load_targets():
         assert name in listed
-    assert run("-m", "edgedistill", "recipes", "list").split() == builtin_recipes()
+    listed = run("-m", "edgedistill", "recipes", "list").splitlines()
+    assert [line.split()[0] for line in listed[2:]] == builtin_recipes()
+    assert all(len(line.split()) > 5 for line in listed[2:])
 
 
 @pytest.mark.parametrize("page", ["bundle.md", "store.md"])

@@ -73,6 +73,15 @@ def test_a_second_target_reuses_the_student_and_everything_can_be_reused(built):
     assert changed.stderr.count("(from the store)") == 4  # data, student, export, verify; bench is new
 
 
+def test_the_store_lists_what_each_thing_is(built):
+    rows = built.json("store", "list")
+    assert {row["stage"] for row in rows} == {"data", "teacher", "student", "export", "verify", "bench"}
+    assert all(row["what"] for row in rows), rows
+    shown = built("store", "list").stdout
+    for said in ("documents to train on", "parameters", "gguf:Q4_0", "retention ", "tokens/s (proxy)"):
+        assert said in shown, shown
+
+
 def test_plan_tells_what_the_store_has(built):
     hits = built.json("plan", built.recipe(), "-t", "phone")["store_hits"]
     assert all(hits.values()), hits

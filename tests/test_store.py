@@ -122,7 +122,7 @@ def test_an_edited_record_is_not_believed(tmp_path, change):
     made = store.run("stage", {"a": 1}, builder(7), Number)
     rewrite(made.directory / "record.json", change)
     assert len(store_verify(store)) == 1 and str(made.directory) in store_verify(store)[0]
-    assert [row["state"] for row in store_list(store)] == ["damaged"]
+    assert [(row["state"], row["what"]) for row in store_list(store)] == [("damaged", "")]
     assert store.find("stage", {"a": 1}, Number) is None
     again = store.run("stage", {"a": 1}, builder(7), Number, said.append)
     assert (again.reused, again.result.value) == (False, 7)

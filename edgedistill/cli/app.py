@@ -386,10 +386,11 @@ def targets_probe(as_json: Json = False) -> None:
 @recipes_app.command("list")
 def recipes_list(as_json: Json = False) -> None:
     """The recipes that ship with edgedistill."""
-    from edgedistill.config.recipe import builtin_recipes
+    from edgedistill.cli.show import table
+    from edgedistill.config.recipe import about_recipe, builtin_recipes
 
     names = builtin_recipes()
-    emit(as_json, names, "\n".join(names))
+    emit(as_json, names, table("", ("recipe", "what it is for"), [(name, about_recipe(name)) for name in names]))
 
 
 @recipes_app.command("show")

@@ -338,11 +338,18 @@ def store_text(rows: Sequence[dict[str, Any]]) -> str:
         return "the store is empty"
     now = time.time()
     shown = [
-        (r["stage"], r["key"][:12], human_bytes(r["bytes"]), f"{(now - r['written_unix_s']) / 3600:.1f} h", r["state"])
+        (
+            r["stage"],
+            r["key"][:12],
+            human_bytes(r["bytes"]),
+            f"{(now - r['written_unix_s']) / 3600:.1f} h",
+            r["state"],
+            r["what"],
+        )
         for r in rows
     ]
     total = human_bytes(sum(r["bytes"] for r in rows))
-    return table("", ("stage", "key", "size", "age", "state"), shown) + f"\n{total} in all"
+    return table("", ("stage", "key", "size", "age", "state", "what it is"), shown) + f"\n{total} in all"
 
 
 def doctor_text(found: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ def store_list(store: Store) -> list[dict[str, Any]]:
                 "written_unix_s": int(folder.lstat().st_mtime) if record is None else record["written_unix_s"],
                 "path": str(folder),
                 "state": "damaged" if record is None else "finished",
+                "what": "" if record is None else about(record["stage"], record["result"]),
             }
         )
     for folder in _unfinished(store):
@@ -75,9 +76,29 @@ def store_list(store: Store) -> list[dict[str, Any]]:
                 "written_unix_s": int(folder.lstat().st_mtime),
                 "path": str(folder),
                 "state": "unfinished",
+                "what": "",
             }
         )
     return rows
+
+
+def about(stage: str, result: dict[str, Any]) -> str:
+    """What a record is, in a few words, from the fields that it has; "" for one of another version's shape."""
+    try:
+        return str(ABOUT[stage](result)) if stage in ABOUT else ""
+    except (KeyError, TypeError, ValueError, IndexError):
+        return ""
+
+
+ABOUT: dict[str, Callable[[dict[str, Any]], str]] = {
+    "data": lambda r: f"{r['source']}: {r['parts']['train']['documents']:,} documents to train on",
+    "teacher": lambda r: f"{r['name']}, {r['parameters']:,} parameters",
+    "student": lambda r: f"{r['parameters']:,} parameters, start {r['start']}",
+    "export": lambda r: f"{r['format']}:{r['quantization']}, context {r['context_tokens']:,} tokens",
+    "verify": lambda r: f"retention {r['retention']['value']:.3f}",
+    "bench": lambda r: f"{r['target']}: {r['decode_tokens_per_s']:,.0f} tokens/s ({r['basis']})",
+    "qad": lambda r: f"{r['training']['tokens']:,} tokens under the rounding",
+}
 
 
 def store_verify(store: Store) -> list[str]:

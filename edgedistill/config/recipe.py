@@ -380,6 +380,13 @@ def builtin_recipes() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
+def about_recipe(name: str) -> str:
+    """The first sentence of a built-in recipe's comment: what it is for."""
+    text = recipe_text(name)
+    words = " ".join(line.lstrip("# ") for line in text[: text.index("name:")].splitlines())
+    return words.partition(". ")[0].rstrip(".")
+
+
 def load_recipe(
     name_or_path: str = QUICKSTART, overrides: Iterable[str] = (), *, values: Mapping[str, Any] | None = None
 ) -> Recipe:
