@@ -144,6 +144,7 @@ def plan(
     eval_data: EvalData = None,
     document_separator: Separator = None,
     as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """What build would do, without doing it: sizes, memory, disk, the most speed that a device allows."""
     from edgedistill import pipeline
@@ -154,7 +155,7 @@ def plan(
         document_separator=document_separator,
     )  # fmt: skip
     result = pipeline.preflight(asked, chosen_targets(target), store=the_store())
-    emit(as_json, result.model_dump(mode="json"), show.plan_text(result))
+    emit(as_json, result.model_dump(mode="json"), show.plan_text(result, parts=verbose))
 
 
 @app.command()

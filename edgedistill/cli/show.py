@@ -83,12 +83,18 @@ def human_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def plan_text(plan: Plan) -> str:
+def plan_text(plan: Plan, *, parts: bool = False) -> str:
+    """`parts`: of what the memory here is made."""
     from edgedistill.data.report import HEADER, remarks, source_rows
     from edgedistill.plan.plan import plan_rows
 
     lines = [
-        table(f"plan of {plan.recipe}", ("what", "value", "basis", "from"), plan_rows(plan), fold=("value", "from"))
+        table(
+            f"plan of {plan.recipe}",
+            ("what", "value", "basis", "from"),
+            plan_rows(plan, parts=parts),
+            fold=("value", "from"),
+        )
     ]
     if plan.data:
         lines.append("\n" + table("", HEADER, [row for read in plan.data for row in source_rows(read)]) + "\n")

@@ -31,6 +31,7 @@ from edgedistill.fit.artifact import (
 )
 from edgedistill.fit.training import PROCESS_BYTES, Run, distillation, propose, teacher_training
 from edgedistill.fit.verification_memory import verification_memory
+from edgedistill.plan.asked import Asked, asked_rows
 from edgedistill.quantization.mixes import BASE_TYPES, GGML_BLOCKS
 from edgedistill.records.base import Record
 from edgedistill.records.data import SourceRead
@@ -92,6 +93,7 @@ class Plan(Record):
     free_disk_bytes: int | None
     store_hits: dict[str, bool]
     data: list[SourceRead]
+    asked: Asked | None = None
     warnings: list[str]
 
 
@@ -209,13 +211,14 @@ def refuse_signals(recipe: Recipe) -> None:
         )
 
 
-def plan_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
-    """The plan for people: what, value, basis, from."""
+def plan_rows(plan: Plan, *, parts: bool = True) -> list[tuple[str, str, str, str]]:
+    """The plan for people: what, value, basis, from. `parts`: of what the memory here is made."""
 
     def row(what: str, figure: Figure, show: Callable[[float], str]) -> tuple[str, str, str, str]:
         return what, show(figure.value), figure.basis, figure.source
 
     rows = [
+        *([] if plan.asked is None else asked_rows(plan.asked)),
         ("teacher", _sizes_text(plan.teacher), "", f"{plan.teacher_parameters:,} parameters"),
         ("student", _sizes_text(plan.student), "", f"{plan.student_parameters:,} parameters, sized by {plan.sized_by}"),
         ("student's start", plan.start, "", plan.start_because),
@@ -228,8 +231,11 @@ def plan_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
         rows.append(
             row(f"{name}: decode at most", artifact.decode_ceiling_tokens_per_s, lambda v: f"{v:,.0f} tokens/s")
         )
-    rows.append(row("training memory here", plan.training_memory_bytes, human_bytes))
-    rows.append(row("verification memory here", plan.verification_memory_bytes, human_bytes))
+    memory = [
+        row("training memory here", plan.training_memory_bytes, human_bytes),
+        row("verification memory here", plan.verification_memory_bytes, human_bytes),
+    ]
+    rows += memory if parts else [(what, value, basis, "its parts: -v") for what, value, basis, _ in memory]
     rows.append(row("disk needed", plan.disk_bytes, human_bytes))
     rows += [(f"store: {stage}", "ready" if hit else "to be made", "", "") for stage, hit in plan.store_hits.items()]
     return rows

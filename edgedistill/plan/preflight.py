@@ -23,6 +23,7 @@ from edgedistill.models.folder import (
     require_sound_once,
 )
 from edgedistill.models.generation import generation_of
+from edgedistill.plan.asked import asked_of
 from edgedistill.plan.plan import NF4_MULTIPLE, Plan, plan
 from edgedistill.progress import QUIET, Progress
 from edgedistill.records.data import DataResult
@@ -76,7 +77,9 @@ def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store, progre
         machine_cores=len(facts.usable_cpus()),
     )
     further = [*_two_lengths(recipe), *_too_little_held_out(recipe, texts), *model_notes(recipe)]
-    return planned.model_copy(update={"warnings": [*planned.warnings, *further]})
+    sample = "\n".join(itertools.islice(texts.documents.texts, SAMPLE_DOCUMENTS)) if texts.documents is not None else ""
+    asked = asked_of(recipe, texts, _tokens_a_byte(recipe, sample[:SAMPLE_CHARS]))
+    return planned.model_copy(update={"warnings": [*planned.warnings, *further], "asked": asked})
 
 
 def _two_lengths(recipe: Recipe) -> Iterator[str]:

@@ -516,3 +516,26 @@ def test_a_search_for_a_mix_is_refused_where_it_cannot_be() -> None:
     ):
         with pytest.raises(UserError, match=cause):
             _plan(JETSON, recipe=_recipe("export.mixed_retention=0.98", *settings))
+
+
+def test_what_is_asked_first_stands_first(tmp_path):
+    """Text, steps and gate of a real file; steps of epochs follow from what the tokenizer makes of a sample."""
+    from command import Command, tiny_text
+
+    command = Command(tmp_path, warm=True)
+    text = tmp_path / "mine.txt"
+    text.write_text(tiny_text())
+    words = ("-t", "phone", "--set", f"data.source={text}", "--set", "verify.min_retention=0.7")
+    found = command.json("plan", command.recipe(), *words)["asked"]
+    assert found["source"] == str(text) and found["documents"] > 2
+    assert found["teacher_steps"] == round(60_000 / (8 * 64)) and found["student_steps"] == round(40_000 / (8 * 64))
+    assert found["min_retention"] == 0.7
+    tokens = found["training_tokens"]
+    assert 0.2 * text.stat().st_size < tokens < 0.4 * text.stat().st_size
+    epochs = command.json("plan", command.recipe(), *words, "--set", "distill.epochs=5")["asked"]
+    assert epochs["student_steps"] == round(5 * tokens / (8 * 64))
+    shown = command("plan", command.recipe(), *words).stdout
+    first = [line.split("   ")[0].strip() for line in shown.splitlines() if line.startswith(" ")][2:]
+    assert first[:5] == ["text", "training part", "teacher's training", "student's training", "gate"]
+    assert "its parts: -v" in shown and "optimizer" not in shown
+    assert "optimizer" in command("plan", command.recipe(), *words, "-v").stdout
