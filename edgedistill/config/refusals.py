@@ -102,7 +102,7 @@ def refuse_mixed_format(format_: str, quantization: str, *, decoder: bool = True
     """UserError for a format in which types are not searched for layer by layer: ONNX decoders are such."""
     if format_ != "gguf" and (format_ != "onnx" or decoder):
         raise UserError(
-            f"export.mixed_retention is set, and {format_}:{quantization} of a decoder is no GGUF: types are chosen"
+            f"export.mixed_retention is set, and {format_}:{quantization} of a decoder is not a GGUF: types are chosen"
             " layer by layer there alone",
             "export as GGUF, or leave export.mixed_retention out",
         )

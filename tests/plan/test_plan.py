@@ -511,7 +511,7 @@ def test_a_search_for_a_mix_is_refused_where_it_cannot_be() -> None:
     plain = _plan(JETSON, recipe=_recipe("export.mixed_retention=0.98")).artifacts[0]
     assert "at least: export.mixed_retention" in plain.artifact_bytes.source
     for settings, cause in (
-        (["export.artifacts=[onnx:INT4]"], "onnx:INT4 of a decoder is no GGUF"),
+        (["export.artifacts=[onnx:INT4]"], "onnx:INT4 of a decoder is not a GGUF"),
         (["distill.qad.tokens_share=0.05"], "are both set"),
     ):
         with pytest.raises(UserError, match=cause):
