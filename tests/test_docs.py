@@ -243,18 +243,19 @@ def messages() -> list[str]:
 def test_the_plans_page_quotes_what_the_program_says() -> None:
     """The first column of its tables: lines that are printed, and words of refusals and warnings."""
     page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
-    first = [line.split(" | ")[0] for line in page.splitlines() if line.startswith(("| `", "- `"))]
-    quoted = [words for cell in first for words in re.findall(r"`([^`]+)`", cell.split("**")[0])]
+    first = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    quoted = [words for cell in first for words in re.findall(r"`([^`]+)`", cell)]
     assert len(quoted) > 30
     said = messages()
     assert not [words for words in quoted if not any(words in text for text in said)]
 
 
 def shown_commands() -> list[str]:
-    """Every `edgedistill …` line of the pages, the generated ones left out."""
-    pages = [p for p in PAGES if p.name not in reference_pages()]
-    lines = [line for p in pages for line in p.read_text(encoding="utf-8").splitlines()]
-    return [line.strip().split("   ")[0] for line in lines if re.match(r"(    )?edgedistill \w", line)]
+    """Every `edgedistill …` line of the pages' blocks, fenced or indented; the generated pages are left out."""
+    texts = [p.read_text(encoding="utf-8") for p in PAGES if p.name not in reference_pages()]
+    lines = [line for text in texts for block in fenced(text, "sh") for line in block.splitlines()]
+    lines += [line.removeprefix("    ") for text in texts for line in text.splitlines() if line.startswith("    ")]
+    return [line.split("   ")[0] for line in lines if re.match(r"edgedistill \w", line)]
 
 
 @pytest.mark.parametrize("line", sorted(set(shown_commands())))
