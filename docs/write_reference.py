@@ -255,13 +255,13 @@ def _target_lines(target: Target) -> list[str]:
         "runtimes": ", ".join(target.runtimes),
         "default artifacts": ", ".join(target.default_artifacts),
         "allowed artifacts": ", ".join(target.allowed_artifacts),
-        "artifacts of encoders": ", ".join(target.encoder_artifacts),
+        "artifacts for encoders": ", ".join(target.encoder_artifacts),
         "context": f"{target.context_tokens:,} tokens",
         "bench": f"{bench.threads} threads, {bench.prompt_tokens} prompt tokens, {bench.new_tokens} new tokens,"
         f" {bench.warmup} warm-up runs, {bench.repeats} repeats",
         "limits": "; ".join(_limits(target)),
         "why these limits": limits.rationale,
-        "how a machine is told to be one": _identify(target),
+        "how such a machine is recognised": _identify(target),
     }
     lines += markdown_table(("what", "value"), list(facts.items()))
     if target.notes:

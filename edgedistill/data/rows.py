@@ -165,7 +165,7 @@ def _json_remedy(line: str, reason: str, table: Table, kind: Kind) -> str:
     line = line.strip()
     if "surrogate" in reason:
         return "the escape is half of a character: write \\ufffd in its place, or take it out"
-    if "stands twice" in reason:
+    if "appears twice" in reason:
         return "give each key of a row once"
     if line[-1:] == "," and line[:1] == "{":
         return "the line ends with a comma: take it out, or write one list of rows to a .json file"

@@ -201,7 +201,7 @@ def _checked_importance(
     if most * largest**2 > MOST_WEIGHTED_SQUARE:
         raise UserError(
             f"an importance of {most:g} on values of up to {largest:g}, too much for libggml's float32 sums",
-            "leave the importance matrix out, or look for what makes the activations so large",
+            "leave the importance matrix out, or find what makes the activations so large",
         )
     return importance
 

@@ -199,6 +199,7 @@ def test_every_row_is_a_document_or_counted(tmp_path):
         ("t.txt", b"some\0words" * 99, "is binary", "give text in UTF-8"),
         ("t.jsonl", b'{"text": "a"},\n{"text": "b"},\n', "line 1", "ends with a comma"),
         ("t.jsonl", b'{"text": "a \\ud83d"}\n', "half of a surrogate pair", "write \\ufffd in its place"),
+        ("t.jsonl", b'{"text": "a", "text": "b"}\n', "appears twice", "give each key of a row once"),
         ("t.jsonl", b'[{"text": "a"}]', "holds a list", "is a .json file"),
         ("t.jsonl", b"{'text': 'a'}", "line 1", "json.dumps"),
         ("t.jsonl", b'{\n"text": "a"\n}', "line 1", "over several lines"),
