@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from edgedistill import errors
 from edgedistill.config.recipe import Recipe, builtin_recipes, load_recipe
 from edgedistill.config.targets import Target, load_targets
 from edgedistill.fit.artifact import human_bytes
@@ -22,6 +23,17 @@ from edgedistill.records.figures import Figure
 NOTE = "<!-- Written by `python docs/write_reference.py`. Edit what it is made of, not this page. -->"
 HELP_WIDTH = 100
 TYPES: dict[Any, str] = {int: "integer", float: "number", str: "text", bool: "true or false", types.NoneType: "null"}
+EXIT_CODES = {
+    errors.EXIT_DONE: "done",
+    errors.EXIT_BUG: "a bug, or a runtime that died; what was finished is kept",
+    errors.EXIT_USER: "wrong usage, recipe, target or input, a plan that cannot work, or a model too unsure for golden"
+    " vectors",
+    errors.EXIT_GATE: "the gate failed, or there were too few documents to tell; the reports are kept",
+    errors.EXIT_LIMIT: "a finished artifact breaks a limit of its target; the bundle is kept. Speed counts only if it"
+    " was measured on the target",
+    errors.EXIT_HOST: "a host cannot be reached",
+    errors.EXIT_INTERRUPTED: "interrupted; give the same command again to go on",
+}
 # A group runs this hidden command where no other is named: `bundle [RECIPE]`.
 UNNAMED = "make"
 
@@ -81,12 +93,18 @@ def field_type(field: FieldInfo) -> str:
 
 
 def cli_page() -> str:
-    """What `--help` of every command prints."""
+    """The exit codes, and what `--help` of every command prints."""
     import typer
 
     from edgedistill.cli.app import app
 
-    lines = ["# Command line", "", NOTE, "", "What `--help` prints, command by command. Exit codes are in the README."]
+    lines = ["# Command line", "", NOTE, "", "The exit codes, and what `--help` prints, command by command."]
+    lines += [
+        "",
+        "## Exit codes",
+        "",
+        *markdown_table(("code", "meaning"), [(str(k), v) for k, v in EXIT_CODES.items()]),
+    ]
     for words, text in _helps(typer.main.get_command(app)):
         lines += ["", f"## {words}", "", "```text", text.rstrip(), "```"]
     return "\n".join(lines) + "\n"
@@ -237,13 +255,13 @@ def _target_lines(target: Target) -> list[str]:
         "runtimes": ", ".join(target.runtimes),
         "default artifacts": ", ".join(target.default_artifacts),
         "allowed artifacts": ", ".join(target.allowed_artifacts),
-        "artifacts of encoders": ", ".join(target.encoder_artifacts),
+        "artifacts for encoders": ", ".join(target.encoder_artifacts),
         "context": f"{target.context_tokens:,} tokens",
         "bench": f"{bench.threads} threads, {bench.prompt_tokens} prompt tokens, {bench.new_tokens} new tokens,"
         f" {bench.warmup} warm-up runs, {bench.repeats} repeats",
         "limits": "; ".join(_limits(target)),
         "why these limits": limits.rationale,
-        "how a machine is told to be one": _identify(target),
+        "how such a machine is recognised": _identify(target),
     }
     lines += markdown_table(("what", "value"), list(facts.items()))
     if target.notes:

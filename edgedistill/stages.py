@@ -176,7 +176,7 @@ def open_artifact(folder: Path) -> Stored[Artifact]:
         artifact = Artifact.model_validate_json(raw)
     except ValidationError as error:
         why = first_fault(error)
-        raise UserError(f"{path} is no artifact's record of this version: {why}", "export it again") from error
+        raise UserError(f"{path} is not a record that this version wrote: {why}", "export it again") from error
     except NotJson as error:
         raise UserError(f"{path} is not an artifact's record: {error}", "export it again") from error
     for entry in artifact.files:
@@ -189,7 +189,9 @@ def open_artifact(folder: Path) -> Stored[Artifact]:
     if combined_sha256(artifact.files) != artifact.sha256:
         raise UserError(f"{path} disagrees with itself: its sha256 is not that of its files", "export it again")
     if artifact.entry != "." and artifact.entry not in {entry.path for entry in artifact.files}:
-        raise UserError(f"{path} names {artifact.entry!r} as what runs, which is none of its files", "export it again")
+        raise UserError(
+            f"{path} names {artifact.entry!r} as the file to run, which is not one of its files", "export it again"
+        )
     return Stored(stage="export", key=artifact.sha256[:32], directory=folder, result=artifact, reused=True)
 
 

@@ -102,8 +102,8 @@ def too_few(units: int, effective: float, what: str = "documents") -> str:
 
 
 def counted(units: int, effective: float) -> str:
-    """ "7", or "7, the weight of 4.2 equal ones"."""
-    return f"{units}, the weight of {effective:.1f} equal ones" if effective < units - 0.05 else f"{units}"
+    """ "7", or "7, which weigh as much as 4.2 equal ones"."""
+    return f"{units}, which weigh as much as {effective:.1f} equal ones" if effective < units - 0.05 else f"{units}"
 
 
 def in_words(ci95: tuple[float, float] | None, units: int, effective: float, what: str = "documents") -> str:

@@ -64,12 +64,12 @@ def local_path(text: str | Path, *, what: str) -> Path:
     """The path that a user named. UserError for one that no system call takes: NUL, no text, too long."""
     name = str(text)
     if not name.strip():
-        raise UserError(f"{what} {shown(name)} is no path", "name a file or folder")
+        raise UserError(f"{what} {shown(name)} is not a path", "name a file or folder")
     try:
         raw = name.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{what} {shown(name)} is no text in UTF-8", "rename it, or run with LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+            f"{what} {shown(name)} is not UTF-8 text", "rename it, or run with LC_ALL=C.UTF-8 or PYTHONUTF8=1"
         ) from error
     if b"\0" in raw:
         raise UserError(f"{what} {shown(name)} has a NUL character in it", "a path has none")
@@ -145,11 +145,11 @@ def _refuse_pointer(descriptor: int, path: Path, what: str) -> None:
 def _not_opened(path: Path, what: str, error: OSError | ValueError) -> UserError:
     number = error.errno if isinstance(error, OSError) else errno.EINVAL
     if number == errno.ENOENT and path.is_symlink():
-        return UserError(f"{what} {path} is a link to nothing", "mend the link, or copy the file there")
+        return UserError(f"{what} {path} is a link to nothing", "correct the link, or copy the file there")
     if number in (errno.ENOENT, errno.ENOTDIR):
         return UserError(f"{what} {path} is missing", "check the path")
     if number == errno.ELOOP:
-        return UserError(f"{what} {path} is a link to itself", "mend the link, or copy the file there")
+        return UserError(f"{what} {path} is a link to itself", "correct the link, or copy the file there")
     if number in (errno.ENXIO, errno.ENODEV):  # a socket
         return UserError(f"{what} {path} is a socket or a device", "name a regular file with that content")
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
@@ -200,7 +200,7 @@ def unescape(text: str) -> str:
                 return chr(code)
         elif escape in _LETTERS:
             return _LETTERS[escape]
-        raise ValueError(f"{shown(found[0])} is no escape; \\n, \\t, \\\\, \\xHH and \\uHHHH are")
+        raise ValueError(f"{shown(found[0])} is not an escape; \\n, \\t, \\\\, \\xHH and \\uHHHH are")
 
     return _UNESCAPED.sub(meant, text)
 
@@ -323,7 +323,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise NotJson(f"the key {shown(twice)} stands twice in one object")
+        raise NotJson(f"the key {shown(twice)} appears twice in one object")
     return made
 
 
@@ -341,7 +341,7 @@ def _float(text: str) -> float:
 
 
 def _constant(text: str) -> float:
-    raise NotJson(f"{text} is no number in JSON")
+    raise NotJson(f"{text} is not a number in JSON")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant)

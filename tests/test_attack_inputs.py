@@ -63,7 +63,7 @@ class TestRecipes:
     @pytest.mark.parametrize(
         ("text", "parts"),
         [
-            ("seed: 1\nname: a\nseed: 2\n", ("line 3, column 1", "'seed' stands twice")),
+            ("seed: 1\nname: a\nseed: 2\n", ("line 3, column 1", "'seed' appears twice")),
             ("distill: {epochs: 1:30}\n", ("distill.epochs", "1:30")),
             ("distill: {compile: yes}\n", ("distill.compile", "yes")),
             ("seed: 010\n", ("line 1, column 7", "octal")),
@@ -96,7 +96,7 @@ class TestRecipes:
             (["--set", "seed=" + "9" * 5000], ("5,000 characters",)),
             (["--set", "data.source=a.txt # the old one"], ("quote the whole value",)),
             (["--set", "data.document_separator=#"], ("that is a comment",)),
-            (["--set", "distill.epochs=.inf"], ("no finite number",)),
+            (["--set", "distill.epochs=.inf"], ("not a finite number",)),
         ],
     )
     def test_overrides(self, run, words, parts):
@@ -131,8 +131,8 @@ class TestModels:
         ("content", "why"),
         [
             (b"[" * 100_000, "nested more than"),
-            (b'{"model_type": "llama", "model_type": "llama"}', "stands twice"),
-            (b'{"vocab_size": NaN}', "NaN is no number"),
+            (b'{"model_type": "llama", "model_type": "llama"}', "appears twice"),
+            (b'{"vocab_size": NaN}', "NaN is not a number"),
             (b'{"vocab_size": ' + b"1" * 5000 + b"}", "5,000 digits"),
             (b"\xef\xbb\xbf{}", "byte order mark"),
         ],
@@ -146,8 +146,8 @@ class TestModels:
         [
             (lambda a, b: b.update(data_offsets=a["data_offsets"], shape=a["shape"]), "overlaps"),
             (lambda a, b: b.update(data_offsets=[n + 4 for n in b["data_offsets"]]), "does not begin where"),
-            (lambda a, b: a.update(shape=[a["shape"][0] * 2, a["shape"][1] / 2]), "no whole numbers"),
-            (lambda a, b: a.update(shape=[-n for n in a["shape"]]), "no whole numbers"),
+            (lambda a, b: a.update(shape=[a["shape"][0] * 2, a["shape"][1] / 2]), "not whole numbers"),
+            (lambda a, b: a.update(shape=[-n for n in a["shape"]]), "not whole numbers"),
             (lambda a, b: a.update(shape="@"), "beyond what a double holds"),
         ],
         ids=["overlapping", "holed", "fractional", "negative", "1e999"],
@@ -176,7 +176,7 @@ class TestData:
             ("deep.jsonl", b'{"text": "a"}\n' + b"[" * 100_000 + b"\n", "line 2: nested more than"),
             ("bomb.jsonl", gzip.compress(bytes(1 << 24)), "compressed (gzip)"),
             ("half.jsonl", b'{"text": "\\ud800"}\n', "half of a surrogate pair"),
-            ("twice.jsonl", b'{"text": "a", "text": "b"}\n', "stands twice"),
+            ("twice.jsonl", b'{"text": "a", "text": "b"}\n', "appears twice"),
             ("list.jsonl", b"[1]\n", "holds a list"),
             ("other.jsonl", b'{"body": "a"}\n', "no column 'text': it has body"),
             ("latin.csv", "text\ncafé\n".encode("latin-1"), "line 2 is not UTF-8"),
@@ -224,7 +224,7 @@ class TestData:
     @pytest.mark.parametrize("separator", ["\\x", "\\", "\\u12", "\\ud800", "a\\qb"])
     def test_separators_that_stand_for_nothing(self, run, tmp_path, separator):
         (tmp_path / "t.txt").write_text(tiny_text())
-        refused(run(*PLAN, "--data", "t.txt", "--document-separator", separator), "document_separator", "no escape")
+        refused(run(*PLAN, "--data", "t.txt", "--document-separator", separator), "document_separator", "not an escape")
 
     def test_a_parquet_file_that_inflates(self, run, tmp_path):
         import pyarrow
@@ -272,12 +272,12 @@ class TestStreams:
         environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
         command = Command(tmp_path, environment)
         done = command("plan", "-t", "phone", "--data", "naïve.txt")
-        assert done.returncode == 2 and "no text in this locale" in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 2 and "not text in this locale" in done.stderr and "Traceback" not in done.stderr
         done = command("targets", "show", "raspberry-pi-5")
         assert done.returncode == 0 and "Traceback" not in done.stderr
 
     def test_a_name_that_is_not_utf8(self, run):
-        refused(run(*PLAN, "--data", "\udce9.txt"), "no text")
+        refused(run(*PLAN, "--data", "\udce9.txt"), "not text")
 
     @pytest.mark.parametrize("words", [["--help"], ["targets", "list"], ["recipes", "show"]])
     def test_a_reader_that_goes_away(self, server, tmp_path, words):

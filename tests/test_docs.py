@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from write_reference import reference_pages, write_reference
+from write_reference import EXIT_CODES, reference_pages, write_reference
 
 from edgedistill import errors
 from edgedistill.cli.app import app
@@ -136,7 +137,9 @@ def test_result_table_on_the_first_screen() -> None:
 
 def test_exit_codes() -> None:
     codes = {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
-    assert {int(code) for code in re.findall(r"^\| (\d+) \|", section("Exit codes"), re.MULTILINE)} == codes
+    assert set(EXIT_CODES) == codes
+    shown = re.findall(r"^\| (\d+) \| (.+) \|$", section("Exit codes"), re.MULTILINE)
+    assert {int(code): meaning for code, meaning in shown} == EXIT_CODES
 
 
 def test_environment_variables() -> None:
@@ -224,11 +227,35 @@ def test_site_builds_and_has_every_page(tmp_path: Path) -> None:
     assert (tmp_path / "site" / "schemas" / "edgedistill.bundle-1.json").is_file()
 
 
+def messages() -> list[str]:
+    """Every text of the package, with … for what is filled in."""
+
+    def text(node: ast.expr) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(text(part) for part in node.values)
+        return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
+
+    trees = [ast.parse(p.read_text(encoding="utf-8")) for p in (ROOT / "edgedistill").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    return [text(node) for node in nodes if isinstance(node, ast.JoinedStr | ast.Constant)]
+
+
+def test_the_plans_page_quotes_what_the_program_says() -> None:
+    """The first column of its tables: lines that are printed, and words of refusals and warnings."""
+    page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    first = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    quoted = [words for cell in first for words in re.findall(r"`([^`]+)`", cell)]
+    assert len(quoted) > 30
+    said = messages()
+    assert not [words for words in quoted if not any(words in text for text in said)]
+
+
 def shown_commands() -> list[str]:
-    """Every `edgedistill …` line of the pages, the generated ones left out."""
-    pages = [p for p in PAGES if p.name not in reference_pages()]
-    lines = [line for p in pages for line in p.read_text(encoding="utf-8").splitlines()]
-    return [line.strip().split("   ")[0] for line in lines if re.match(r"(    )?edgedistill \w", line)]
+    """Every `edgedistill …` line of the pages' blocks, fenced or indented; the generated pages are left out."""
+    texts = [p.read_text(encoding="utf-8") for p in PAGES if p.name not in reference_pages()]
+    lines = [line for text in texts for block in fenced(text, "sh") for line in block.splitlines()]
+    lines += [line.removeprefix("    ") for text in texts for line in text.splitlines() if line.startswith("    ")]
+    return [line.split("   ")[0] for line in lines if re.match(r"edgedistill \w", line)]
 
 
 @pytest.mark.parametrize("line", sorted(set(shown_commands())))

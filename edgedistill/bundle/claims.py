@@ -93,7 +93,7 @@ def _check_artifact(artifact: BundleArtifact, listed: dict[str, FileEntry]) -> N
     if combined_sha256(artifact.files) != artifact.sha256:
         refuse(f"{MANIFEST}: the sha256 of {name} is not that of its files")
     if artifact.entry != "." and artifact.entry not in {entry.path for entry in artifact.files}:
-        refuse(f"{MANIFEST} names {shown(artifact.entry)} in {name}, which is no file of the bundle")
+        refuse(f"{MANIFEST} names {shown(artifact.entry)} in {name}, which is not a file of the bundle")
     if artifact.retention != f"{artifact.reports}/retention.json":
         refuse(f"{MANIFEST}: the retention of {name} is not in {shown(artifact.reports)}: {shown(artifact.retention)}")
     if artifact.latency not in (None, f"{artifact.reports}/latency.json"):
@@ -183,7 +183,7 @@ def _check_golden(artifact: BundleArtifact, listed: dict[str, FileEntry]) -> Non
             refuse(f"{MANIFEST}: golden case {number} of {name} has more tokens than their context")
         for path, size in golden_sizes(golden, number).items():
             if path not in listed or not path.startswith("golden/"):
-                refuse(f"{MANIFEST} names {shown(path)} in {name}, which is no file of the bundle in golden/")
+                refuse(f"{MANIFEST} names {shown(path)} in {name}, which is not a file of the bundle in golden/")
             found = listed[path].bytes
             if found != size if size is not None else found > MAX_PROMPT_BYTES:
                 wanted = f"not {size}" if size is not None else f"more than {MAX_PROMPT_BYTES}"
@@ -229,7 +229,7 @@ def recipe_part(manifest: Manifest, *names: str) -> dict[str, Any]:
     for name in names:
         part = part.get(name, {})
         if not isinstance(part, dict):
-            refuse(f"{MANIFEST}: recipe.{'.'.join(names)} is {shown(part)}, which is no mapping")
+            refuse(f"{MANIFEST}: recipe.{'.'.join(names)} is {shown(part)}, which is not a mapping")
     return dict(part)
 
 
@@ -270,7 +270,7 @@ def _check_files(manifest: Manifest, listed: dict[str, FileEntry]) -> None:
             refuse(f"{MANIFEST}: the folder of {artifact.name} is not in model/: {shown(artifact.folder)}")
     for path, entry in listed.items():
         if path not in known:
-            refuse(f"{MANIFEST} lists {shown(path)}, which is no part of a bundle")
+            refuse(f"{MANIFEST} lists {shown(path)}, which is not part of a bundle")
         if entry.bytes > known[path]:
             refuse(f"{MANIFEST}: {path} has {entry.bytes:,} bytes, more than {known[path]:,.0f}")
     needed = [*DOCUMENTS, "preprocess/tokenizer.json"]

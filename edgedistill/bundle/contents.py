@@ -100,20 +100,20 @@ def check_vocabulary(path: str, tree: dict[str, Any], vocab_size: int) -> None:
     table = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(table, list):
         if any(not isinstance(one, list) or len(one) != 2 or not isinstance(one[0], str) for one in table):
-            refuse(f"{path}: model.vocab is no list of tokens and scores")
+            refuse(f"{path}: model.vocab is not a list of tokens and scores")
         known: dict[str, Any] = {token: index for index, (token, _) in enumerate(table)}
     elif isinstance(table, dict):
         known = table
     else:
-        refuse(f"{path} is no tokenizer: it has no model.vocab")
+        refuse(f"{path} is not a tokenizer: it has no model.vocab")
     if not known:
-        refuse(f"{path} is no tokenizer: its model.vocab is empty")
+        refuse(f"{path} is not a tokenizer: its model.vocab is empty")
     ids = {token_id: token for token, token_id in known.items() if type(token_id) is int}
     if len(ids) != len(known):
         refuse(f"{path}: {len(known):,} tokens have {len(ids):,} different ids")
     added = tree.get("added_tokens") or []
     if not isinstance(added, list):
-        refuse(f"{path}: added_tokens is no list")
+        refuse(f"{path}: added_tokens is not a list")
     for entry in added:
         if not isinstance(entry, dict) or type(entry.get("id")) is not int or not isinstance(entry.get("content"), str):
             refuse(f"{path}: an added token has no id or no content")

@@ -100,7 +100,9 @@ def _check_report(manifest: Manifest, figures: Figures, read: Read) -> list[str]
     here = {name: _version(name) for name in REPORT_PACKAGES}
     if any(version is None or manifest.tool_versions.get(name) != version for name, version in here.items()):
         wanted = " and ".join(f"{name} {manifest.tool_versions.get(name, '')}".strip() for name in REPORT_PACKAGES)
-        return [f"{REPORT} was not compared with the records, which takes {wanted}: `edgedistill report` makes it anew"]
+        return [
+            f"{REPORT} was not compared with the records, which takes {wanted}: `edgedistill report` makes it again"
+        ]
     from edgedistill.report.html import render
 
     found, made = read(REPORT).decode("utf-8", errors="replace"), render(manifest, figures)

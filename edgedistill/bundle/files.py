@@ -86,7 +86,7 @@ def hash_file(folder: Path, name: str, size: int) -> str:
 def sizes_in(folder: Path, listed: Mapping[str, int | None]) -> dict[str, int]:
     """Path → bytes of every file of the folder, all of them in `listed` (path → bytes, None: any).
 
-    Raises UserError naming the first that is not listed, has another size, or is no plain file of one name.
+    Raises UserError naming the first that is not listed, has another size, or is not a regular file of one name.
     """
     folders = {"/".join(path.split("/")[:depth]) for path in listed for depth in range(1, path.count("/") + 1)}
     found: dict[str, int] = {}
@@ -180,7 +180,7 @@ def _open(folder: Path, name: str) -> int:
         raise _unreadable(folder / name, error) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise UserError(f"{name} in {folder} is no plain file{PLAIN_ONLY}", REMEDY)
+        raise UserError(f"{name} in {folder} is not a regular file{PLAIN_ONLY}", REMEDY)
     return descriptor
 
 

@@ -40,7 +40,7 @@ def check_preprocess(read: Read) -> None:
         _refuse_code(f"{PREPROCESS}/{name}", _tree(f"{PREPROCESS}/{name}", read))
     decoder = _tree(f"{PREPROCESS}/{CONFIG}", read).get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
-        refuse(f"{PREPROCESS}/{CONFIG}: added_tokens_decoder is no table")
+        refuse(f"{PREPROCESS}/{CONFIG}: added_tokens_decoder is not a table")
     listed = [
         (CONFIG, _text(entry, f"{PREPROCESS}/{CONFIG}"), int(number) if number.isdecimal() else number)
         for number, entry in decoder.items()
@@ -75,7 +75,7 @@ def check_gguf_tokenizer(manifest: Manifest, artifact: BundleArtifact, head: Ggu
     if kind == "gpt2":
         listed = tree["model"].get("merges") or []
         if not isinstance(listed, list) or not all(map(is_merge, listed)):
-            refuse(f"{PREPROCESS}/tokenizer.json has a merge that is no pair of tokens")
+            refuse(f"{PREPROCESS}/tokenizer.json has a merge that is not a pair of tokens")
         merges = [one if isinstance(one, str) else " ".join(one) for one in listed]
         if merges != _strings(head, "tokenizer.ggml.merges"):
             _differs(artifact, "tokenizer.ggml.merges are others")
@@ -186,7 +186,7 @@ def _ids(read: Read) -> dict[str, int]:
 def _text(value: Any, where: str) -> str | None:
     text = value.get("content") if isinstance(value, dict) else value
     if text is not None and not isinstance(text, str):
-        refuse(f"{where}: the token {shown(value)} is no text")
+        refuse(f"{where}: the token {shown(value)} is not a text")
     return text
 
 

@@ -603,11 +603,11 @@ def _bug(said: list[str]) -> int:
     module = last[0][0].f_globals.get("__name__", "") if last else ""
     library = str(module).partition(".")[0]
     if library in ("edgedistill", "", "__main__") or library in sys.stdlib_module_names:
-        print("this is a bug in edgedistill: please report it, with the lines above", file=sys.stderr)
+        print("this is a bug in edgedistill: please report it with the lines above", file=sys.stderr)
     else:
         print(
-            f"{library} failed on what it was given: look whether the model, the data and the installation are sound"
-            f" (`edgedistill doctor`); where they are, please report it, with the lines above",
+            f"{library} failed on what it was given: check the model, the data and the installation (`edgedistill"
+            f" doctor`); if they are in order, please report this with the lines above",
             file=sys.stderr,
         )
     return errors.EXIT_BUG

@@ -27,7 +27,7 @@ _REMEDIES = {
     errno.ENOTDIR: "a part of that path is a file: name another place",
     errno.EISDIR: "it is a folder: name a file",
     errno.EEXIST: "it is a file, or was made meanwhile: name another place",
-    errno.ELOOP: "a link there leads to itself: mend it",
+    errno.ELOOP: "a link there leads to itself: correct it",
     errno.ENOENT: "check that the path exists and was not removed meanwhile",
     errno.EMFILE: "too many files are open: raise `ulimit -n`",
 }
@@ -62,7 +62,7 @@ def require_text(arguments: list[str]) -> None:
             word.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"{shown(word)} is no text in this locale ({sys.getfilesystemencoding()})",
+                f"{shown(word)} is not text in this locale ({sys.getfilesystemencoding()})",
                 "run with LC_ALL=C.UTF-8 or PYTHONUTF8=1; a name that is not UTF-8 must be renamed",
             ) from error
 

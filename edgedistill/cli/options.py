@@ -104,4 +104,4 @@ def the_store() -> Any:
 
 def require_local(host: str) -> None:
     if host != "local":
-        raise errors.HostUnreachable(f"host '{host}' cannot be reached: only 'local' is known", "leave --on away")
+        raise errors.HostUnreachable(f"host '{host}' cannot be reached: only 'local' is known", "leave --on out")

@@ -364,7 +364,7 @@ def doctor_text(found: dict[str, Any]) -> str:
         f"{here['cpu']}, {here['usable_cores']} cores, {human_bytes(here['memory_bytes'] or 0)} memory, {here['os']}"
     ]
     rows = [(c["what"], c["state"], c["detail"], c["remedy"]) for c in found["checks"]]
-    lines.append(table("this machine", ("what", "state", "detail", "to mend it"), rows, fold=("detail", "to mend it")))
+    lines.append(table("this machine", ("what", "state", "detail", "remedy"), rows, fold=("detail", "remedy")))
     rows = [
         (t["target"], "yes" if t["can_build"] else "no", t["speed_basis"], "; ".join(t["missing"]))
         for t in found["targets"]

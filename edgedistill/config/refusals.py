@@ -71,13 +71,13 @@ def refuse_rounding(recipe: Recipe, artifacts: Iterable[tuple[str, str]]) -> Non
 
 
 def refuse_importance(recipe: Recipe, artifacts: Iterable[tuple[str, str]]) -> None:
-    """Refuse (format, quantization) that llama.cpp writes with an importance matrix alone, where none is to be made."""
+    """Refuse (format, quantization) that llama.cpp writes only with an importance matrix, where none is to be made."""
     if recipe.export.importance_matrix != "off":
         return
     for format_, quantization in artifacts:
         if format_ == "gguf" and quantization in MIXES_THAT_NEED_IMPORTANCE:
             raise UserError(
-                f"export.importance_matrix is off, and llama.cpp writes {quantization} with an importance matrix alone",
+                f"export.importance_matrix is off, and llama.cpp writes {quantization} only with an importance matrix",
                 "set it to auto, or choose IQ3_S, Q3_K_M or a larger quantization",
             )
 
@@ -102,8 +102,8 @@ def refuse_mixed_format(format_: str, quantization: str, *, decoder: bool = True
     """UserError for a format in which types are not searched for layer by layer: ONNX decoders are such."""
     if format_ != "gguf" and (format_ != "onnx" or decoder):
         raise UserError(
-            f"export.mixed_retention is set, and {format_}:{quantization} of a decoder is no GGUF: types are chosen"
-            " layer by layer there alone",
+            f"export.mixed_retention is set, and {format_}:{quantization} of a decoder is not a GGUF: only there are"
+            " types chosen layer by layer",
             "export as GGUF, or leave export.mixed_retention out",
         )
 

@@ -69,14 +69,14 @@ def parse_yaml(text: str, *, where: str) -> Any:
             f"{where} holds text that is not Unicode: {shown(text[error.start])}", "save it as UTF-8"
         ) from error
     except _NotYaml as error:
-        raise UserError(f"{where}{_place(error.mark)}: {error.problem}", "mend it there") from error
+        raise UserError(f"{where}{_place(error.mark)}: {error.problem}", "correct it there") from error
     except yaml.MarkedYAMLError as error:
         raise UserError(
-            f"{where}{_place(error.problem_mark)} is not YAML: {error.problem}", "mend its syntax"
+            f"{where}{_place(error.problem_mark)} is not YAML: {error.problem}", "correct its syntax"
         ) from error
     except yaml.YAMLError as error:
         reason = getattr(error, "reason", None) or str(error).splitlines()[0]
-        raise UserError(f"{where} is not YAML: {reason}{_character(error, text)}", "mend it there") from error
+        raise UserError(f"{where} is not YAML: {reason}{_character(error, text)}", "correct it there") from error
 
 
 def dump_yaml(value: Any) -> str:
@@ -109,7 +109,7 @@ class _Open:
     def take_key(self, event: Any) -> None:
         key = event.value
         if key in self.lines:
-            raise _NotYaml(f"the key {shown(key)} stands twice (first on line {self.lines[key]})", event.start_mark)
+            raise _NotYaml(f"the key {shown(key)} appears twice (first on line {self.lines[key]})", event.start_mark)
         self.lines[key] = event.start_mark.line + 1
         self.key = key
 
@@ -187,7 +187,7 @@ def _scalar(event: yaml.ScalarEvent) -> Any:
         )
     if not whole and not _FLOAT.fullmatch(text):
         if _NO_NUMBER.fullmatch(text):
-            raise _NotYaml(f"{text} is no finite number", event.start_mark)
+            raise _NotYaml(f"{text} is not a finite number", event.start_mark)
         return text
     if len(text) > MAX_NUMBER_CHARS:
         raise _NotYaml(f"a number of {len(text):,} characters: {text[:20]}…", event.start_mark)

@@ -158,7 +158,7 @@ class Target(Profile):
         except UserError as error:
             raise ValueError(f"{error.cause}; {error.remedy}") from error
         if len(set(spelled)) != len(spelled):
-            raise ValueError("an artifact stands twice")
+            raise ValueError("an artifact appears twice")
         return spelled
 
     @model_validator(mode="after")
@@ -338,7 +338,7 @@ def _profile_error(error: ValidationError, where: str) -> UserError:
     value = f" = {shown(seen, 80)}" if isinstance(seen, (str, int, float, bool, type(None))) else ""
     message = first["msg"].removeprefix("Value error, ")
     at = f"{path}{value}: " if path else ""
-    return UserError(f"target profile {where}: {at}{message}", "mend it; `edgedistill targets show` has examples")
+    return UserError(f"target profile {where}: {at}{message}", "correct it; `edgedistill targets show` has examples")
 
 
 def _fields_at(loc: list[int | str]) -> list[str]:

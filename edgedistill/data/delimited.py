@@ -66,13 +66,13 @@ def delimited_rows(file: BinaryIO, table: Table, separator: str) -> Iterator[tup
             if any(fields[len(names) :]):
                 raise UserError(
                     f"data file {table.where}, line {line:,} has {len(fields):,} fields, the first {len(names):,}",
-                    f'a field with {"a tab" if separator == chr(9) else "a comma"} or a line break stands in "quotes"',
+                    f'put a field with {"a tab" if separator == chr(9) else "a comma"} or a line break in "quotes"',
                 )
             yield dict(zip(names, fields, strict=False)), line
     except csv.Error as error:
         raise UserError(
             f"data file {table.where}, line {line:,}: {error}",
-            'a field that begins with " ends with one, and a " within it is written twice: mend it, or write .jsonl',
+            'a field that begins with " ends with one, and a " within it is written twice: correct it, or write .jsonl',
         ) from error
     rare = longest > 1 and spanning <= FEW_SPANNING * rows
     if rare or (longest >= LONG_SPAN_LINES and longest > LONG_SPAN_SHARE * reader.line_num):

@@ -213,7 +213,7 @@ def _stream_url(url: str, kind: Kind, data: Data) -> Documents:
     """Rows of a file at a URL while it comes, no more of them than `data.max_documents`."""
     if kind.format not in STREAMED or kind.compression is not None:
         raise UserError(
-            f"data {shown(url)} is {kind.name}, and {', '.join(STREAMED)} are streamed", "leave data.streaming away"
+            f"data {shown(url)} is {kind.name}, and {', '.join(STREAMED)} are streamed", "leave data.streaming out"
         )
     import fsspec
 

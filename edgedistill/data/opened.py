@@ -101,7 +101,7 @@ class _Inflated(io.RawIOBase):
             reason = str(error).rstrip(".")
             raise UserError(
                 f"data file {self._where} cannot be read as {self._compression}: {reason}",
-                "copy or write it again; if it is not compressed so, give it the name of what it is",
+                "copy or write it again; if it is not compressed like that, give it the right ending",
             ) from error
         self._read += len(chunk)
         if self._read > self._most:

@@ -107,7 +107,7 @@ def _lost(dropped: dict[str, int]) -> str:
 def _further(read: SourceRead) -> str:
     more = []
     if read.duplicates:
-        more.append(f"{read.duplicates:,} of the documents stood in it before, word for word: the first counts")
+        more.append(f"{read.duplicates:,} of the documents are repeated word for word: only the first counts")
     if not read.whole:
         more.append("reading stopped at data.max_documents")
     return "; ".join(more)

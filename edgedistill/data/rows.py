@@ -165,7 +165,7 @@ def _json_remedy(line: str, reason: str, table: Table, kind: Kind) -> str:
     line = line.strip()
     if "surrogate" in reason:
         return "the escape is half of a character: write \\ufffd in its place, or take it out"
-    if "stands twice" in reason:
+    if "appears twice" in reason:
         return "give each key of a row once"
     if line[-1:] == "," and line[:1] == "{":
         return "the line ends with a comma: take it out, or write one list of rows to a .json file"
@@ -183,7 +183,7 @@ def _refuse_rows_within(row: dict[str, Any], table: Table) -> None:
     within = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     if within:
         raise UserError(
-            f"data {table.where} is one object, its rows stand under {shown(within[0])}",
+            f"data {table.where} is one object, its rows are under {shown(within[0])}",
             f"write that list alone to a file, e.g. jq .{within[0]} {table.path.name} > rows.json",
         )
 
@@ -225,9 +225,9 @@ def _parquet(file: BinaryIO, table: Table) -> Iterator[tuple[Any, int]]:
     again = "copy or write it again"
     tail = file.seek(max(size - 8, 0)) and file.read(8)
     if size < 12 or not tail or tail[4:] != b"PAR1":
-        raise UserError(f"data file {table.where} is no Parquet file: it does not end in PAR1", again)
+        raise UserError(f"data file {table.where} is not a Parquet file: it does not end in PAR1", again)
     if int.from_bytes(tail[:4], "little") > min(size - 12, MAX_FOOTER_BYTES):
-        raise UserError(f"data file {table.where} is no whole Parquet file: its footer's length is wrong", again)
+        raise UserError(f"data file {table.where} is not a complete Parquet file: its footer's length is wrong", again)
     import pyarrow
     from pyarrow import parquet
 
@@ -291,7 +291,7 @@ def _text_of(scalar: Any, row: int, table: Table) -> Any:
     except UnicodeDecodeError as error:
         column = shown(table.data.text_column)
         raise UserError(
-            f"data file {table.where}, row {row:,}: column {column} holds bytes that are no UTF-8",
+            f"data file {table.where}, row {row:,}: column {column} holds bytes that are not UTF-8",
             "name a column of text with --set data.text_column=NAME, or write the text as such",
         ) from error
 

@@ -64,7 +64,7 @@ def split_documents(documents: Sequence[Group], data: Data, held_out: Sequence[G
         raise UserError(
             f"{left_out:,} of {count + left_out:,} documents of the data are held out in --eval-data: {count} are left"
             " to train on",
-            "give held-out text that is not the training text, or leave --eval-data away: then a part is split off",
+            "give held-out text that is not the training text, or leave --eval-data out to hold out a part of the data",
         )
     if count < MIN_DOCUMENTS:
         raise UserError(
@@ -77,9 +77,9 @@ def split_documents(documents: Sequence[Group], data: Data, held_out: Sequence[G
     share = shared["share_of_13_word_runs"]
     if held_out is not None and share > MOST_SHARED:
         raise UserError(
-            f"{share:.0%} of the text of --eval-data (its runs of 13 words) stands in the training part too: what is"
-            " kept of it would say nothing of other text",
-            "hold out text that is not trained on, or leave --eval-data away: then a part is split off",
+            f"{share:.0%} of the text of --eval-data (in runs of 13 words) is in the training part too: retention on it"
+            " would say nothing about other text",
+            "hold out text that is not trained on, or leave --eval-data out to hold out a part of the data",
         )
     if left_out:
         shared["left_out_of_training"] = float(left_out)

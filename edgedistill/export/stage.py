@@ -301,7 +301,7 @@ def _require_memory(checkpoint: Path, artifact_bytes_a_weight: int) -> None:
         raise UserError(
             f"comparing the artifact's logits with torch's takes about {human_bytes(needed)} of memory, and"
             f" {human_bytes(free)} are free",
-            "free some, or compare its weights alone with --set export.compare_logits=false",
+            "free some, or compare only its weights with --set export.compare_logits=false",
         )
 
 

@@ -57,7 +57,7 @@ def artifacts_of(recipe: Recipe, target: Target) -> list[str]:
     for artifact in named:
         if not sizes.predicted(*parse_artifact(artifact)):
             raise UserError(
-                f"{artifact} is exported alone: no build plans, verifies or bundles it as a decoder",
+                f"{artifact} can only be exported: build cannot plan, verify and bundle it as a decoder",
                 "use `edgedistill export`, or set export.artifacts to some of"
                 f" {', '.join(a for a in target.allowed_artifacts if sizes.predicted(*parse_artifact(a)))}",
             )

@@ -95,7 +95,7 @@ def _facts(gguf: Path, script: Path) -> dict[str, Any]:
         reader = GgufFile(gguf)
     except UserError as error:
         raise UserError(
-            f"{script.name} wrote a file that is no GGUF: {error.cause}", "use llama.cpp's own script"
+            f"{script.name} wrote a file that is not a GGUF: {error.cause}", "use llama.cpp's own script"
         ) from error
     architecture = str(reader.value("general.architecture"))
     return {

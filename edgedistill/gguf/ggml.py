@@ -195,11 +195,13 @@ def _checked_importance(
         )
     most = _largest(importance, "importances")
     if float(importance.min(initial=0.0)) < 0:
-        raise UserError(f"an importance of {float(importance.min()):g}", "importances are mean squares: compute anew")
+        raise UserError(
+            f"an importance of {float(importance.min()):g}", "importances are mean squares: compute them again"
+        )
     if most * largest**2 > MOST_WEIGHTED_SQUARE:
         raise UserError(
             f"an importance of {most:g} on values of up to {largest:g}, too much for libggml's float32 sums",
-            "leave the importance matrix out, or look for what makes the activations so large",
+            "leave the importance matrix out, or find what makes the activations so large",
         )
     return importance
 

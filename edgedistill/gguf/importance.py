@@ -282,7 +282,7 @@ def read_importance(path: Path) -> Importance:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read as an importance matrix: {error}", remedy) from error
     if metadata is None:
-        raise UserError(f"{path} is no importance matrix: its metadata lacks {METADATA}", remedy)
+        raise UserError(f"{path} is not an importance matrix: its metadata lacks {METADATA}", remedy)
     for name, mean in values.items():
         if mean.dtype != np.float32 or mean.ndim != 1 or not np.isfinite(mean).all() or (mean < 0).any():
             raise UserError(f"{path}: {name} is not a row of finite, non-negative float32 values", remedy)

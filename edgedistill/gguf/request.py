@@ -142,11 +142,11 @@ def planned_types(model: Model, quantization: str, overrides: Mapping[str, str],
 def _needing(model: Model, quantization: str, overrides: Mapping[str, str]) -> str:
     """Why an importance matrix is needed, in words; "" where it is not."""
     if quantization in MIXES_THAT_NEED_IMPORTANCE:
-        return f"llama.cpp writes {quantization} with an importance matrix alone"
+        return f"llama.cpp writes {quantization} only with an importance matrix"
     columns = matrices_of(model)
     for name, type_ in planned_types(model, quantization, overrides, importance=False).items():
         if needs_importance(quantization, usable_type(type_, columns[name]), name):
-            return f"{name} is to be {type_}, which llama.cpp writes with an importance matrix alone"
+            return f"{name} is to be {type_}, which llama.cpp writes only with an importance matrix"
     return ""
 
 

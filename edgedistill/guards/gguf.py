@@ -137,7 +137,7 @@ class _Reader:
         if not KEY.fullmatch(name):
             raise self.refused(f"the key {shown(name)} is not among what is allowed")
         if name in self.found.values or name in self.found.arrays:
-            raise self.refused(f"the key {name} stands there twice")
+            raise self.refused(f"the key {name} appears there twice")
         kind = self.number("<I")
         if kind == ARRAY:
             self.array(name)
@@ -213,7 +213,7 @@ class _Reader:
                 raise self.refused(f"{name} is {shown(value)}, not a whole number up to {limit:,}")
         tokens = arrays.get("tokenizer.ggml.tokens", (STRING, 0))
         if tokens[0] != STRING:
-            raise self.refused("tokenizer.ggml.tokens are no texts")
+            raise self.refused("tokenizer.ggml.tokens are not texts")
         for name, kinds in (("scores", (6,)), ("token_type", (4, 5))):
             key = f"tokenizer.ggml.{name}"
             if key in arrays and (arrays[key][0] not in kinds or arrays[key][1] != tokens[1]):

@@ -273,7 +273,9 @@ class _Reader:
             pairs[key] = self.text(pair, 2)
         place = pairs.get("location", "")
         if not re.fullmatch(FILE_NAME, place):
-            raise self.refused(f"the tensor {name} has its data in {shown(place)}, which is no file beside the model")
+            raise self.refused(
+                f"the tensor {name} has its data in {shown(place)}, which is not a file beside the model"
+            )
         numbers = [pairs.get(key, default) for key, default in (("offset", "0"), ("length", str(needed)))]
         if not all(re.fullmatch(r"[0-9]{1,18}", text) for text in numbers):
             raise self.refused(f"the tensor {name} has its data at {shown(numbers)}")

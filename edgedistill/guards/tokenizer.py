@@ -108,7 +108,7 @@ def check_tokenizer_json(path: Path) -> None:
     merges = model.get("merges") or []
     if not isinstance(merges, list) or not all(is_merge(one) for one in merges):
         odd = next((one for one in merges if not is_merge(one)), merges) if isinstance(merges, list) else merges
-        raise UserError(f"{path} has the merge {shown(odd)}, which is no pair of tokens", REMEDY)
+        raise UserError(f"{path} has the merge {shown(odd)}, which is not a pair of tokens", REMEDY)
     for one in (*ids, *(token.get("id") for token in added)):
         if type(one) is not int or not 0 <= one < MAX_TOKEN:
             raise UserError(f"{path} has a token with the id {shown(one)}", REMEDY)

@@ -115,7 +115,9 @@ def _weight_map(index: Path) -> dict[str, Any]:
         raise UserError(f"{index} has no weight_map", REMEDY)
     for name, file in weight_map.items():
         if not isinstance(file, str) or not re.fullmatch(FILE_NAME, file) or not file.endswith(".safetensors"):
-            raise UserError(f"{index} names {shown(file)} for {shown(name)}, which is no safetensors beside it", REMEDY)
+            raise UserError(
+                f"{index} names {shown(file)} for {shown(name)}, which is not a safetensors file beside it", REMEDY
+            )
     if len(set(weight_map.values())) > MAX_FILES:
         raise UserError(f"{index} names more than {MAX_FILES} files", REMEDY)
     return weight_map

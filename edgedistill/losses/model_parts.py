@@ -84,6 +84,6 @@ def require_separate_documents(model: nn.Module) -> None:
         raise UserError(
             f"distill.attention is documents, and {type(model).__name__} with {config._attn_implementation} attention"
             f" lets a document see the one before it (its states move by {kept_apart:.2g} of their size with it)",
-            "set distill.attention=packed, or use a family that starts again where positions do (llama, qwen2, qwen3,"
+            "set distill.attention=packed, or use a family that starts again when positions do (llama, qwen2, qwen3,"
             " mistral, gemma, phi3, gpt2)",
         )

@@ -98,7 +98,7 @@ def architecture_of(config: Mapping[str, Any], *, where: str) -> Family:
     if config.get("model_type") != found.model_type:
         raise UserError(
             f"{where}: architecture '{names[0]}' does not go with model_type {config.get('model_type')!r}",
-            f"mend config.json; both name the same family (model_type '{found.model_type}')",
+            f"correct config.json; both name the same family (model_type '{found.model_type}')",
         )
     return found
 
@@ -191,12 +191,12 @@ def _sizes(config: Config, family: Family, *, tied: bool) -> Sizes:
     if heads % kv_heads:
         raise UserError(
             f"{config.where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}",
-            "mend config.json; query heads share key/value heads in equal groups",
+            "correct config.json; query heads share key/value heads in equal groups",
         )
     if config.get("head_dim") is None and family.head_dim is None and hidden % heads:
         raise UserError(
             f"{config.where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}",
-            "mend config.json: these heads do not divide the hidden size",
+            "correct config.json: these heads do not divide the hidden size",
         )
     head_dim = config.size("head_dim", family.head_dim or hidden // heads)
     if family.ropes and head_dim % 2:

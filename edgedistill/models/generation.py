@@ -186,7 +186,9 @@ def render(template: str, messages: list[dict[str, str]], *, bos: str = "", eos:
             conversations=[messages], chat_template=template, add_generation_prompt=True, bos_token=bos, eos_token=eos
         )
     except (TemplateError, TypeError, ValueError) as error:
-        raise UserError(f"the chat template fails: {error}", "mend it; transformers cannot render it either") from error
+        raise UserError(
+            f"the chat template fails: {error}", "correct it; transformers cannot render it either"
+        ) from error
     return str(rendered[0])
 
 
@@ -213,7 +215,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text: {error}", "save it as UTF-8") from error
+        raise UserError(f"{path} is not UTF-8 text: {error}", "save it as UTF-8") from error
 
 
 def _tokens(tokenizer: Mapping[str, Any]) -> tuple[dict[int, str], frozenset[int]]:
@@ -241,7 +243,7 @@ def _stops(folder: Path, texts: Mapping[int, str], vocab_size: int) -> tuple[tup
             for token_id in ids:
                 if not 0 <= token_id < vocab_size or token_id not in texts:
                     raise UserError(
-                        f"{folder / name}: {where} {token_id} is no token of this model's {len(texts):,}",
+                        f"{folder / name}: {where} {token_id} is not a token of this model's {len(texts):,}",
                         "name the token that ends a text, or leave it out",
                     )
             if ids:

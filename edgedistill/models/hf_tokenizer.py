@@ -94,7 +94,7 @@ def no_tokenizer_json(folder: Path, role: str = "model") -> UserError:
             f"make it: pip install sentencepiece && {_SAVE_AGAIN} {shlex.quote(str(folder))}",
         )
     if any((folder / name).is_file() for name in ("vocab.json", "vocab.txt")):
-        return UserError(cause, f"make it of the files that are there: {_SAVE_AGAIN} {shlex.quote(str(folder))}")
+        return UserError(cause, f"make it from the files that are there: {_SAVE_AGAIN} {shlex.quote(str(folder))}")
     return UserError(cause, "save its fast tokenizer there with save_pretrained")
 
 
@@ -116,7 +116,7 @@ def require_all_tokens(folder: Path, role: str = "model") -> None:
             where = shlex.quote(str(folder))
             raise UserError(
                 f"{role} {folder}: {name} adds the token {shown(token)} with the id {index}, which tokenizer.json {has}"
-                f"{more}: transformers would read it as one token, what runs the model as other tokens",
+                f"{more}: transformers would read it as one token, a runtime as other tokens",
                 f"write it into tokenizer.json: {_SAVE_AGAIN} {where}",
             )
 

@@ -72,7 +72,7 @@ def read_safetensors_header(path: Path) -> Header:
         raise UserError(f"{path}: its header: {error}", again) from error
     metadata = tree.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise UserError(f"{path}: the header's __metadata__ is no table of texts", again)
+        raise UserError(f"{path}: the header's __metadata__ is not a table of texts", again)
     tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in tree.items()}
     _require_cover(path, tensors, 8 + length, size)
     return Header(tensors, metadata, 8 + length)
@@ -87,7 +87,7 @@ def _entry(path: Path, name: str, entry: Any, data_begin: int) -> Entry:
     if not isinstance(dtype, str) or dtype not in BITS:
         raise UserError(f"{where} is stored as {shown(dtype)}", f"the format has {', '.join(BITS)}")
     if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
-        raise UserError(f"{where}: shape {shown(shape)}, bytes {shown(offsets)}: these are no whole numbers", again)
+        raise UserError(f"{where}: shape {shown(shape)}, bytes {shown(offsets)}: these are not whole numbers", again)
     begin, end = offsets
     # Beside a 0 too: numpy and torch multiply the other lengths for their strides.
     if len(shape) > MAX_DIMENSIONS or prod(length or 1 for length in shape) * BITS[dtype] > _LARGEST:

@@ -44,7 +44,7 @@ def shape_from_config(config: Mapping[str, Any], *, where: str) -> Shape:
     if heads % kv_heads:
         raise UserError(
             f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}",
-            "mend config.json; query heads share key/value heads in equal groups",
+            "correct config.json; query heads share key/value heads in equal groups",
         )
     if family == "qwen3":
         head_dim = _size(config, "head_dim", where, default=DEFAULT_QWEN3_HEAD_DIM)
@@ -53,7 +53,7 @@ def shape_from_config(config: Mapping[str, Any], *, where: str) -> Shape:
         if hidden % heads and (config.get("head_dim") is None or model_type == "llama"):
             raise UserError(
                 f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}",
-                "mend config.json: these heads do not divide the hidden size",
+                "correct config.json: these heads do not divide the hidden size",
             )
         head_dim = _size(config, "head_dim", where, default=hidden // heads)
     if head_dim % 2:

@@ -93,15 +93,15 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             if name in found or weight_map.get(name, shard) != shard:
                 other = found[name].path.name if name in found else weight_map[name]
                 raise UserError(
-                    f"{index}: tensor {name} stands in {shard}, and in {other} too",
-                    "the shards are of two saves: take one whole set of index and shards",
+                    f"{index}: tensor {name} is in {shard}, and in {other} too",
+                    "the shards come from two saves: take the index and all shards of one save",
                 )
             found[name] = tensor
         shared |= metadata
     for name, shard in weight_map.items():
         if name not in found and not BUFFERS.search(name):
             raise UserError(
-                f"{index}: tensor {name} is not in {shard}", "replace the index and shards by one whole set"
+                f"{index}: tensor {name} is not in {shard}", "replace the index and all shards by those of one save"
             )
     return _whole_names(folder, found, shared)
 
@@ -160,8 +160,8 @@ def require_finite(tensor: StoredTensor, name: str, *, where: str) -> None:
         raise UserError(
             f"{where}: tensor {name} in {tensor.path.name} holds {bad:,} value{'s' if bad > 1 else ''} that"
             f" {'are' if bad > 1 else 'is'} NaN or infinite, the first at {at}",
-            "take a sound copy of the model: weights beyond 65,504 become infinite in float16, and are whole in the"
-            " bfloat16 or float32 original; where training diverged, take an earlier checkpoint",
+            "take an undamaged copy of the model: weights beyond 65,504 become infinite in float16, but not in the"
+            " bfloat16 or float32 original; if training diverged, take an earlier checkpoint",
         )
 
 
@@ -218,7 +218,7 @@ def _no_weights(folder: Path) -> UserError:
     adapters = sorted(p.name for p in folder.glob("adapter_model.*"))
     if adapters:
         return UserError(
-            f"{folder} holds an adapter alone ({adapters[0]})",
+            f"{folder} holds only an adapter ({adapters[0]})",
             "merge it into its base model (peft: merge_and_unload), and save that with save_pretrained",
         )
     return UserError(f"{folder} holds no weights", f"it needs {SINGLE_FILE}, or {INDEX_FILE} with its shards")

@@ -77,7 +77,7 @@ def export_encoder(
         require_static(len(opened.graphs), options.calibration is not None or options.calibration_path is not None)
     if options.tensorrt and opened.task == "text2text":
         raise UserError(
-            f"{checkpoint} has a decoder with a cache, whose graph has no TensorRT script here",
+            f"{checkpoint} has a decoder with a cache, for which there is no TensorRT script",
             "export it without export.tensorrt, for onnxruntime",
         )
     texts = None if options.calibration is None else ["\n".join(block) for block in options.calibration]
@@ -176,7 +176,7 @@ def export_module(
 def _require_quantization(quantization: str, options: ExportOptions) -> None:
     if quantization not in LIMITS:
         raise UserError(
-            f"no ONNX quantization '{quantization}' for a model that is no decoder", did_you_mean(quantization, LIMITS)
+            f"no ONNX quantization '{quantization}' for a non-decoder model", did_you_mean(quantization, LIMITS)
         )
     if options.mixed_retention is not None and quantization not in QUANTIZERS:
         raise UserError(
@@ -186,7 +186,7 @@ def _require_quantization(quantization: str, options: ExportOptions) -> None:
     if options.tensor_types and quantization not in QUANTIZERS:
         raise UserError(
             f"export.tensor_types with the quantization {quantization}",
-            f"quantize with {', '.join(QUANTIZERS)} and give FP32 to the nodes that shall stay float",
+            f"quantize with {', '.join(QUANTIZERS)} and give FP32 to the nodes that should stay float",
         )
 
 

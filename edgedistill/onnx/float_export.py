@@ -145,7 +145,7 @@ def module_graph(
     from edgedistill.onnx.task_modules import Outputs
 
     if not isinstance(module, torch.nn.Module):
-        raise UserError(f"a {type(module).__name__} is no torch.nn.Module", "give the model itself")
+        raise UserError(f"a {type(module).__name__} is not a torch.nn.Module", "give the model itself")
     if module.training:
         raise UserError("the module is in training mode: dropout and batch norm would be exported", "call .eval()")
     if isinstance(example_inputs, Mapping):

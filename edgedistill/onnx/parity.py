@@ -176,16 +176,16 @@ def _differs_at(
     at = tokens(batch)
     if quantization != "FP32":  # whose float graph was held to torch at this length before
         return UserError(
-            f"the {quantization} ONNX graph {graph.name} is off for {at:,} tokens: {output} differs from torch by"
+            f"the {quantization} ONNX graph {graph.name} is wrong for {at:,} tokens: {output} differs from torch by"
             f" {error:.2g} of its own size (at most {_of_one(quantization, limit):g} is rounding of one text)",
             "choose a larger quantization, or keep nodes float with export.tensor_types",
         )
     right = max((tokens(other) for other in others if tokens(other) < at), default=0)
     return UserError(
         f"the {quantization} ONNX graph {graph.name} does not compute what torch does for {at:,} tokens: {output}"
-        f" differs by {error:.2g} of its own size (at most {limit:g} is rounding). For {right:,} it does: its attention"
-        " is another beyond a window, and a graph is traced for one of the two",
-        f"export it for what it is right for: --context-tokens {right}" if right else "report this with config.json",
+        f" differs by {error:.2g} of its own size (at most {limit:g} is rounding). For {right:,} it does: beyond"
+        " a window its attention is computed differently, and a graph is traced for only one of the two ways",
+        f"export it for that length: --context-tokens {right}" if right else "report this with config.json",
     )
 
 

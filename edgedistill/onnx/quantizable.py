@@ -89,7 +89,9 @@ def node_types(
         try:
             compiled.append((re.compile(pattern), kind))
         except re.error as error:
-            raise UserError(f"export.tensor_types: '{pattern}' is no regular expression: {error}", "mend it") from error
+            raise UserError(
+                f"export.tensor_types: '{pattern}' is not a regular expression: {error}", "correct it"
+            ) from error
     unknown = sorted(set(keep) - set(nodes))
     if unknown:
         raise UserError(f"no node '{unknown[0]}' to keep in float", did_you_mean(unknown[0], nodes))

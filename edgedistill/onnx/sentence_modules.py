@@ -139,7 +139,7 @@ def _module(step: Step, left_padded: bool) -> nn.Module:
         made = Dense(step) if step.kind == "Dense" else LayerNorm(int(step.settings["dimension"]))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{step.folder}/config.json is no {step.kind}'s: {error!r}", "replace it with the model's own"
+            f"{step.folder}/config.json is not that of a {step.kind}: {error!r}", "replace it with the model's own"
         ) from error
     _load(made, step)
     return made.eval()

@@ -116,7 +116,7 @@ def task_of(checkpoint: Path, asked: str | None = None) -> str:
     if kind is not None and (kind != CROSS_ENCODER or found == "causal-lm"):
         what = "a reranker that reads a decoder's logits" if kind == CROSS_ENCODER else f"sentence-transformers' {kind}"
         raise UserError(
-            f"{checkpoint} is {what}, whose last step no export has",
+            f"{checkpoint} is {what}, and its last step cannot be exported",
             f"name what the transformer alone does with --task: {', '.join(TASKS)}",
         )
     if found is not None:
@@ -319,12 +319,12 @@ def _require_outputs(checkpoint: Path, model: Any, module: Any, examples: Mappin
     except Exception as error:
         raise UserError(
             f"{checkpoint}: a {type(model).__name__} does not run on {shapes}: {_reason(error)}",
-            f"mend the model's files where they disagree, or name what it does with --task: {', '.join(TASKS)}",
+            f"correct the model's files where they disagree, or name what it does with --task: {', '.join(TASKS)}",
         ) from error
     odd = [name for name, value in found.items() if not isinstance(value, torch.Tensor)]
     if odd:
         raise UserError(
-            f"{checkpoint}: a {type(model).__name__} gives {', '.join(odd)} that is no tensor",
+            f"{checkpoint}: a {type(model).__name__} gives {', '.join(odd)} that is not a tensor",
             f"name what it does with --task: {', '.join(TASKS)}",
         )
 

@@ -55,7 +55,7 @@ def require_tensorrt(graph: Path) -> None:
             kind = onnx.TensorProto.DataType.Name(zero.data_type)
             raise UserError(
                 f"{graph.name}: {node.name or node.op_type} quantizes to {kind} with a zero point, and TensorRT takes"
-                " INT8 about zero alone",
+                " only INT8 that is symmetric about zero",
                 "export it with --set export.int8_scheme=s8s8",
             )
 

@@ -39,7 +39,7 @@ def interpreter() -> str:
     named = os.environ.get(INTERPRETER)
     if named:
         if not os.access(named, os.X_OK) or Path(named).is_dir():
-            raise UserError(f"{INTERPRETER} is {named}, which is no program", "name the interpreter, not its folder")
+            raise UserError(f"{INTERPRETER} is {named}, which is not a program", "name the interpreter, not its folder")
         return named
     if importlib.util.find_spec("executorch") is None:
         raise UserError(f"ExecuTorch is not installed in {sys.executable}", INSTALL)

@@ -205,7 +205,7 @@ def refuse_signals(recipe: Recipe) -> None:
     others = settings.general
     if others:
         raise UserError(
-            f"distill.cache.kind is {settings.cache.kind}, which serves forward_kl and cross_entropy alone, and"
+            f"distill.cache.kind is {settings.cache.kind}, which serves only forward_kl and cross_entropy, and"
             f" distill.{others[0]} is {getattr(settings, others[0]):g}",
             "set distill.cache.kind to hidden or dense, or distill.teacher_signals=live",
         )

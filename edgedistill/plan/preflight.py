@@ -98,8 +98,8 @@ def _too_little_held_out(recipe: Recipe, texts: Texts) -> Iterator[str]:
     weight = effective_units(chars) if chars else 0.0
     if weight < MIN_UNITS:
         yield (
-            f"{len(chars)} documents are held out, the weight of {weight:.1f} equal ones: too few for the gate to tell,"
-            f" so that there will be no bundle; {MORE_DOCUMENTS}"
+            f"{len(chars)} documents are held out, which weigh as much as {weight:.1f} equal ones: too few for the gate"
+            f" to tell, so there will be no bundle; {MORE_DOCUMENTS}"
         )
 
 

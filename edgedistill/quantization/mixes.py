@@ -185,7 +185,7 @@ def chosen_overrides(columns: Mapping[str, int], tensor_types: Sequence[tuple[st
             matching = [name for name in columns if re.search(pattern, name)]
         except re.error as error:
             raise UserError(
-                f"export.tensor_types: {pattern!r} is no regular expression: {error}", "e.g. ffn_down, or blk\\.0\\."
+                f"export.tensor_types: {pattern!r} is not a regular expression: {error}", "e.g. ffn_down, or blk\\.0\\."
             ) from error
         if not matching:
             raise UserError(

@@ -87,7 +87,7 @@ def difference(
     if type_name in FLOATS:
         return _unequal(stored, original)
     if not np.isfinite(stored).all():
-        return f"({type_name}) holds {int(np.count_nonzero(~np.isfinite(stored)))} values that are no numbers"
+        return f"({type_name}) holds {int(np.count_nonzero(~np.isfinite(stored)))} values that are not numbers"
     limits = (WEIGHTED if weighted or type_name not in PLAIN else PLAIN)[type_name]
     return _beyond(stored, original, type_name, limits)
 

@@ -59,7 +59,7 @@ def collision(paths: Iterable[str]) -> str:
     spelled: dict[str, str] = {}
     for path in paths:
         if path in files:
-            return f"{path!r} stands twice"
+            return f"{path!r} appears twice"
         files.add(path)
         parts = path.split("/")
         for count in range(1, len(parts) + 1):

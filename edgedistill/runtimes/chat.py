@@ -72,7 +72,7 @@ def made_chat(runtime: RuntimeProcess, tokenizer: Path) -> GoldenChat | None:
             raise UserError(
                 f"the chat template in {name} renders {rendered[:120]!r} by itself, and transformers makes "
                 f"{original[:120]!r} of it",
-                "mend the template: it needs something that transformers has and a runtime on a device has not",
+                "correct the template: it needs something that transformers has and a runtime on a device lacks",
             )
     return GoldenChat(
         template=name,

@@ -55,7 +55,7 @@ def real_inputs(
         sequences.append(np.array(ids[: min(TOKENS, context_tokens)], dtype=np.int64))
     kept = [ids for ids in sequences if len(ids) > 1]
     if not kept:
-        raise UserError("the tokenizer gives no tokens of the parity texts", "mend tokenizer.json")
+        raise UserError("the tokenizer gives no tokens of the parity texts", "correct tokenizer.json")
     return ("calibration text" if given else "texts of the package"), kept
 
 

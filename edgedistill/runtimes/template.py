@@ -51,7 +51,7 @@ def render(template: str, messages: Sequence[Mapping[str, str]], variables: Mapp
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError) as error:
         raise UserError(
             f"the chat template cannot be rendered: {type(error).__name__}: {str(error)[:300]}",
-            "mend the template beside the tokenizer and export again",
+            "correct the template beside the tokenizer and export again",
         ) from error
 
 

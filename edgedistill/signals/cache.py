@@ -276,7 +276,8 @@ def _claim(folder: Path, key: Mapping[str, Any], *, staged: bool) -> None:
     if found != text and (done.is_file() or any(folder.glob("shard-*.safetensors"))):
         if not staged:
             raise UserError(
-                f"an unfinished cache of other signals lies at {folder}", "remove that folder, or name another place"
+                f"there is an unfinished cache of other signals at {folder}",
+                "remove that folder, or name another place",
             )
         for path in [*folder.glob("shard-*.safetensors"), done]:
             path.unlink(missing_ok=True)

@@ -109,7 +109,7 @@ def _checked(record: Any) -> dict[str, Any]:
     if len(names) != -(-record["sequences"] // record["shard_sequences"]):
         raise ValueError(f"it has {len(names)} shards")
     if not isinstance(record["key"], dict):
-        raise ValueError("its key is no mapping")
+        raise ValueError("its key is not a mapping")
     return record  # type: ignore[no-any-return]
 
 

@@ -273,7 +273,7 @@ def _refuse_contradictions(teacher: Shape, ask: ShapeAsk) -> None:
         raise UserError(
             f"the teacher's {teacher.num_attention_heads} heads are not a multiple of its "
             f"{teacher.num_key_value_heads} key/value heads",
-            "mend its config.json",
+            "correct its config.json",
         )
 
 

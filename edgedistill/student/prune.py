@@ -154,7 +154,7 @@ def _rescaled(model: nn.Module, found: Importance, indices: Mapping[int, Mapping
         if not norm.kind.weighted:
             raise UserError(
                 f"a {config_of(model).model_type} teacher's hidden size cannot be cut: its norms have no weights that"
-                " could make up for the channels that go",
+                " could make up for the channels that are removed",
                 "use student.start=layers, or fresh",
             )
         ratio = (float(squares[kept].mean()) / whole) ** 0.5
@@ -178,8 +178,8 @@ def _build(
     except ValueError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(
-            f"transformers makes no {kind} of the sizes asked for: {reason}",
-            "ask for other sizes in student.shape: heads that divide the hidden size, mostly",
+            f"transformers cannot make a {kind} of the sizes asked for: {reason}",
+            "ask for other sizes in student.shape, usually heads that divide the hidden size",
         ) from error
     place = {old: new for new, old in enumerate(layers)}
     expected = student.state_dict()

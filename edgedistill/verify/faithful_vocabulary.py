@@ -150,7 +150,7 @@ def _stops(reader: GgufFile, generation: Generation, runtime: Mapping[str, Any])
             f" {', '.join(generation.named(t) for t in generation.stops) or 'none'}",
         )  # fmt: skip
     if keys["eos"] is not None and keys["eos"] not in wanted and keys["eos"] not in found:
-        yield Finding("stops", f"{GGML}eos_token_id", f"is {shown(keys['eos'])}, which is no token")
+        yield Finding("stops", f"{GGML}eos_token_id", f"is {shown(keys['eos'])}, which is not a token")
 
 
 def template_findings(reader: GgufFile, generation: Generation, runtime: Mapping[str, Any]) -> Iterator[Finding]:

@@ -59,9 +59,9 @@ def remedy(gate: Gate, length: str = "") -> str:
 
 REMEDIES: dict[CheckName, str] = {
     "teacher against a uniform guess": "check the teacher: its weights, its tokenizer, and that it knows this text",
-    "teacher against word counts": "check the teacher and the held-out text: a model that beats counts of words by"
-    " nothing cannot say what was kept of it; train it longer, or verify on text that it knows",
-    "files against the model": "export the artifact again from this student, or name the student that it was made of",
+    "teacher against word counts": "check the teacher and the held-out text: retention says nothing if counts of words"
+    " predict the text as well as the teacher; train it longer, or verify on text that it knows",
+    "files against the model": "export the artifact again from this student, or name the student that it was made from",
     "tokenizer": "the runtime would read text that the model was not trained on: report it with tokenizer.json",
     "quantized against student": "the artifact is not this student, or its quantization destroys it: export it again,"
     " with a finer quantization (export.artifacts) or an importance matrix",
@@ -69,8 +69,8 @@ REMEDIES: dict[CheckName, str] = {
     " report it with the model's config.json",
     "retention": "train longer (distill.epochs), allow a larger student (student.compression), a finer quantization"
     " (export.artifacts), or accept less with --min-retention",
-    "agreement": "check the teacher: it may be damaged, or not know this text; where the student is meant to outgrow"
-    " its teacher, accept less agreement with --min-retention",
+    "agreement": "check the teacher: it may be damaged, or not know this text; if the student is meant to be better"
+    " than its teacher, accept less agreement with --min-retention",
 }
 
 
@@ -114,7 +114,7 @@ def _teacher(measured: Measured) -> Iterator[Check]:
         passed = None if low is None else low > 1
         why = f"the teacher's perplexity is {teacher.perplexity:.2f}, that of {guess} {spanned(scored)} times as large"
         if passed is False:
-            why += "; the interval has to lie above 1, or the teacher knows nothing that could be kept"
+            why += "; the interval has to be above 1, or the teacher knows nothing that could be kept"
         yield Check(
             name=name, compares="teacher with a guess", value=scored.value, unit="perplexity ratio", ci95=scored.ci95,
             limit=1.0, bound="more than", passed=passed, rung="teacher",
@@ -212,13 +212,13 @@ def _agreement(measured: Measured, min_retention: float) -> Iterator[Check]:
     kept = math.exp(-kl) if not above else min(math.exp(-kl), 1 / low)
     passed = not above or kept >= limit
     why = (
-        f"on text of its own the teacher would be kept to {math.exp(-kl):.3f} (exp(-KL), {kl:.3g} nats a token),"
+        f"on text of the teacher's own, retention would be {math.exp(-kl):.3f} (exp(-KL), {kl:.3g} nats a token),"
         f" likeliest tokens agree for {measured.agreement.top1:.1%}"
     )
     if not passed:
         why = (
-            f"retention {spanned(measured.retention)} says that the artifact is better than its teacher, without the"
-            f" agreement for it: {why}, and the teacher keeps {1 / low:.3f} of the artifact at most; at least"
+            f"retention {spanned(measured.retention)} says that the artifact is better than its teacher, but they"
+            f" agree too little: {why}, and the teacher keeps {1 / low:.3f} of the artifact at most; at least"
             f" {limit:g} is asked of both where retention is above 1"
         )
     yield Check(

@@ -739,7 +739,7 @@ class TestLies:
             ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": "x--y.Z"}}, "auto_map asks for code"),
             ("tokenizer_config.json", {"x": [{"trust_remote_code": True}]}, "trust_remote_code asks for code"),
             ("tokenizer_config.json", {"eos_token": "a"}, "tokenizer.ggml.eos_token_id is"),
-            ("tokenizer_config.json", {"eos_token": {"content": ["a"]}}, "is no text"),
+            ("tokenizer_config.json", {"eos_token": {"content": ["a"]}}, "is not a text"),
             ("tokenizer_config.json", {"added_tokens_decoder": {"5": {"content": "<|eos|>"}}}, "the id 5"),
             ("tokenizer_config.json", {"chat_template": "{{ x }}"}, "'tokenizer.chat_template' is another"),
             (
@@ -756,8 +756,8 @@ class TestLies:
             ("special_tokens_map.json", {"bos_token": "<|eos|>", "eos_token": "<|bos|>"}, "special_tokens_map.json"),
             ("added_tokens.json", {"<|eos|>": 7}, "added_tokens.json gives '<|eos|>' the id 7"),
             ("added_tokens.json", {"<|new|>": 7}, "added_tokens.json gives '<|new|>' the id 7"),
-            ("vocab.json", {"a": 5}, "lists 'preprocess/vocab.json', which is no part"),
-            ("tokenizer.model", {}, "lists 'preprocess/tokenizer.model', which is no part"),
+            ("vocab.json", {"a": 5}, "lists 'preprocess/vocab.json', which is not part"),
+            ("tokenizer.model", {}, "lists 'preprocess/tokenizer.model', which is not part"),
         ],
     )
     def test_words_beside_the_tokenizer(self, copy: Path, name: str, tree: dict[str, object], needle: str) -> None:

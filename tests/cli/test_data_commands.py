@@ -142,7 +142,7 @@ def test_plan_lists_what_is_read_and_what_is_not(run, folder):
         "texts/b.csv csv 3 2 1 with a blank text",
         "texts/t.jsonl jsonl 60 60",
         "held.tsv tsv 2 2",
-        "texts: 1 of the documents stood in it before, word for word",
+        "texts: 1 of the documents are repeated word for word",
         "texts: left out: 1 hidden: .git",
         "texts: left out: 1 of a kind that is not read (.jpg): a.jpg",
     ):

@@ -97,7 +97,7 @@ def test_a_terminal_of_ascii(model: str, tmp_path: Path) -> None:
     done = subprocess.run(command.arguments("targets", "list"), capture_output=True, env=plain)
     assert done.returncode == 0, done.stderr
     named = command.arguments("export", "--student", str(strange), "--out", "out")
-    refused(subprocess.run(named, capture_output=True, text=True, env=plain, cwd=tmp_path), "no text in this locale")
+    refused(subprocess.run(named, capture_output=True, text=True, env=plain, cwd=tmp_path), "not text in this locale")
 
 
 def shadows(folder: Path) -> str:

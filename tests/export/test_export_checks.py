@@ -144,8 +144,8 @@ def test_all_stop_tokens_travel_into_a_gguf(model: Path, tmp_path: Path) -> None
     ("eos", "cause"),
     [
         ([300, 301, 302, 303], "5 stop tokens"),
-        (400, "eos_token_id 400 is no token"),
-        (-1, "eos_token_id -1 is no token"),
+        (400, "eos_token_id 400 is not a token"),
+        (-1, "eos_token_id -1 is not a token"),
         ("<|endoftext|>", "it is a token's id"),
         (True, "it is a token's id"),
     ],

@@ -301,7 +301,7 @@ def test_a_converter_of_the_users(script: Any, plain: dict[str, Path], tmp_path:
     [
         ("raise SystemExit('no such thing')", UserError, r"(?s)exit code 1; its last lines:.*reading .*no such thing"),
         ("", UserError, "wrote no GGUF"),
-        ("Path(out).write_bytes(b'GGUF' + bytes(20))", UserError, "is no GGUF"),
+        ("Path(out).write_bytes(b'GGUF' + bytes(20))", UserError, "is not a GGUF"),
         ("import time; time.sleep(60)", UserError, r"did not finish in 1 s"),
     ],
 )

@@ -217,7 +217,7 @@ def test_an_override_that_the_width_does_not_allow_is_named(test_data: Path, tmp
         ({"attn_v": "Q4K"}, "no ggml type 'Q4K'", "did you mean 'Q4_K'"),
         ({"attn_vv": "Q4_K"}, "matches no matrix", "blk.N.attn_v.weight"),
         ({"_norm": "Q4_K"}, "matches no matrix", "output.weight"),
-        ({"attn_(v": "Q4_K"}, "no regular expression", "ffn_down"),
+        ({"attn_(v": "Q4_K"}, "not a regular expression", "ffn_down"),
         ({"attn_v": "IQ2_XS"}, "blk.0.attn_v.weight is to be IQ2_XS", "--calibration"),
     ],
 )

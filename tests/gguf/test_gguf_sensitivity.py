@@ -290,7 +290,7 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(
 
 @pytest.mark.parametrize("format_", ["onnx", "bitsandbytes", "executorch"])
 def test_other_formats_are_refused(format_: str, stories: Path, options: ExportOptions, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="types are chosen layer by layer there alone"):
+    with pytest.raises(UserError, match="only there are types chosen layer by layer"):
         write_artifact(
             stories, tmp_path / "out", format_=format_, quantization="INT8", context_tokens=256, name="test",
             options=asking(options, 0.9),

@@ -183,7 +183,7 @@ def test_shards_that_say_two_things_are_refused(tied: Path, tmp_path: Path) -> N
         other = next(place for place in placed.values() if place != shard)
         before = other.read_bytes()
         _into(other, name, np.ones_like(load_file(shard)[name]))
-        with pytest.raises(UserError, match=f"(?s){name} stands in .*two saves"):
+        with pytest.raises(UserError, match=f"(?s){name} is in .*two saves"):
             stored_tensors(folder)
         other.write_bytes(before)
     # what the index forgot is read as transformers reads it: a weight, or one too many

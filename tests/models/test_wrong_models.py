@@ -144,7 +144,7 @@ def test_what_the_targets_runtime_cannot_run_is_refused_by_the_plan(tmp_path: Pa
     for artifact, target, said in (
         ("onnx:FP16", "phone", "onnx:FP16"),
         ("bitsandbytes:INT8", "jetson", "does not run bitsandbytes:INT8"),
-        ("executorch:8DA4W", "phone", "executorch:8DA4W is exported alone"),
+        ("executorch:8DA4W", "phone", "executorch:8DA4W can only be exported"),
     ):
         done = command("plan", command.recipe(), "-t", target, "--set", f"export.artifacts={artifact}")
         refused(done, said)

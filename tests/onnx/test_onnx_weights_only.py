@@ -87,7 +87,7 @@ def test_the_first_expression_that_matches_counts(bert: Any) -> None:
     for pattern, kind, message in (
         ("nowhere", "FP32", "matches no node"),
         ("pooler", "Q4_K", "no type 'Q4_K'"),
-        ("(", "FP32", "is no regular expression"),
+        ("(", "FP32", "is not a regular expression"),
     ):
         with pytest.raises(UserError, match=message):
             node_types(nodes, "INT4", types=((pattern, kind),))

@@ -151,7 +151,7 @@ def test_what_cannot_be_is_refused_before_any_work(built, tmp_path: Path) -> Non
     )  # fmt: skip
     refused(command(*words, *NF4, *STUDENT, "--set", "distill.qad.tokens_share=0.1"), "is not imitated in training")
     refused(command("plan", command.recipe(), "-t", "jetson", *NF4), "does not run bitsandbytes:NF4")
-    refused(command(*words, "--set", "export.artifacts=executorch:FP32"), "executorch:FP32 is exported alone")
+    refused(command(*words, "--set", "export.artifacts=executorch:FP32"), "executorch:FP32 can only be exported")
 
 
 def test_a_profile_may_not_smuggle_in_what_no_build_follows() -> None:
@@ -166,7 +166,7 @@ def test_a_profile_may_not_smuggle_in_what_no_build_follows() -> None:
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16,
     )  # fmt: skip
-    with pytest.raises(UserError, match="executorch:FP32 is exported alone"):
+    with pytest.raises(UserError, match="executorch:FP32 can only be exported"):
         plan(recipe, [allowing], teacher=teacher)
 
 

@@ -37,7 +37,7 @@ def test_the_program_gives_torchs_logits(tmp_path: Path, quantization: str) -> N
 
 def test_an_interpreter_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(INTERPRETER, str(tmp_path))
-    with pytest.raises(UserError, match="is no program"):
+    with pytest.raises(UserError, match="is not a program"):
         exported(tiny(tmp_path / "model"), tmp_path / "out", "FP32")
 
 

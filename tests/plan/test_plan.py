@@ -502,7 +502,7 @@ def test_types_by_tensor_and_matrices_are_planned_and_refused() -> None:
     with pytest.raises(UserError, match="no ggml type 'Q8'"):
         _plan(JETSON, recipe=_recipe("export.tensor_types={ffn_down: Q8}"))
     low = ("export.artifacts=gguf:IQ2_XS", "export.importance_matrix=off")
-    with pytest.raises(UserError, match="writes IQ2_XS with an importance matrix alone"):
+    with pytest.raises(UserError, match="writes IQ2_XS only with an importance matrix"):
         _plan(JETSON, recipe=_recipe(*low))
     assert _plan(JETSON, recipe=_recipe(low[0])).artifacts[0].artifact_bytes.value < plain
 
@@ -511,7 +511,7 @@ def test_a_search_for_a_mix_is_refused_where_it_cannot_be() -> None:
     plain = _plan(JETSON, recipe=_recipe("export.mixed_retention=0.98")).artifacts[0]
     assert "at least: export.mixed_retention" in plain.artifact_bytes.source
     for settings, cause in (
-        (["export.artifacts=[onnx:INT4]"], "onnx:INT4 of a decoder is no GGUF"),
+        (["export.artifacts=[onnx:INT4]"], "onnx:INT4 of a decoder is not a GGUF"),
         (["distill.qad.tokens_share=0.05"], "are both set"),
     ):
         with pytest.raises(UserError, match=cause):

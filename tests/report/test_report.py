@@ -309,7 +309,7 @@ def test_too_few_units_are_said_where_an_interval_would_stand(ingredients: Ingre
     )
     slow = latency(ingredients.artifact, rate_units=1, prefill_tokens_per_s_ci95=None, decode_tokens_per_s_ci95=None)
     manifest = read_manifest(made)
-    said = "too few documents (3, the weight of 2.8 equal ones) for an interval"
+    said = "too few documents (3, which weigh as much as 2.8 equal ones) for an interval"
     page = Page(render(manifest, [(few, slow)])).text
     assert said in page and "too few repeats (1) for an interval" in page and "None" not in page
     card = "\n".join(card_retention("model", few))

@@ -274,7 +274,7 @@ def test_a_hostile_record_is_refused(tmp_path, change, match):
     [
         (lambda h: h["words"].update(data_offsets=[0, 1 << 50], shape=[(1 << 50) // 8]), "overlaps 'words'"),
         (lambda h: h["words"].update(shape=[3]), r"'words' of shape \[3\]"),
-        (lambda h: h["entropy"].update(shape=[-1]), "no whole numbers"),
+        (lambda h: h["entropy"].update(shape=[-1]), "not whole numbers"),
         (lambda h: h["first_bit"].update(dtype="OBJECT"), "OBJECT"),
         (lambda h: h.pop("words"), "does not begin where"),
     ],
