@@ -31,6 +31,10 @@ def value_at(recipe: Recipe, path: str):
 def test_set_reaches_every_field(path):
     recipe = load_recipe()
     current = value_at(recipe, path)
+    if path.endswith(".epochs"):  # takes the place of the recipe's tokens
+        section = path.removesuffix("epochs")
+        assert value_at(load_recipe("quickstart", [f"{path}=7"]), f"{section}tokens") is None
+        recipe = load_recipe("quickstart", [f"{section}tokens=null", f"{path}={current}"])
     assert load_recipe(
         "quickstart", [f"{path}={yaml.safe_dump(current, default_flow_style=True).strip()}"]
     ) == recipe or (isinstance(current, str | None))
@@ -124,3 +128,21 @@ def test_what_an_option_says_wrongly_is_the_options(override, cause):
     with pytest.raises(UserError) as error:
         parse_recipe("name: mine", where="mine.yaml", overrides=[override])
     assert error.value.cause.startswith(cause) and "mine.yaml" not in error.value.cause
+
+
+@pytest.mark.parametrize("section", ["distill", "teacher.train"])
+def test_the_later_of_two_lengths_counts(section):
+    """`--set` after the recipe; of two in one place both are kept, tokens count, and epochs are in no key."""
+
+    def settings(*sets):
+        node = load_recipe("quickstart", [f"{section}.{said}" for said in sets])
+        for part in section.split("."):
+            node = getattr(node, part)
+        return node
+
+    assert settings("epochs=7").tokens is None and settings("epochs=7").length == "epochs, 7 now"
+    assert settings("tokens=1000").length == "tokens, 1,000 now"
+    both = settings("epochs=7", "tokens=1000")
+    assert (both.tokens, both.epochs) == (1000, 7)
+    assert both.key() == settings("epochs=9", "tokens=1000").key() != settings("tokens=2000").key()
+    assert settings("epochs=7").key() != settings("epochs=9").key()
