@@ -100,6 +100,13 @@ def test_a_gate_out_of_reach_exits_3_and_leaves_the_reports(built):
     assert [check["name"] for check in gate["checks"] if check["passed"] is False] == ["retention"]
     assert len(retention["rungs"]) == 4
     assert "FAILED" in done.stderr
+    assert "distill.tokens, 40,000 now" in done.stderr
+    written = built("report", str(folder))
+    assert written.returncode == 0, written.stderr
+    page = (folder / "report.html").read_text()
+    assert "gate FAILED" in page and "retention at least" not in page and page.count("<svg") == 2
+    for check in gate["checks"]:
+        assert check["name"] in page
     shown = built("build", built.recipe(), *TARGETS, "--min-retention", "5", "--out", "gated", "--json")
     assert shown.returncode == 3
     assert json.loads(shown.stdout)["bundles"][0]["bundle"] is None

@@ -331,7 +331,7 @@ def bundle_verify(directory: Annotated[Path, typer.Argument(help="bundle folder"
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="bundle folder")],
+    directory: Annotated[Path, typer.Argument(help="bundle folder, or the reports of a failed gate")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="file to write; default: beside the bundle")] = None,
     as_json: Json = False,
 ) -> None:

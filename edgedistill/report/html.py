@@ -8,10 +8,11 @@ from typing import Any
 
 from edgedistill.records.latency import Latency
 from edgedistill.records.manifest import BundleArtifact, Manifest
-from edgedistill.records.retention import Retention
+from edgedistill.records.retention import Retention, Rung
 from edgedistill.report import plots
 from edgedistill.statistics import too_few
 
+PAGES = ("report.html.j2", "gate.html.j2")
 LABELS = {
     "machine": "Machine",
     "cpu": "CPU",
@@ -32,24 +33,46 @@ LABELS = {
 
 def render(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]]) -> str:
     """The page. `figures`: retention and latency of each artifact, in the manifest's order."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "number": number, "size": size, "interval": interval, "plain": plain,
-        "too_few": lambda units, what="documents", effective=None: too_few(units, effective or units, what),
-    }  # fmt: skip
-    template = resources.files("edgedistill.report") / "report.html.j2"
     sections = [
         _section(artifact, manifest, retention, latency, f"a{position}")
         for position, (artifact, (retention, latency)) in enumerate(zip(manifest.artifacts, figures, strict=True))
     ]
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
-        m=manifest,
-        sections=sections,
-        ratio=manifest.teacher.parameters / manifest.student.parameters if manifest.teacher else None,
-        labels=LABELS,
+    return str(
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            m=manifest,
+            sections=sections,
+            ratio=manifest.teacher.parameters / manifest.student.parameters if manifest.teacher else None,
+            labels=LABELS,
+        )
     )
+
+
+def render_gate(retention: Retention) -> str:
+    """The page of an artifact's ladder and gate, where there is no bundle."""
+    section = {
+        "plots": _ladder_plots(retention, "a0"),
+        "by_basis": _by_basis(retention),
+    }
+    return str(_environment().get_template("gate.html.j2").render(r=retention, s=section))
+
+
+def _environment() -> Any:
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    def source(name: str) -> str:
+        text = (resources.files("edgedistill.report") / name).read_text(encoding="utf-8")
+        return text if name in PAGES else f"{text}\n"  # jinja takes a template's last line feed away
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(source)
+    )
+    environment.filters |= {
+        "number": number, "size": size, "interval": interval, "plain": plain,
+        "too_few": lambda units, what="documents", effective=None: too_few(units, effective or units, what),
+    }  # fmt: skip
+    return environment
 
 
 def limits_of(limits: dict[str, Any], artifact: BundleArtifact, latency: Latency | None) -> list[dict[str, Any]]:
@@ -135,18 +158,25 @@ def plain(value: Any) -> str:
     return str(value)
 
 
+def _by_basis(retention: Retention) -> dict[str, list[Rung]]:
+    return {
+        basis: [rung for rung in retention.rungs if rung.basis == basis]
+        for basis in dict.fromkeys(rung.basis for rung in retention.rungs)
+    }
+
+
+def _ladder_plots(retention: Retention, key: str) -> dict[str, str]:
+    return {
+        "perplexity": plots.perplexity_svg(retention, f"{key}-ppl"),
+        "retention": plots.retention_svg(retention, f"{key}-ret"),
+    }
+
+
 def _section(
     artifact: BundleArtifact, manifest: Manifest, retention: Retention, latency: Latency | None, key: str
 ) -> dict[str, Any]:
     """What the template shows of one artifact. `key` makes ids of the page unique."""
-    by_basis = {
-        basis: [rung for rung in retention.rungs if rung.basis == basis]
-        for basis in dict.fromkeys(rung.basis for rung in retention.rungs)
-    }
-    drawn = {
-        "perplexity": plots.perplexity_svg(retention, f"{key}-ppl"),
-        "retention": plots.retention_svg(retention, f"{key}-ret"),
-    }
+    drawn = _ladder_plots(retention, key)
     if latency is not None:
         drawn |= {
             "token_ms": plots.token_ms_svg(latency, f"{key}-tok"),
@@ -158,7 +188,7 @@ def _section(
         "artifact": artifact,
         "retention": retention,
         "latency": latency,
-        "by_basis": by_basis,
+        "by_basis": _by_basis(retention),
         "plots": drawn,
         "limits": limits_of(manifest.limits, artifact, latency),
         "limits_why": manifest.limits.get("rationale", ""),

@@ -122,7 +122,7 @@ def require_gate(verified: Sequence[tuple[str, Retention, Path]], *, length: str
     lines = [
         f"{name}: the gate {'failed' if retention.gate.verdict == 'failed' else 'cannot tell'}: "
         + "; ".join(failures(retention.gate))
-        + f"; reports in {reports}"
+        + f"; reports in {reports} (`edgedistill report` with that folder shows them)"
         for name, retention, reports in failed
     ]
     raise GateFailed("\n".join(lines), remedy(failed[0][1].gate, length))

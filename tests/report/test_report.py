@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections import Counter
@@ -338,3 +339,20 @@ def test_numbers() -> None:
     assert interval((0.5, 1.25), 3) == "0.500–1.25"
     assert interval(None) == "too few"
     assert plain([True, None, {"a": 1}, []]) == "yes, unknown, a 1, none"
+
+
+def test_the_reports_of_a_failed_gate(made: Path, tmp_path: Path) -> None:
+    """A retention.json without a bundle: its page has nothing from outside, and no record puts markup into it."""
+    record = json.loads((made / "reports/retention.json").read_text())
+    record["gate"] |= {"passed": False, "verdict": "failed"}
+    record["gate"]["checks"][0]["why"] = "<script>alert(1)</script>"
+    folder = tmp_path / "reports"
+    folder.mkdir()
+    (folder / "retention.json").write_text(json.dumps(record))
+    page = assert_self_contained(report(folder).read_text(encoding="utf-8"))
+    assert "gate FAILED" in page.text and "<script>alert(1)</script>" in page.text
+    assert report(folder, tmp_path / "else.html") == tmp_path / "else.html"
+    for broken in (b"{}", b"[", b'{"gate": NaN}', json.dumps(record | {"more": 1}).encode()):
+        (folder / "retention.json").write_bytes(broken)
+        with pytest.raises(UserError, match="retention"):
+            report(folder)

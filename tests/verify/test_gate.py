@@ -451,7 +451,7 @@ def test_the_command_line_exits_3_and_names_rung_and_tensor(bench: Bench, tmp_pa
     assert "Traceback" not in other.stderr
     assert "quantized: " in other.stderr and ".weight" in other.stderr.split("quantized: ")[1].splitlines()[0]
     assert "try: export the artifact again" in other.stderr
-    folder = Path(other.stderr.split("reports in ")[1].splitlines()[0].strip())
+    folder = Path(other.stderr.split("reports in ")[1].split(" (")[0].strip())
     kept = json.loads((folder / "retention.json").read_text())
     assert kept["gate"]["verdict"] == "failed"
     assert any(check["tensor"] for check in kept["gate"]["checks"])
