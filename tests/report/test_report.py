@@ -345,7 +345,7 @@ def test_the_reports_of_a_failed_gate(made: Path, tmp_path: Path) -> None:
     """A retention.json without a bundle: its page has nothing from outside, and no record puts markup into it."""
     record = json.loads((made / "reports/retention.json").read_text())
     record["gate"] |= {"passed": False, "verdict": "failed"}
-    record["gate"]["checks"][0]["why"] = "<script>alert(1)</script>"
+    record["gate"]["checks"][0] |= {"passed": False, "why": "<script>alert(1)</script>"}
     folder = tmp_path / "reports"
     folder.mkdir()
     (folder / "retention.json").write_text(json.dumps(record))
