@@ -261,7 +261,12 @@ def read_json(
     path: Path, *, what: str, max_bytes: int = MAX_JSON_BYTES, max_depth: int = MAX_JSON_DEPTH
 ) -> dict[str, Any]:
     """The JSON object in a file; `what` names the file's kind in errors. UserError for anything else."""
-    value = read_json_value(path, what=what, max_bytes=max_bytes, max_depth=max_depth)
+    return json_object_of(read_bytes(path, what=what, max_bytes=max_bytes), path, what=what, max_depth=max_depth)
+
+
+def json_object_of(raw: bytes, path: Path, *, what: str, max_depth: int = MAX_JSON_DEPTH) -> dict[str, Any]:
+    """The JSON object in bytes that were read from `path`. UserError for anything else."""
+    value = json_value_of(raw, path, what=what, max_depth=max_depth)
     if not isinstance(value, dict):
         raise UserError(f"{what} {path} holds a {type(value).__name__}", f"{what} is a JSON object")
     return value
@@ -269,7 +274,11 @@ def read_json(
 
 def read_json_value(path: Path, *, what: str, max_bytes: int = MAX_JSON_BYTES, max_depth: int = MAX_JSON_DEPTH) -> Any:
     """As `read_json`, of any kind of value."""
-    raw = read_bytes(path, what=what, max_bytes=max_bytes)
+    return json_value_of(read_bytes(path, what=what, max_bytes=max_bytes), path, what=what, max_depth=max_depth)
+
+
+def json_value_of(raw: bytes, path: Path, *, what: str, max_depth: int = MAX_JSON_DEPTH) -> Any:
+    """The JSON value of bytes that were read from `path`. UserError for anything else."""
     try:
         return parse_json(raw, max_depth=max_depth)
     except NotJson as error:

@@ -14,9 +14,9 @@ from edgedistill.bundle.gguf_facts import check_gguf_facts
 from edgedistill.bundle.npy import array_of
 from edgedistill.bundle.onnx_facts import check_folder_facts, check_onnx_facts
 from edgedistill.bundle.tokenizer_facts import check_preprocess
+from edgedistill.bundle.trees import checked_tree
 from edgedistill.models.hf_tokenizer import tokenizer_bytes
-from edgedistill.records.manifest import REMEDY, BundleArtifact, Manifest
-from edgedistill.records.reading import json_value
+from edgedistill.records.manifest import BundleArtifact, Manifest
 from edgedistill.strict import shown
 
 Read = Callable[[str], bytes]
@@ -80,10 +80,9 @@ def _check_json(path: str, vocab_size: int, read: Read) -> None:
     """A configuration is an object of JSON; a tokenizer.json has tokens, each with one id below the vocabulary's."""
     tokenizer = path.endswith("/tokenizer.json")
     data = read(path)
-    value = json_value(
+    value = checked_tree(
         data,
         what=path,
-        remedy=REMEDY,
         max_bytes=len(data) if tokenizer else MAX_CONFIG_BYTES,
         # A token has a line in the vocabulary and up to two merges of a pair.
         max_values=20_000 + 12 * vocab_size if tokenizer else 200_000,

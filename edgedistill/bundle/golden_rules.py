@@ -52,6 +52,7 @@ COMPARED: tuple[OutputName, ...] = ("logits", "rms", "scale", "kl", "rank")
 # Rows whose best token must be the recorded one, or one of the few nearest; of all prompts. Fewer prove nothing. Rows
 # that leave one token alone are not demanded: a model of flat logits has none, and there the statistics tell.
 MIN_ROWS_COMPARED = 8
+BLOCK_ROWS = 16  # of logits, in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,17 @@ def probed_ids(vocab_size: int) -> NDArray[np.int64]:
 def compact(logits_RV: Floats) -> Compact:
     """The rows as they are kept; ties go to the smaller id."""
     top = min(TOP_IDS, logits_RV.shape[1])
-    ids_RK = np.argsort(-logits_RV, axis=1, kind="stable")[:, :top].astype(np.int32)
+    ids_RK = np.stack([_best_ids(row_V, top) for row_V in logits_RV])
     return Compact(ids_RK, _rows(logits_RV, ids_RK))
+
+
+def _best_ids(row_V: Floats, count: int) -> Ids:
+    """[count] as a stable sort of all has them: best first, of equal ones the smaller id, NaN last."""
+    if np.isnan(row_V).any():
+        return np.argsort(-row_V, kind="stable")[:count].astype(np.int32)
+    least = np.partition(row_V, len(row_V) - count)[len(row_V) - count]
+    ids = np.flatnonzero(row_V >= least)
+    return ids[np.argsort(-row_V[ids], kind="stable")[:count]].astype(np.int32)
 
 
 def _rows(logits_RV: Floats, ids_RK: Ids) -> Floats:
@@ -99,10 +109,12 @@ def _rows(logits_RV: Floats, ids_RK: Ids) -> Floats:
 
 
 def _log_sum(logits_RV: Floats) -> NDArray[np.float64]:
-    rows = logits_RV.astype(np.float64)
-    largest = rows.max(axis=1, keepdims=True)
-    with np.errstate(invalid="ignore"):
-        found: NDArray[np.float64] = np.log(np.exp(rows - largest).sum(axis=1)) + largest[:, 0]
+    found = np.empty(len(logits_RV))
+    for start in range(0, len(logits_RV), BLOCK_ROWS):
+        rows = logits_RV[start : start + BLOCK_ROWS].astype(np.float64)
+        largest = rows.max(axis=1, keepdims=True)
+        with np.errstate(invalid="ignore"):
+            found[start : start + BLOCK_ROWS] = np.log(np.exp(rows - largest).sum(axis=1)) + largest[:, 0]
     return found
 
 

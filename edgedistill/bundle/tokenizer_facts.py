@@ -5,13 +5,12 @@ Read, not run: a tokenizer of somebody's may hold a pattern that never ends.
 
 from __future__ import annotations
 
-import json
-import mmap
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from edgedistill.bundle.claims import refuse
+from edgedistill.bundle.trees import tree_of
 from edgedistill.errors import UserError
 from edgedistill.gguf.tokenizer_files import added_ends
 from edgedistill.guards.allowed import CODE
@@ -202,7 +201,7 @@ def _refuse_code(where: str, value: Any) -> None:
 def _tree(path: str, read: Read) -> dict[str, Any]:
     """A file of JSON, whose form was checked; empty where there is none."""
     data = _bytes(path, read)
-    return {} if data is None else dict(json.loads(data))
+    return {} if data is None else dict(tree_of(data))
 
 
 def _bytes(path: str, read: Read) -> bytes | None:
@@ -220,12 +219,14 @@ def _strings(head: GgufHeader, key: str) -> list[str]:
     """The texts of an array; [] where there is none."""
     if key not in head.arrays:
         return []
-    start, _ = head.spans[key]
-    count = head.arrays[key][1]
-    found, at = [], start
-    with head.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for _ in range(count):
-            (length,) = struct.unpack_from("<Q", data, at)
-            found.append(data[at + 8 : at + 8 + length].decode("utf-8", errors="replace"))
-            at += 8 + length
+    start, size = head.spans[key]
+    with head.path.open("rb") as file:
+        file.seek(start)
+        data = file.read(size)
+    length_at = struct.Struct("<Q").unpack_from
+    found, at = [], 0
+    for _ in range(head.arrays[key][1]):
+        end = at + 8 + length_at(data, at)[0]
+        found.append(data[at + 8 : end].decode("utf-8", errors="replace"))
+        at = end
     return found

@@ -19,6 +19,7 @@ from edgedistill.quantization.options import DEFAULT_OPTIONS, NOT_COMPARED, UNKN
 from edgedistill.records.artifact import Artifact
 from edgedistill.store import Store, Stored, Work, versions
 
+FLOAT_FILE = ".float.gguf"  # beside the artifact while that is checked and timed
 EXPORTERS = {
     "gguf": ("gguf", "llama-cpp-python"),
     "onnx": ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers", "tokenizers"),
@@ -133,12 +134,31 @@ def write_artifact(
     `checked=False` leaves all that out, and the timing: for an artifact that is read back and thrown away. Raises
     UserError before any work where the comparison would not fit this machine's memory, and after it for what differs.
     """
-    made = _written(
-        checkpoint, out, format_=format_, quantization=quantization, context_tokens=context_tokens, name=name,
-        options=options, compared=checked and options.compare_logits, progress=progress,
-    )  # fmt: skip
-    if not checked:
-        return made
+    unquantized = out / FLOAT_FILE if checked and options.compare_speed else None
+    try:
+        made = _written(
+            checkpoint, out, format_=format_, quantization=quantization, context_tokens=context_tokens, name=name,
+            options=options, compared=checked and options.compare_logits, unquantized=unquantized, progress=progress,
+        )  # fmt: skip
+        if not checked:
+            return made
+        return _checked(made, checkpoint, out, options=options, unquantized=unquantized, store=store, progress=progress)
+    finally:
+        if unquantized is not None:
+            unquantized.unlink(missing_ok=True)
+
+
+def _checked(
+    made: Artifact,
+    checkpoint: Path,
+    out: Path,
+    *,
+    options: ExportOptions,
+    unquantized: Path | None,
+    store: Store | None,
+    progress: Progress,
+) -> Artifact:
+    """The artifact held to the checkpoint, with its notes, its parity and its speed."""
     from edgedistill.verify.faithful import require_faithful
     from edgedistill.verify.tokenizer_check import with_checked_tokenizer
 
@@ -147,9 +167,9 @@ def write_artifact(
     made = made.model_copy(update={"notes": [*made.notes, *folder_notes(checkpoint)]})
     made = with_checked_tokenizer(made, out, checkpoint)
     threads = max(1, len(facts.usable_cpus()))
-    if format_ == "gguf":
+    if made.format == "gguf":
         made = _compared_gguf(made, checkpoint, out, options=options, threads=threads, progress=progress)
-        made = _timed_gguf(made, checkpoint, out, options=options, threads=threads, progress=progress)
+        made = _timed_gguf(made, unquantized, out / made.entry, threads=threads, progress=progress)
     _runs(made, out, store)
     return made
 
@@ -164,9 +184,10 @@ def _written(
     name: str,
     options: ExportOptions,
     compared: bool,
+    unquantized: Path | None,
     progress: Progress,
 ) -> Artifact:
-    """The artifact as its format's exporter leaves it."""
+    """The artifact as its format's exporter leaves it; of a GGUF also what was quantized, kept as `unquantized`."""
     threads = max(1, len(facts.usable_cpus()))
     if options.mixed_retention is not None:
         decoder = format_ != "onnx" or is_decoder(checkpoint, options.task)
@@ -183,7 +204,7 @@ def _written(
             _require_memory(checkpoint, 4 if quantization == "F32" else 2)
         return export_gguf(
             checkpoint, out, quantization=quantization, context_tokens=context_tokens, threads=threads, name=name,
-            options=options, progress=progress,
+            options=options, unquantized=unquantized, progress=progress,
         )  # fmt: skip
     if format_ == "onnx" and not is_decoder(checkpoint, options.task):
         from edgedistill.onnx.encoder import export_encoder
@@ -305,25 +326,17 @@ def _require_memory(checkpoint: Path, artifact_bytes_a_weight: int) -> None:
         )
 
 
-def _timed_gguf(
-    made: Artifact, checkpoint: Path, out: Path, *, options: ExportOptions, threads: int, progress: Progress
-) -> Artifact:
-    """The artifact with its speed against F16's, where it is quantized and the options ask for it."""
-    from edgedistill.gguf.converter import to_gguf
+def _timed_gguf(made: Artifact, unquantized: Path | None, entry: Path, *, threads: int, progress: Progress) -> Artifact:
+    """The artifact with its speed against F16's, which it was quantized from; as it is where no F16 was kept."""
     from edgedistill.quantization.mixes import UNQUANTIZED
     from edgedistill.runtimes.speed import compare_decoders, report
 
-    if not options.compare_speed or made.quantization in UNQUANTIZED or made.task != "causal-lm":
+    if unquantized is None or made.quantization in UNQUANTIZED or made.task != "causal-lm":
         return made
-    whole = out / ".float.gguf"
-    try:
-        to_gguf(checkpoint, whole, dtype="F16", name="", converter=options.converter)
-        found = compare_decoders(
-            whole, out / made.entry, runtime="llama.cpp", vocab_size=made.vocab_size,
-            context_tokens=made.context_tokens, threads=threads,
-        )  # fmt: skip
-    finally:
-        whole.unlink(missing_ok=True)
+    found = compare_decoders(
+        unquantized, entry, runtime="llama.cpp", vocab_size=made.vocab_size, context_tokens=made.context_tokens,
+        threads=threads,
+    )  # fmt: skip
     report(found, made.quantization, progress)
     return made.model_copy(update={"speed": found})
 

@@ -103,7 +103,7 @@ def _write(
     dtype: Dtype,
     name: str,
 ) -> None:
-    from gguf import GGUFWriter
+    from edgedistill.gguf.array_writer import ArrayWriter
 
     out.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(_bytes(spec, dtype, prod(spec.shape)) for spec in model.specs.values())
@@ -113,7 +113,7 @@ def _write(
             f"{out} needs {needed:,} bytes, and {out.parent} has {free:,} left", "free some space, or write elsewhere"
         )
     part = out.with_name(f"{out.name}.part")
-    writer = GGUFWriter(part, model.family.gguf, use_temp_file=False)
+    writer = ArrayWriter(part, model.family.gguf, use_temp_file=False)
     try:
         _add_metadata(writer, model, keys, tokenizer, dtype=dtype, name=name)
         _write_tensors(writer, model, stored, dtype)

@@ -120,7 +120,7 @@ def find_pre_tokenizer(pre_tokenizer: Any, model: Mapping[str, Any], *, where: s
     Raises UserError where none cuts every probing text into the same words, with the nearest and where they part.
     """
     cutter = _cutter(pre_tokenizer, where)
-    alike = [name for name in PRE_TOKENIZERS if _first_difference(cutter, name) is None]
+    alike = _alike(json.dumps(pre_tokenizer))
     if not alike:
         raise _unknown(cutter, where)
     ignores = bool(model.get("ignore_merges"))
@@ -130,7 +130,7 @@ def find_pre_tokenizer(pre_tokenizer: Any, model: Mapping[str, Any], *, where: s
     # all is right; a look at every token, so only where that would be gained.
     if alike[0] not in exact and (not exact or PRE_TOKENIZERS[alike[0]].note != PRE_TOKENIZERS[exact[0]].note):
         unmerged = _word_that_merges_miss(cutter, model)
-        exact = exact if unmerged else alike
+        exact = exact if unmerged else list(alike)
     name = (exact or alike)[0]
     notes = [PRE_TOKENIZERS[name].note.format(name=name)] if PRE_TOKENIZERS[name].note else []
     if not exact:
@@ -150,6 +150,13 @@ def probe_texts() -> tuple[str, ...]:
         runs = [rng.choice(PROBE_CHARACTERS) * rng.choice((1, 1, 1, 2, 3, 5)) for _ in range(rng.randint(1, 8))]
         texts.append("".join(runs))
     return tuple(texts)
+
+
+@functools.lru_cache(maxsize=8)
+def _alike(pre_tokenizer: str) -> tuple[str, ...]:
+    """llama.cpp's names whose original cuts every probing text as the pre-tokenizer of this JSON does."""
+    cutter = _cutter(json.loads(pre_tokenizer), "")
+    return tuple(name for name in PRE_TOKENIZERS if _first_difference(cutter, name) is None)
 
 
 def _first_difference(cutter: Any, name: str) -> str | None:

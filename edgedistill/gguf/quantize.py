@@ -23,8 +23,9 @@ from edgedistill.progress import QUIET, Progress
 from edgedistill.quantization.mixes import BASE_TYPES, UNQUANTIZED, quantizable
 from edgedistill.quantization.options import DEFAULT_OPTIONS, ExportOptions
 from edgedistill.records.artifact import Artifact, Fallback, Sensitivity
+from edgedistill.records.base import FileEntry
 from edgedistill.runtimes.quantize import quantize_in_child
-from edgedistill.store import combined_sha256, file_entries, fsync_folder, versions
+from edgedistill.store import combined_sha256, fsync_folder, sha256_of, versions
 from edgedistill.strict import read_json
 
 MODEL_FILE = "model.gguf"
@@ -46,10 +47,12 @@ def export_gguf(
     threads: int,
     name: str,
     options: ExportOptions = DEFAULT_OPTIONS,
+    unquantized: Path | None = None,
     progress: Progress = QUIET,
 ) -> Artifact:
     """Write `out`/model.gguf from a transformers folder and describe what is in it, read back from the file.
 
+    `unquantized`: where the F16 file is kept that was quantized, in `out`'s file system; it is removed without.
     `context_tokens` is capped at what the model was trained for. With `options.max_file_bytes` a larger file becomes
     model-00001-of-0000N.gguf and so on. Raises UserError, before any work, for a quantization that is unknown, for
     overrides that name no matrix or no type, for a type that needs an importance matrix (or a search for a mix) where
@@ -82,6 +85,8 @@ def export_gguf(
             whole.replace(model)
         else:
             log = _quantize(whole, model, request, parsed, threads=threads)
+            if unquantized is not None:
+                whole.replace(unquantized)
     finally:
         whole.unlink(missing_ok=True)
     described = _contents(model)
@@ -166,8 +171,7 @@ def _artifact(
     context_tokens: int,
     log: list[str],
 ) -> Artifact:
-    names = {path.name for path in paths}
-    files = [e for e in file_entries(paths[0].parent) if e.path in names]
+    files = [FileEntry(path=p.name, bytes=p.stat().st_size, sha256=sha256_of(p)) for p in sorted(paths)]
     return Artifact(
         format="gguf",
         quantization=request.quantization,

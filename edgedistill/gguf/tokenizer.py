@@ -114,9 +114,9 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: GgufTokenizer) -> None:
 
 def write_vocabulary(out: Path, tokenizer: GgufTokenizer) -> None:
     """A GGUF of the tokenizer alone, which llama.cpp opens where the vocabulary is all that is asked for."""
-    from gguf import GGUFWriter
+    from edgedistill.gguf.array_writer import ArrayWriter
 
-    writer = GGUFWriter(out, "llama")
+    writer = ArrayWriter(out, "llama")
     writer.add_string("general.name", general_name("vocabulary", tokenizer))
     add_tokenizer(writer, tokenizer)
     writer.write_header_to_file()

@@ -14,7 +14,7 @@ from typing import Any
 from edgedistill.errors import UserError
 from edgedistill.gguf.pretokenizers import OWN_CONVERTER
 from edgedistill.models.generation import DEFAULT_TEMPLATE, chat_templates
-from edgedistill.models.hf_tokenizer import BYTES, no_tokenizer_json, require_all_tokens
+from edgedistill.models.hf_tokenizer import BYTES, no_tokenizer_json, require_all_tokens, tokenizer_tree
 from edgedistill.strict import read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
@@ -77,7 +77,7 @@ def read_files(folder: Path) -> TokenizerFiles:
     }
     return TokenizerFiles(
         where=str(path),
-        tokenizer=read_json(path, what="tokenizer.json"),
+        tokenizer=tokenizer_tree(path),
         config=optional["tokenizer_config.json"],
         special_map=optional["special_tokens_map.json"],
         model_config=optional["config.json"],

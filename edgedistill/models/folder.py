@@ -17,6 +17,7 @@ from edgedistill.errors import UserError
 from edgedistill.models.companions import TOKENIZER_NAMES
 from edgedistill.models.hf_tokenizer import copy_tokenizer as copy_tokenizer
 from edgedistill.models.hf_tokenizer import cut_note, require_all_tokens
+from edgedistill.models.hf_tokenizer import open_for_text as open_for_text
 from edgedistill.models.hf_tokenizer import open_tokenizer as open_tokenizer
 from edgedistill.models.hf_tokenizer import tokenizer_sha256 as tokenizer_sha256
 from edgedistill.models.hf_tokenizer import vocabulary as vocabulary
@@ -264,7 +265,7 @@ def require_loadable(folder: Path, role: str) -> None:
     if _code_of(folder) and not _native(folder):
         raise _own_code(folder, role)
     if (folder / "tokenizer.json").is_file():
-        open_tokenizer(folder / "tokenizer.json")
+        open_for_text(folder / "tokenizer.json")
 
 
 def _code_of(folder: Path) -> str:

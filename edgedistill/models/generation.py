@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import UserError
+from edgedistill.models.hf_tokenizer import tokenizer_tree
 from edgedistill.strict import read_json
 
 GENERATION_FILE = "generation_config.json"
@@ -104,7 +105,7 @@ def generation_of(folder: Path, *, vocab_size: int) -> Generation:
     Raises UserError where a stop token is no id of the tokenizer's, and for files and settings that say nothing
     sensible.
     """
-    tokenizer = read_json(folder / "tokenizer.json", what="tokenizer.json")
+    tokenizer = tokenizer_tree(folder / "tokenizer.json")
     texts, special = _tokens(tokenizer)
     stops, notes = _stops(folder, texts, vocab_size)
     path = folder / GENERATION_FILE

@@ -10,11 +10,13 @@ import hashlib
 import json
 import re
 import shlex
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from edgedistill.errors import UserError
-from edgedistill.strict import read_json, shown
+from edgedistill.strict import MAX_JSON_BYTES, json_object_of, read_bytes, read_json, shown
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -31,6 +33,32 @@ _SAVE_AGAIN = (
 )
 # Both are null where they are off. No token of a vocabulary has an object for its id.
 _CUTS_OR_PADS = re.compile(rb'"(truncation|padding)"\s*:\s*\{')
+CONTENTS_KEPT = 2  # a teacher's tokenizer.json and a student's
+
+T = TypeVar("T")
+
+
+class OfContent(Generic[T]):
+    """What is made of a tokenizer.json, kept for the last contents that were read, by their sha256: a large vocabulary
+    takes seconds. The file is read anew each time, and whoever is given the same thing again must not change it."""
+
+    def __init__(self, make: Callable[[bytes, Path], T]) -> None:
+        self._make = make
+        self._kept: OrderedDict[bytes, T] = OrderedDict()
+
+    def __call__(self, path: Path) -> T:
+        return self.of(read_bytes(path, what="tokenizer.json", max_bytes=MAX_JSON_BYTES), path)
+
+    def of(self, raw: bytes, path: Path) -> T:
+        """Of bytes that were read from `path`."""
+        content = hashlib.sha256(raw).digest()
+        if content not in self._kept:
+            made = self._make(raw, path)
+            while len(self._kept) >= CONTENTS_KEPT:
+                self._kept.popitem(last=False)
+            self._kept[content] = made
+        self._kept.move_to_end(content)
+        return self._kept[content]
 
 
 def tokenizer_sha256(folder: Path) -> str:
@@ -68,7 +96,18 @@ def vocabulary(folder: Path, role: str = "model") -> dict[str, int]:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise no_tokenizer_json(folder, role)
-    tree = read_json(path, what="tokenizer.json")
+    return dict(_vocabulary_of(path))
+
+
+def _parsed(raw: bytes, path: Path) -> dict[str, Any]:
+    return json_object_of(raw, path, what="tokenizer.json")
+
+
+tokenizer_tree = OfContent(_parsed)  # path → the parsed tokenizer.json. UserError where it is no JSON object
+
+
+def _token_ids(raw: bytes, path: Path) -> dict[str, int]:
+    tree = tokenizer_tree.of(raw, path)
     try:
         table = tree["model"]["vocab"]
         known = {token: index for index, (token, _) in enumerate(table)} if isinstance(table, list) else dict(table)
@@ -82,6 +121,9 @@ def vocabulary(folder: Path, role: str = "model") -> dict[str, int]:
         what = f"the id of {shown(odd)} is {shown(known[odd])}" if odd is not None else "it has no tokens"
         raise UserError(f"{path} has no vocabulary that can be read: {what}", "save it again with save_pretrained")
     return known
+
+
+_vocabulary_of = OfContent(_token_ids)
 
 
 def no_tokenizer_json(folder: Path, role: str = "model") -> UserError:
@@ -144,8 +186,12 @@ def open_tokenizer(path: Path) -> Any:
     """
     from tokenizers import Tokenizer
 
+    return _opened(lambda: Tokenizer.from_file(str(path)), path)
+
+
+def _opened(read: Callable[[], Any], path: Path) -> Any:
     try:
-        opened = Tokenizer.from_file(str(path))
+        opened = read()
         opened.no_truncation()
         opened.no_padding()
         return opened
@@ -154,6 +200,26 @@ def open_tokenizer(path: Path) -> Any:
     except BaseException as error:  # a panic of Rust is no Exception, and what it raises has no class of its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise UserError(f"{path} cannot be opened: {reason}", "save it again with save_pretrained") from error
+
+
+def _opened_as_text(raw: bytes, path: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    def read() -> Any:
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError("stream did not contain valid UTF-8") from None  # as the library says of a file
+        return Tokenizer.from_str(text)
+
+    opened = _opened(read, path)
+    # text that spells a control token is text, not control
+    opened.encode_special_tokens = True
+    return opened
+
+
+# path → as `open_tokenizer`, and what spells a special token is read as text; one for all who only encode with it.
+open_for_text = OfContent(_opened_as_text)
 
 
 def open_auto_tokenizer(folder: Path) -> Any:

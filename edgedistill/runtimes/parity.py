@@ -90,7 +90,7 @@ def torch_greedy(model: Any, ids_T: NDArray[np.int64], new_tokens: int) -> tuple
     ids, margins = [int(i) for i in ids_T], []
     for _ in range(new_tokens):
         row = torch_logits(model, np.array(ids))[-1]
-        second, best = np.sort(row)[-2:]
+        second, best = np.partition(row, len(row) - 2)[-2:]
         margins.append(float(best - second))
         ids.append(int(row.argmax()))
     return ids[len(ids_T) :], margins

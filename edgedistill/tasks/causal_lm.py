@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgedistill.config.recipe import GROUP_TOKENS
 from edgedistill.errors import UserError
-from edgedistill.models.folder import open_tokenizer, vocabulary
+from edgedistill.models.folder import open_for_text, vocabulary
 from edgedistill.strict import read_json
 
 Ids = NDArray[np.int32]
@@ -38,7 +38,7 @@ class TextTokenizer:
     def load(cls, folder: Path) -> TextTokenizer:
         """From tokenizer.json and tokenizer_config.json, else config.json. UserError where there is none."""
         known = vocabulary(folder)
-        backend = open_tokenizer(folder / "tokenizer.json")
+        backend = open_for_text(folder / "tokenizer.json")
         settings = (
             read_json(folder / "tokenizer_config.json", what="tokenizer_config.json")
             if (folder / "tokenizer_config.json").is_file()
@@ -56,8 +56,6 @@ class TextTokenizer:
             # a tokenizer that names no BOS (Qwen) means it: config.json's leftover is not used then
             return value if isinstance(value, int) and f"{name}_token" not in settings else None
 
-        # text that spells a control token is text, not control
-        backend.encode_special_tokens = True
         bos = special("bos")
         if settings.get("add_bos_token") is False and settings.get("bos_token") is None:
             bos = None

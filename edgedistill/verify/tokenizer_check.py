@@ -14,7 +14,6 @@ from edgedistill.gguf.tokenizer import GgufTokenizer, read_tokenizer, write_voca
 from edgedistill.records.artifact import Artifact
 from edgedistill.records.retention import TokenizerCheck
 from edgedistill.runtimes.process import RuntimeProcess
-from edgedistill.strict import read_json
 
 TEXT_SHOWN = 60
 IDS_SHOWN = 12
@@ -85,16 +84,13 @@ def check_tokenizer(
     tokenizer's own added tokens are included. `control_tokens_always_parsed`: the runtime cannot be asked for plain
     text, so that way of asking is left out. Raises UserError where the folder has no tokenizer.json.
     """
-    from edgedistill.models.folder import open_tokenizer
+    from edgedistill.models.hf_tokenizer import open_for_text, open_tokenizer, tokenizer_tree
 
     path = hf_tokenizer_dir / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{hf_tokenizer_dir} has no tokenizer.json", "check against the folder of the student")
-    plain, parsing = open_tokenizer(path), open_tokenizer(path)
-    plain.encode_special_tokens = True
-    tokenizer_json = read_json(path, what="tokenizer.json")
-
-    texts = probing_texts(tokenizer_json)
+    plain, parsing = open_for_text(path), open_tokenizer(path)
+    texts = probing_texts(tokenizer_tree(path))
     mismatches = 0
     first: str | None = None
     for text in texts:
@@ -167,11 +163,14 @@ def _unread_word(checkpoint: Path, process: RuntimeProcess) -> str | None:
 
     A corner of a runtime touches few texts; such a word is in all that it was added for.
     """
-    from edgedistill.models.folder import open_tokenizer
+    from edgedistill.models.hf_tokenizer import open_tokenizer, tokenizer_tree
 
+    added = tokenizer_tree(checkpoint / "tokenizer.json").get("added_tokens") or []
+    words = [str(a["content"]) for a in added if not a.get("special")][:ADDED_PROBED]
+    if not words:
+        return None
     original = open_tokenizer(checkpoint / "tokenizer.json")
-    added = read_json(checkpoint / "tokenizer.json", what="tokenizer.json").get("added_tokens") or []
-    for word in [str(a["content"]) for a in added if not a.get("special")][:ADDED_PROBED]:
+    for word in words:
         text = ADDED_TEXT.format(word)
         if process.tokenize(text, parse_special=True) != original.encode(text, add_special_tokens=False).ids:
             return word
@@ -195,7 +194,9 @@ def _explained(artifact: Artifact, entry: Path, checkpoint: Path, check: Tokeniz
 
 def _as_ours(tokenizer: GgufTokenizer, entry: Path, checkpoint: Path) -> bool:
     """Whether llama.cpp reads every probing text as it does with the keys that edgedistill writes."""
-    texts = probing_texts(read_json(checkpoint / "tokenizer.json", what="tokenizer.json"))
+    from edgedistill.models.hf_tokenizer import tokenizer_tree
+
+    texts = probing_texts(tokenizer_tree(checkpoint / "tokenizer.json"))
 
     def tokens(gguf: Path) -> list[list[list[int]]]:
         with RuntimeProcess("llama.cpp", gguf, threads=1, context_tokens=0, use_extra_bufts=False) as process:
