@@ -32,12 +32,9 @@ MIDDLE = shape(8192, 384, 1024, 6, 6, 2)  # 13M
 WIDE = shape(32000, 256, 768, 5, 4, 2)  # 12M, most of it the embedding
 WIDE_TEACHER = shape(32000, 512, 1536, 4, 8, 4)  # 29M
 UNTIED = shape(32000, 384, 1024, 6, 6, 2, tied=False, family="qwen3")  # 35M
+# Some of each kind; benchmarks/training_memory.py has more, and larger ones.
 SETUPS = {
     "fp32, live teacher": case_of(SMALL, SMALL_TEACHER, signals="live", context_tokens=256),
-    "bf16, live bf16 teacher, documents": case_of(
-        SMALL, SMALL_TEACHER, signals="live", teacher_precision="bf16", precision="bf16", context_tokens=256,
-        attention="documents",
-    ),
     "bf16, muon, activation checkpointing": case_of(
         SMALL, precision="bf16", optimizer="muon", context_tokens=256, activation_checkpointing=True
     ),
@@ -47,7 +44,6 @@ SETUPS = {
     "32k tokens, tied, live, accumulated": case_of(
         WIDE, WIDE_TEACHER, signals="live", batch_sequences=2, micro_batch_sequences=1
     ),
-    "32k tokens, hidden cache": case_of(WIDE, WIDE_TEACHER, signals="cached", cache={"kind": "hidden"}),
     "adapters": case_of(MIDDLE, lora={"rank": 8}, context_tokens=256),
 }  # fmt: skip
 
