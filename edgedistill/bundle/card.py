@@ -41,12 +41,12 @@ def model_card(
 
 def _body(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]], sources: Sequence[Source]) -> str:
     student, teacher = manifest.student, manifest.teacher
-    parts = [f"# {_md(manifest.name)}", ""]
-    parts.append(f"A language model of {student.parameters:,} parameters for {_target(manifest)}.")
+    parts = [f"# {markdown(manifest.name)}", ""]
+    parts.append(f"A language model of {student.parameters:,} parameters for {target_text(manifest)}.")
     if teacher is not None:
-        parts.append(f"Distilled from {_md(teacher.name)} ({teacher.parameters:,} parameters, {teacher.origin}).")
+        parts.append(f"Distilled from {markdown(teacher.name)} ({teacher.parameters:,} parameters, {teacher.origin}).")
         parts += [
-            f"Beside it taught {_md(each.name)} ({each.parameters:,} parameters, {each.origin})."
+            f"Beside it taught {markdown(each.name)} ({each.parameters:,} parameters, {each.origin})."
             for each in manifest.further_teachers
         ]
     else:
@@ -60,15 +60,17 @@ def _body(manifest: Manifest, figures: Sequence[tuple[Retention, Latency | None]
         parts += _speed(artifact.name, latency)
     data = manifest.data
     parts += ["## Training text", ""]
-    parts.append(f"{_md(data.source)}, split `{_md(data.split)}`, sha256 `{data.sha256}`." if data else "Unknown.")
+    parts.append(
+        f"{markdown(data.source)}, split `{markdown(data.split)}`, sha256 `{data.sha256}`." if data else "Unknown."
+    )
     if data is not None:
         parts += ["", f"Text in both parts: {data.in_both()}."]
     parts += ["", "## Licence", ""]
     found, missing = [each for each in sources if each.license], [each for each in sources if not each.license]
     if found:
-        parts.append(f"See LICENSE: it has those of {_md(whose(found))}. The text's licence may add to it.")
+        parts.append(f"See LICENSE: it has those of {markdown(whose(found))}. The text's licence may add to it.")
         if missing:
-            parts.append(f"Unknown: no licence was found beside the weights of {_md(whose(missing))}.")
+            parts.append(f"Unknown: no licence was found beside the weights of {markdown(whose(missing))}.")
     else:
         parts.append("Unknown: no licence was found beside the weights. See LICENSE.")
     parts += ["", "## Check it", "", "    edgedistill bundle verify .", ""]
@@ -94,7 +96,7 @@ OUTCOMES = {True: "passed", False: "FAILED", None: "cannot tell"}
 def _retention(name: str, retention: Retention) -> list[str]:
     gate = retention.gate
     lines = [
-        f"### {_md(name)}",
+        f"### {markdown(name)}",
         "",
         f"{retention.documents} documents, {retention.examples:,} tokens, sha256 `{retention.eval_sha256[:16]}…`. "
         f"The gate asks for at least {gate.min_retention:g} at the lower end of the interval: "
@@ -135,24 +137,24 @@ def _retention(name: str, retention: Retention) -> list[str]:
 
 def _speed(name: str, latency: Latency | None) -> list[str]:
     if latency is None:
-        return [f"{_md(name)}: not measured.", ""]
+        return [f"{markdown(name)}: not measured.", ""]
     on = latency.measured_on
-    where = _md(f"{on.get('machine')}, {on.get('cpu')}, {on.get('threads')} threads")
+    where = markdown(f"{on.get('machine')}, {on.get('cpu')}, {on.get('threads')} threads")
     figures = f"decode {latency.decode_tokens_per_s:,.1f} tokens/s, first token {latency.ttft_ms.p50:,.1f} ms (p50)"
-    lines = [f"{_md(name)}: {figures}; basis **{latency.basis}** on {where}.", ""]
+    lines = [f"{markdown(name)}: {figures}; basis **{latency.basis}** on {where}.", ""]
     if latency.basis == "proxy":
         lines[1:1] = ["That is not the target, or not with the target's GPU: it tells nothing of the target's speed."]
     return lines
 
 
-def _target(manifest: Manifest) -> str:
-    return _md(str(manifest.target.get("title") or manifest.target.get("name", "an unnamed target")))
+def target_text(manifest: Manifest) -> str:
+    return markdown(str(manifest.target.get("title") or manifest.target.get("name", "an unnamed target")))
 
 
 def _interval(ci95: tuple[float, float] | None) -> str:
     return "too few documents" if ci95 is None else f"{ci95[0]:.4g}–{ci95[1]:.4g}"
 
 
-def _md(text: str) -> str:
+def markdown(text: str) -> str:
     """Text of a record as Markdown that shows it as it is: no tables, links, HTML or headings come of it."""
     return re.sub(r"([\\`*_{}\[\]<>#|!])", r"\\\1", plain(text))

@@ -29,7 +29,9 @@ from edgedistill.strict import shown
 
 # What a tokenizer's hash is taken over: nothing is in preprocess/ that no hash of the student holds.
 PREPROCESS_FILES = TOKENIZER_FILES
-DOCUMENTS = ("MODEL_CARD.md", "LICENSE", "NOTICE", "sbom.cdx.json", "reports/report.html", "samples/README.md")
+DOCUMENTS = (
+    "README.md", "MODEL_CARD.md", "LICENSE", "NOTICE", "sbom.cdx.json", "reports/report.html", "samples/README.md",
+)  # fmt: skip
 MAX_DOCUMENT_BYTES = 16 << 20
 MAX_PROMPT_BYTES = 64 << 10
 MAX_RECORD_BYTES = 16 << 20  # latency.json holds every sample

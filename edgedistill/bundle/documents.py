@@ -15,6 +15,7 @@ from edgedistill import __version__
 from edgedistill.bundle.card import digest_line, digest_text, model_card
 from edgedistill.bundle.claims import refuse
 from edgedistill.bundle.licenses import Source, license_text, notice_text
+from edgedistill.bundle.readme import readme_text
 from edgedistill.bundle.samples import sample_texts
 from edgedistill.bundle.sbom import sbom_text
 from edgedistill.records.latency import Latency
@@ -23,6 +24,7 @@ from edgedistill.records.retention import Retention
 
 Read = Callable[[str], bytes]
 Figures = Sequence[tuple[Retention, Latency | None]]
+README = "README.md"
 REPORT = "reports/report.html"
 REPORT_PACKAGES = ("jinja2", "matplotlib")
 # Where a plot's ink is; the last digit may differ from CPU to CPU, and with it the ids that are made of the rest.
@@ -44,6 +46,7 @@ _SVG = re.compile(r"<svg .*?</svg>", re.DOTALL)
 def documents(manifest: Manifest, figures: Figures, sources: Sequence[Source]) -> dict[str, str]:
     """Path → text of every document but the card and the report. `sources`: whose licences and notices are in it."""
     return {
+        README: readme_text(manifest, figures),
         "LICENSE": license_text(sources, manifest),
         "NOTICE": notice_text(sources, manifest),
         "sbom.cdx.json": sbom_text(manifest),

@@ -170,12 +170,29 @@ class TestWhole:
             "reports/latency.json",
             "reports/report.html",
             "samples/python/run.py",
+            "README.md",
             "MODEL_CARD.md",
             "LICENSE",
             "NOTICE",
             "sbom.cdx.json",
         } <= files
         assert [p.name for p in made.parent.iterdir()] == [made.name], "nothing is left beside the bundle"
+
+    def test_the_readme_is_for_somebody_who_never_trained_a_model(self, made: Path) -> None:
+        """What it says of files, types and shapes is what lies there; its check by sha256sum alone works."""
+        text = (made / "README.md").read_text(encoding="utf-8")
+        manifest = read_manifest(made)
+        artifact = manifest.artifacts[0]
+        for path in re.findall(r"`((?:golden|model|preprocess)/[\w./-]*)`", text):
+            assert (made / path).exists(), path
+        for name, kind, shape in re.findall(r"`(golden/[\w.-]+\.npy)`: .*?(int32|float32) \[(\d+)\]", text):
+            array = np.load(made / name, allow_pickle=False)
+            assert (array.dtype.name, array.shape) == (kind, (int(shape),)), name
+        assert len(re.findall(r"\.npy`", text)) == 3
+        assert f"{artifact.bytes:,} bytes" in text and f"at most {artifact.context_tokens:,} tokens" in text
+        done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=made, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+        assert "README.md: OK" in done.stdout
 
     def test_verifies_and_says_what_that_proves(self, made: Path, ingredients: Ingredients) -> None:
         check = verify_bundle(made, store=ingredients.store)
@@ -510,7 +527,7 @@ class TestLies:
     """Bundles whose hashes are all right, and whose content is not: what replay and the manifest's checks are for."""
 
     @pytest.mark.parametrize(
-        "name", ["NOTICE", "MODEL_CARD.md", "LICENSE", "samples/python/run.py", "reports/report.html"]
+        "name", ["README.md", "NOTICE", "MODEL_CARD.md", "LICENSE", "samples/python/run.py", "reports/report.html"]
     )
     def test_what_a_person_reads_or_runs_is_made_again(self, copy: Path, name: str) -> None:
         (copy / name).write_text(f"{(copy / name).read_text(encoding='utf-8')}\nanother\n", encoding="utf-8")
