@@ -22,9 +22,9 @@ def schema_text(record: type[Record]) -> str:
     """The JSON Schema of what a record writes: every field is there, none else."""
     schema = record.model_json_schema(by_alias=True, mode="serialization")
     for part in (schema, *schema.get("$defs", {}).values()):
-        # A default spares the writer a word; in the file the field is always there.
+        # A default spares the writer a word; in the file the field is there, unless it says otherwise.
         if "properties" in part:
-            part["required"] = list(part["properties"])
+            part["required"] = [name for name, each in part["properties"].items() if "leftOutWhereEmpty" not in each]
     return json.dumps({"$schema": DIALECT, **schema}, indent=1, sort_keys=True) + "\n"
 
 

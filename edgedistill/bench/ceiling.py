@@ -73,9 +73,11 @@ def _gguf(path: Path, context_tokens: int) -> BytesRead:
 
     weights: dict[str, int] = {}
     rows: dict[str, int] = {}
-    for head in check_ggufs(path):
-        weights |= head.tensors
-        rows |= {name: dims[1] for name, (_, dims) in head.kinds.items() if len(dims) > 1}
+    parts = check_ggufs(path)
+    head = parts[0]
+    for part in parts:
+        weights |= part.tensors
+        rows |= {name: dims[1] for name, (_, dims) in part.kinds.items() if len(dims) > 1}
     total = sum(weights.values())
     left_out = ""
     if GGUF_HEAD in weights and GGUF_EMBEDDING in weights:
@@ -86,7 +88,14 @@ def _gguf(path: Path, context_tokens: int) -> BytesRead:
         for name, count in rows.items()
         if name.endswith(("attn_k.weight", "attn_v.weight")) and name.startswith("blk.")
     )
-    return BytesRead(weights=total, kv_cache=width * context_tokens * KV_CACHE_BYTES, left_out=left_out)
+    values = head.values
+    kind = values.get("general.architecture")
+    if any(name.endswith("attn_qkv.weight") for name in rows):
+        heads, size = (int(values.get(f"{kind}.attention.{key}", 0)) for key in ("head_count_kv", "key_length"))
+        width = 2 * int(values.get(f"{kind}.block_count", 0)) * heads * size
+    # where some layers slide, all are counted as if they did: a ceiling may be too high, not too low
+    tokens = min(context_tokens, int(values.get(f"{kind}.attention.sliding_window", context_tokens)))
+    return BytesRead(weights=total, kv_cache=width * tokens * KV_CACHE_BYTES, left_out=left_out)
 
 
 def _bitsandbytes(folder: Path, context_tokens: int) -> BytesRead:

@@ -11,6 +11,7 @@ from typing import Any
 from edgedistill.bundle.claims import context_asked, refuse
 from edgedistill.bundle.tokenizer_facts import CONVERTED, check_gguf_tokenizer
 from edgedistill.guards.gguf import GgufHeader, check_ggufs
+from edgedistill.models.families import DECODERS
 from edgedistill.quantization.mixes import FILE_TYPES, quantizable, types_of
 from edgedistill.records.manifest import MANIFEST, BundleArtifact, Manifest
 from edgedistill.strict import shown
@@ -21,7 +22,6 @@ TYPE_NAMES = {
     13: "Q5_K", 14: "Q6_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
     22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 30: "BF16",
 }  # fmt: skip
-ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # of a shape's family
 DERIVED = "rope_"  # factors of positions, which torch computes and does not count
 
 
@@ -54,8 +54,8 @@ def check_gguf_facts(folder: Path, manifest: Manifest, artifact: BundleArtifact,
 def _check_shape(manifest: Manifest, artifact: BundleArtifact, head: GgufHeader) -> None:
     shape, prefix = manifest.student.shape, head.values.get("general.architecture")
     context = int(head.values.get(f"{prefix}.context_length", 0))
-    family = ARCHITECTURES.get(shape.family)
-    if prefix != family and not any(note.startswith(CONVERTED) for note in artifact.notes):
+    family = DECODERS.get(shape.family)
+    if (family is None or prefix != family.gguf) and not any(note.startswith(CONVERTED) for note in artifact.notes):
         refuse(f"{MANIFEST}: the student's family is {shown(shape.family)}, and {artifact.name} is {shown(prefix)}")
     if context > shape.max_position_embeddings or min(context, context_asked(manifest)) != artifact.context_tokens:
         refuse(

@@ -23,8 +23,14 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 MAX_OVERRIDE_CHARS = 1 << 16
 # Tokens that verification scores together: windows of one length, at least one. The plan's memory counts with it.
 GROUP_TOKENS = 2048
+GROUP_VOCABULARY = 65_536  # beyond so many tokens in the vocabulary a group has fewer, so that its logits stay as large
 MAX_KEY_PARTS = 8  # a field stands at most four deep
 MAX_WHOLE_NUMBER = 10**15  # more tokens than anybody trains on; what is derived from it still fits in 64 bits
+
+
+def group_windows(length: int, vocabulary: int) -> int:
+    """How many windows of `length` tokens verification scores together, in a model of so many logits a token."""
+    return max(1, GROUP_TOKENS * GROUP_VOCABULARY // max(vocabulary, GROUP_VOCABULARY) // length)
 
 
 class Section(BaseModel):

@@ -13,11 +13,12 @@ from edgedistill.quantization.mixes import (
     BASE_TYPES,
     GGML_BLOCKS,
     chosen_overrides,
+    quantizable,
     types_of,
     usable_type,
     uses_importance,
 )
-from edgedistill.records.shape import Shape
+from edgedistill.records.shape import FINAL_NORM, Shape
 
 # Names, dimensions and offsets in the header; the tokenizer's pieces, types, scores or merges.
 GGUF_BYTES_A_TENSOR = 72
@@ -70,28 +71,16 @@ def gguf_tensors(
     `importance`: whether an importance matrix is used; None: as `export.importance_matrix: auto` does.
     `tensor_types`: (regular expression, type) as `export.tensor_types` has it; UserError for one that cannot be.
     """
-    query, key_value = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-    matrices = {"token_embd": (shape.vocab_size, hidden)}
+    sizes, matrices, vectors = shape.dimensions, {"token_embd": (shape.vocab_size, shape.hidden_size)}, {}
     if not shape.tie_word_embeddings:
-        matrices["output"] = (shape.vocab_size, hidden)
-    vectors = {"output_norm": hidden}
-    for i in range(shape.num_hidden_layers):
-        matrices |= {
-            f"blk.{i}.attn_q": (query, hidden),
-            f"blk.{i}.attn_k": (key_value, hidden),
-            f"blk.{i}.attn_v": (key_value, hidden),
-            f"blk.{i}.attn_output": (hidden, query),
-            f"blk.{i}.ffn_gate": (inner, hidden),
-            f"blk.{i}.ffn_up": (inner, hidden),
-            f"blk.{i}.ffn_down": (hidden, inner),
-        }
-        vectors |= {f"blk.{i}.attn_norm": hidden, f"blk.{i}.ffn_norm": hidden}
-        if shape.attention_bias:
-            widths = {"q": query, "k": key_value, "v": key_value}
-            vectors |= {f"blk.{i}.attn_{name}.bias": width for name, width in widths.items()}
-        if shape.qk_norm:
-            vectors |= {f"blk.{i}.attn_{name}_norm": shape.head_dim for name in "qk"}
+        matrices["output"] = (shape.vocab_size, shape.hidden_size)
+    layers = ((f"blk.{i}.{name}", dims) for i in range(shape.num_hidden_layers) for name, dims in shape.in_a_layer)
+    for name, dims in (*(shape.other_tensors or FINAL_NORM), *layers):
+        rows, columns = (1, *(sizes[letter] for letter in dims))[-2:]
+        if quantizable(name, len(dims)):
+            matrices[name.removesuffix(".weight")] = rows, columns
+        else:
+            vectors[name.removesuffix(".weight")] = rows * columns
     widths = {f"{name}.weight": columns for name, (_, columns) in matrices.items()}
     types = types_of(
         widths,
@@ -189,7 +178,4 @@ def _bitsandbytes_bytes(shape: Shape, quantization: str, *, embedding: bool) -> 
 
 
 def _matmul_weights(shape: Shape) -> int:
-    query = shape.num_attention_heads * shape.head_dim
-    key_value = shape.num_key_value_heads * shape.head_dim
-    layer = 2 * shape.hidden_size * (query + key_value) + 3 * shape.hidden_size * shape.intermediate_size
-    return shape.num_hidden_layers * layer
+    return shape.num_hidden_layers * shape.matrix_parameters

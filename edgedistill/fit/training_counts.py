@@ -12,13 +12,12 @@ from edgedistill.records.shape import Shape
 
 # Bytes a weight, with bitsandbytes' scales: NF4 half a byte, and a byte and more a block of 64.
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.516}
+NOT_FUSED = ("gemma2",)  # its attention's scores pass through a tanh, which torch's fused attention has not
 
 
 def matrix_parameters(shape: Shape) -> int:
     """Weights of the layers' matrices."""
-    query, key = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    layer = 2 * shape.hidden_size * (query + key) + 3 * shape.hidden_size * shape.intermediate_size
-    return shape.num_hidden_layers * layer
+    return shape.num_hidden_layers * shape.matrix_parameters
 
 
 def adapted_sizes(shape: Shape, lora: Lora) -> list[tuple[int, int]]:
@@ -51,18 +50,24 @@ def kept_bytes(shape: Shape, *, context: int, low: bool, documents: bool, adapte
     their product. bf16: norms stay fp32, and each linear layer keeps a bf16 copy of its input of its own. With a mask
     (documents) keys and values are repeated to all heads, and each layer keeps the mask as numbers. With adapters of
     that rank the norms are frozen and keep only their input, and each adapter keeps its rank.
+
+    Other families are counted alike, by how many norms they have and whether the feed-forward is gated; where attention
+    is not fused, the tanh of its scores and their softmax come to it.
     """
     hidden, inner = shape.hidden_size, shape.intermediate_size
     query, key = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     element = 2 if low else 4
-    norms = 16.0 * hidden + (10.0 if low else 8.0) * hidden
+    over_width = sum(name.endswith("_norm.weight") and dims == "H" for name, dims in shape.in_a_layer)
+    norms = (8.0 * hidden + (5.0 if low else 4.0) * hidden) * over_width
     if adapters:
-        norms -= 8.0 * hidden
+        norms -= 4.0 * hidden * over_width
     attention = element * (2.0 * query + 2.0 * (query if documents else key)) + (element * context if documents else 0)
     heads = 4.0 * shape.num_attention_heads + 8
+    if shape.family in NOT_FUSED:
+        heads += 8.0 * shape.num_attention_heads * context
     if shape.qk_norm:
         heads += (6.0 if low else 8.0) * (query + key) + 4.0 * (shape.num_attention_heads + shape.num_key_value_heads)
-    return norms + attention + 4.0 * element * inner + heads + 7.0 * element * adapters
+    return norms + attention + (4.0 if shape.gated else 5.0) * element * inner + heads + 7.0 * element * adapters
 
 
 def forward_bytes(shape: Shape, tokens: int, low: bool) -> float:

@@ -6,7 +6,7 @@ and divergences, each fp32 over all tokens of the group and the whole vocabulary
 
 from __future__ import annotations
 
-from edgedistill.config.recipe import GROUP_TOKENS, Verify
+from edgedistill.config.recipe import Verify, group_windows
 from edgedistill.records.figures import Figure
 from edgedistill.records.shape import Shape
 
@@ -21,8 +21,8 @@ FP32_BYTES = 4
 def verification_memory(teacher: Shape, student: Shape, settings: Verify, *, artifact_bytes: int) -> Figure:
     """Bytes that verifying one artifact takes at its peak, the runtime's process included."""
     context = settings.context_tokens
-    group = max(1, GROUP_TOKENS // context) * context
     vocabulary = max(teacher.vocab_size, student.vocab_size)
+    group = group_windows(context, vocabulary) * context
     weights = FP32_BYTES * (teacher.parameters + 2 * student.parameters)
     logits = LOGITS_ARRAYS * FP32_BYTES * group * vocabulary
     # one layer's activations at a time: the feed-forward's three and the hidden states

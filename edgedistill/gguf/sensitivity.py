@@ -313,20 +313,24 @@ def read_text(checkpoint: Path, model: Model, options: ExportOptions, *, weighte
         )
     source = options.calibration_source or "calibration text"
     return Text(
-        batches=list(of_one_length(windows)) if model.family.task == "embedding" else _of_any_length(windows),
+        batches=(
+            list(of_one_length(windows, 0))
+            if model.family.task == "embedding"
+            else _of_any_length(windows, model.sizes.vocab_size)
+        ),
         tokens=tokens,
         documents=documents,
         source=f"{source} (of which the importance matrix saw some)" if shared else source,
     )
 
 
-def _of_any_length(windows: Sequence[Window]) -> list[list[Window]]:
+def _of_any_length(windows: Sequence[Window], vocabulary: int) -> list[list[Window]]:
     """Batches of windows that are nearly as long: a decoder does not look ahead, so padding behind changes nothing."""
-    from edgedistill.config.recipe import GROUP_TOKENS
+    from edgedistill.config.recipe import group_windows
 
     batches: list[list[Window]] = []
     for window in sorted(windows, key=lambda window: -len(window.ids)):
-        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0].ids) > GROUP_TOKENS:
+        if not batches or len(batches[-1]) >= group_windows(len(batches[-1][0].ids), vocabulary):
             batches.append([])
         batches[-1].append(window)
     return batches

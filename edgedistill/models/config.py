@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgedistill.errors import UserError
-from edgedistill.models.shapes import whole_size
+from edgedistill.models.whole_size import whole_size
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ class Family:
     ropes                kinds of rotary embedding that llama.cpp has in this family; none: learned positions
     interleaved_rope     q and k are stored with their pairs side by side
     needs_head           llama.cpp runs no tied head in this family
+    heads                must they divide the width, or make it up as a whole (heads · head size = width)?
     renamed              regular expressions: a name in the file → the torch module's
     split                the end of a fused name in the file → the ends of the tensors that it is made of, in order
     ignored              regular expressions of tensors that no output depends on
@@ -80,6 +81,7 @@ class Family:
     interleaved_rope: bool = False
     needs_head: bool = False
     flags: tuple[str, ...] = ()
+    heads: Literal["any", "divide", "whole"] = "any"
     renamed: tuple[tuple[str, str], ...] = ()
     split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
@@ -137,6 +139,7 @@ FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family(
         gguf="llama",
         model_type="llama",
+        heads="divide",
         first=EMBEDDING,
         layer={**LLAMA_LAYER, **LLAMA_BIASES},
         last=LAST,
@@ -182,6 +185,7 @@ FAMILIES: dict[str, Family] = {
     "Gemma2ForCausalLM": Family(
         gguf="gemma2",
         model_type="gemma2",
+        heads="divide",
         first=EMBEDDING,
         layer={**GEMMA_NORMS, **ATTENTION, **MLP},
         last=GEMMA_LAST,
@@ -195,6 +199,7 @@ FAMILIES: dict[str, Family] = {
     "Gemma3ForCausalLM": Family(
         gguf="gemma3",
         model_type="gemma3_text",
+        heads="divide",
         first=EMBEDDING,
         layer={
             **GEMMA_NORMS,
@@ -243,6 +248,7 @@ FAMILIES: dict[str, Family] = {
     "Olmo2ForCausalLM": Family(
         gguf="olmo2",
         model_type="olmo2",
+        heads="whole",
         first=EMBEDDING,
         layer={
             **ATTENTION,
@@ -275,6 +281,7 @@ FAMILIES: dict[str, Family] = {
     "GPT2LMHeadModel": Family(
         gguf="gpt2",
         model_type="gpt2",
+        heads="whole",
         embedding="transformer.wte.weight",
         layer_prefix="transformer.h.{}.",
         first={
@@ -317,6 +324,7 @@ FAMILIES: dict[str, Family] = {
     "StableLmForCausalLM": Family(
         gguf="stablelm",
         model_type="stablelm",
+        heads="whole",
         first=EMBEDDING,
         layer={
             "input_layernorm.weight": Tensor("attn_norm.weight", "H"),
@@ -434,3 +442,6 @@ FAMILIES: dict[str, Family] = {
         ignored=(r"^pooler\.",),
     ),
 }
+
+# model_type → the entry of a decoder
+DECODERS = {family.model_type: family for family in FAMILIES.values() if family.task == "causal-lm"}

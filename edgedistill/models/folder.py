@@ -15,6 +15,7 @@ from typing import Any
 
 from edgedistill.errors import UserError
 from edgedistill.models.companions import TOKENIZER_NAMES
+from edgedistill.models.families import DECODERS
 from edgedistill.models.hf_tokenizer import copy_tokenizer as copy_tokenizer
 from edgedistill.models.hf_tokenizer import cut_note, require_all_tokens
 from edgedistill.models.hf_tokenizer import open_for_text as open_for_text
@@ -125,12 +126,13 @@ def check_folder(path: Path, *, name: str, origin: str, role: str) -> ModelFolde
     config = read_json(config_path, what="config.json")
     stored = stored_tensors(path)
     shape = shape_from_config(config, where=str(config_path))
+    name_of_embedding, stored = _embedding_of(config), _modules(stored, config)
     tensors = {name: tensor.shape for name, tensor in stored.items()}
-    embedding = tensors.get(EMBEDDING)
+    embedding = tensors.get(name_of_embedding)
     if embedding is None:
         refuse_wrapped(tensors, _wanted(shape, config, path), where=f"{role} folder {path}")
         raise UserError(
-            f"{role} folder {path} has no tensor {EMBEDDING}",
+            f"{role} folder {path} has no tensor {name_of_embedding}",
             f"its weights are not those of a {config.get('model_type')} causal language model",
         )
     if embedding != (shape.vocab_size, shape.hidden_size):
@@ -171,19 +173,35 @@ def _require_all_tensors(
 
 
 def _wanted(shape: Shape, config: Mapping[str, Any], path: Path) -> dict[str, tuple[int, ...]]:
-    from edgedistill.models.architectures import architecture_of, tensor_map
+    from edgedistill.models.architectures import architecture_of, model_of, tensor_map
 
+    if shape.layer_tensors:
+        return {name: spec.shape for name, spec in model_of(config, where=str(path)).specs.items()}
     return {name: spec.shape for name, spec in tensor_map(shape, architecture_of(config, where=str(path))).items()}
+
+
+def _embedding_of(config: Mapping[str, Any]) -> str:
+    """The torch name of the token embedding."""
+    family = DECODERS.get(str(config.get("model_type")))
+    return EMBEDDING if family is None else family.embedding
+
+
+def _modules(stored: dict[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """The tensors under the names of a family that files write in several ways (GPT-2)."""
+    from edgedistill.models.architectures import as_modules
+
+    family = DECODERS.get(str(config.get("model_type")))
+    return stored if family is None or not family.renamed else as_modules(stored, family)
 
 
 def require_sound(path: Path, role: str = "model") -> None:
     """Read every weight of a folder, one at a time. UserError for NaN and infinity, and a tied head that differs."""
     from edgedistill.models.architectures import TIED_HEAD
 
-    stored = stored_tensors(path)
     config = read_json(path / "config.json", what="config.json")
+    stored = _modules(stored_tensors(path), config)
     if TIED_HEAD in stored and shape_from_config(config, where=str(path)).tie_word_embeddings:
-        check_tied(stored, EMBEDDING, str(path))
+        check_tied(stored, _embedding_of(config), str(path))
     require_finite_weights(path, role)
 
 

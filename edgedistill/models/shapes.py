@@ -1,6 +1,7 @@
 """config.json ⇄ `Shape`: the sizes of a decoder, read strictly and written for transformers.
 
-Families: llama (mistral reads as llama: the same tensors), qwen2, qwen3. Written by transformers 4 or 5.
+Llama (Mistral reads as llama: the same tensors), Qwen2 and Qwen3 have a Shape without tensors; the other families of
+families.py bring those of their table. Written by transformers 4 or 5.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgedistill.errors import UserError
+from edgedistill.models.architectures import TIED_HEAD, Model, model_of
+from edgedistill.models.families import DECODERS, Tensor
+from edgedistill.models.whole_size import whole_size
 from edgedistill.records.shape import Shape
-from edgedistill.strict import shown
 
 # model_type -> family of the Shape
 FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -19,9 +22,6 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen
 DEFAULT_KV_HEADS = {"llama": None, "mistral": 8, "qwen2": 32, "qwen3": 32}
 DEFAULT_MAX_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 DEFAULT_QWEN3_HEAD_DIM = 128
-# Far above any model: what is counted by these sizes stays finite, and is over in a second.
-LARGEST = {"num_hidden_layers": 2048, "num_attention_heads": 8192, "num_key_value_heads": 8192, "vocab_size": 1 << 24}
-LARGEST_SIZE = 1 << 27  # positions are the largest of the others
 
 
 def shape_from_config(config: Mapping[str, Any], *, where: str) -> Shape:
@@ -31,11 +31,13 @@ def shape_from_config(config: Mapping[str, Any], *, where: str) -> Shape:
     and for options that a Shape cannot say (biases outside q, k, v; another activation).
     """
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in DECODERS:
         raise UserError(
             f"{where}: architecture {model_type!r} is not supported",
-            f"models of model_type {', '.join(FAMILIES)} work",
+            f"models of model_type {', '.join(DECODERS)} work",
         )
+    if model_type not in FAMILIES:
+        return _shape_of(model_of(config, where=where))
     family = FAMILIES[model_type]
     _refuse_unsayable(config, model_type, where)
     hidden = _size(config, "hidden_size", where)
@@ -113,6 +115,85 @@ def config_from_shape(
     return config
 
 
+def config_of_student(config: Mapping[str, Any], shape: Shape, special: Mapping[str, Any]) -> dict[str, Any]:
+    """The teacher's config.json with the sizes of `shape` and the special tokens of the config `special`.
+
+    Whatever else a family says of itself stays as it is; what it says layer by layer goes on in the same order.
+    Raises UserError where the family's config cannot say such a shape.
+    """
+    family = DECODERS[shape.family]
+    made = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype", "transformers_version")}
+    made |= {key: value for key, value in special.items() if key.endswith("_token_id")}
+    layers = shape.num_hidden_layers
+    old = config.get(family.other_names.get("num_hidden_layers", "num_hidden_layers"))
+    for key, value in config.items():
+        if "layer" in key and isinstance(value, list) and value and len(value) == old:
+            made[key] = [value[layer % len(value)] for layer in range(layers)]
+    sizes = {
+        "vocab_size": shape.vocab_size, "hidden_size": shape.hidden_size, "num_hidden_layers": layers,
+        "intermediate_size": shape.intermediate_size, "num_attention_heads": shape.num_attention_heads,
+    }  # fmt: skip
+    made |= {family.other_names.get(key, key): value for key, value in sizes.items()}
+    if not family.other_names:
+        made["num_key_value_heads"] = shape.num_key_value_heads
+        if family.heads != "whole":
+            made["head_dim"] = shape.head_dim
+        else:
+            made.pop("head_dim", None)
+    if "query_pre_attn_scalar" in made and shape.head_dim != config.get("head_dim", family.head_dim):
+        made["query_pre_attn_scalar"] = shape.head_dim
+    made["tie_word_embeddings"] = shape.tie_word_embeddings
+    said = shape_from_config(made, where=f"a {shape.family} student")
+    differs = [name for name in Shape.model_fields if getattr(said, name) != getattr(shape, name)]
+    if differs:
+        raise UserError(
+            f"a {shape.family} model cannot have {differs[0]} {getattr(shape, differs[0])} beside {shape.hidden_size}"
+            f" wide states and {shape.num_attention_heads} heads",
+            "leave it out of student.shape",
+        )
+    return made
+
+
+def refuse_family(shape: Shape, format_: str, *, where: str) -> None:
+    """UserError for a decoder that this format was never held to its torch model in."""
+    if shape.layer_tensors:
+        raise UserError(
+            f"{where}: a {shape.family} decoder becomes GGUF alone: as {format_} its weights cannot be compared here",
+            f"export it as GGUF; as {format_} work {', '.join(FAMILIES)}",
+        )
+
+
+def _shape_of(model: Model) -> Shape:
+    """Of a family whose tensors its table says: sizes, and names and dimensions as the GGUF has them."""
+    family, sizes = model.family, model.sizes
+
+    def listed(table: Mapping[str, Tensor]) -> tuple[tuple[str, str], ...]:
+        return tuple(
+            (each.gguf, each.dims[::-1] if each.change == "transposed" else each.dims)
+            for name, each in table.items()
+            if (not each.when or (each.when.removeprefix("!") in sizes.flags) != each.when.startswith("!"))
+            and name not in (family.embedding, TIED_HEAD)
+        )
+
+    return Shape(
+        family=family.model_type,
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=sizes.num_hidden_layers,
+        num_attention_heads=sizes.num_attention_heads,
+        num_key_value_heads=sizes.num_key_value_heads,
+        head_dim=sizes.head_dim,
+        tie_word_embeddings=model.tied,
+        max_position_embeddings=model.context_length,
+        attention_bias=any(each.gguf == "attn_q.bias" for each in family.layer.values() if each.when in sizes.flags),
+        qk_norm=any(each.gguf == "attn_q_norm.weight" and (not each.when or each.when in sizes.flags)
+                    for each in family.layer.values()),
+        layer_tensors=listed(family.layer),
+        other_tensors=listed({**family.first, **family.last}),
+    )  # fmt: skip
+
+
 def _refuse_unsayable(config: Mapping[str, Any], model_type: str, where: str) -> None:
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):  # two names of one function
@@ -145,13 +226,3 @@ def _size(config: Mapping[str, Any], key: str, where: str, default: int | None =
     if value is None:
         raise UserError(f"{where}: {key} is missing", "a config.json as transformers writes it has it")
     return whole_size(value, key, where)
-
-
-def whole_size(value: Any, key: str, where: str) -> int:
-    """A size of a config.json: a positive whole number that some model could have. UserError otherwise."""
-    most = LARGEST.get(key, LARGEST_SIZE)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{where}: {key} is {shown(value)}", "it is a positive whole number")
-    if value > most:
-        raise UserError(f"{where}: {key} is {shown(value)}", f"no model that can be read here has more than {most:,}")
-    return value

@@ -17,7 +17,7 @@ from edgedistill.models.folder import require_sound
 from edgedistill.models.generation import generation_of
 from edgedistill.models.hf_tokenizer import no_tokenizer_json
 from edgedistill.models.loading import without_run_settings
-from edgedistill.models.shapes import shape_from_config
+from edgedistill.models.shapes import refuse_family, shape_from_config
 from edgedistill.models.weights import check_tensors, stored_tensors
 from edgedistill.onnx.generation_settings import write_generation
 from edgedistill.onnx.graph import count_types, stored_weights
@@ -45,6 +45,7 @@ TOKENIZER_FILE = "tokenizer.json"
 
 def require_runnable(config: Mapping[str, Any], shape: Shape, *, where: str) -> None:
     """UserError for a head size that onnxruntime cannot run, and a rotary embedding that its builder writes wrongly."""
+    refuse_family(shape, "onnx", where=where)
     rope_of(config, shape, where=where)
     written = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = written.get("rope_type", written.get("type", "default"))

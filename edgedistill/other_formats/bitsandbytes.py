@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgedistill.errors import UserError, did_you_mean
 from edgedistill.models.folder import require_sound
-from edgedistill.models.shapes import shape_from_config
+from edgedistill.models.shapes import refuse_family, shape_from_config
 from edgedistill.records.artifact import Artifact
 from edgedistill.store import combined_sha256, file_entries, fsync_tree, versions
 from edgedistill.strict import read_json
@@ -45,6 +45,7 @@ def export_bitsandbytes(
     if quantization not in PRECISIONS:
         raise UserError(f"no bitsandbytes quantization '{quantization}'", did_you_mean(quantization, PRECISIONS))
     shape = shape_from_config(read_json(checkpoint / "config.json", what="config.json"), where=str(checkpoint))
+    refuse_family(shape, "bitsandbytes", where=str(checkpoint))
     require_sound(checkpoint)
     context = min(context_tokens, shape.max_position_embeddings)
     name, sequences = real_inputs(checkpoint, calibration, context_tokens=context)

@@ -14,7 +14,7 @@ from typing import Any
 
 from edgedistill.errors import RuntimeCrashed, UserError, did_you_mean
 from edgedistill.models.folder import require_sound
-from edgedistill.models.shapes import shape_from_config
+from edgedistill.models.shapes import refuse_family, shape_from_config
 from edgedistill.records.artifact import Artifact, Parity
 from edgedistill.runtimes.child import signal_name
 from edgedistill.store import combined_sha256, file_entries, fsync_tree
@@ -65,6 +65,7 @@ def export_executorch(
     if quantization not in LIMITS:
         raise UserError(f"no ExecuTorch quantization '{quantization}'", did_you_mean(quantization, LIMITS))
     shape = shape_from_config(read_json(checkpoint / "config.json", what="config.json"), where=str(checkpoint))
+    refuse_family(shape, "executorch", where=str(checkpoint))
     widths = (shape.hidden_size, shape.intermediate_size, shape.num_attention_heads * shape.head_dim)
     odd = [width for width in widths if width % GROUP]
     if quantization == "8DA4W" and odd:

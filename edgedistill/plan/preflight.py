@@ -23,6 +23,7 @@ from edgedistill.models.folder import (
     require_sound_once,
 )
 from edgedistill.models.generation import generation_of
+from edgedistill.models.shapes import config_of_student, refuse_family
 from edgedistill.plan.asked import asked_of
 from edgedistill.plan.plan import NF4_MULTIPLE, Plan, plan
 from edgedistill.progress import QUIET, Progress
@@ -58,6 +59,7 @@ def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store, progre
         recipe, targets, teacher=teacher, teacher_parameters=parameters, student=student, trimmed_tokens=tokens
     )
     _require_widths(sizes_only)
+    _require_sayable(recipe, sizes_only)
     texts = read_texts(recipe.data)
     data = find_data(recipe.data, store=store, texts=texts)
     require_usable_cache(recipe, store, data)
@@ -138,6 +140,8 @@ def _require_exportable(recipe: Recipe, targets: Sequence[Target]) -> None:
         tokenizer_of(folder.path, model_of(folder.config, where=str(folder.path / "config.json")))
     if formats:
         generation_of(folder.path, vocab_size=folder.shape.vocab_size)
+    for other in sorted(formats - {"gguf"}):
+        refuse_family(folder.shape, other, where=str(folder.path))
     if "onnx" in formats:
         from edgedistill.onnx.decoder import require_runnable
 
@@ -161,6 +165,14 @@ def _require_widths(planned: Plan) -> None:
             f" {NF4_MULTIPLE}",
             "set export.artifacts to bitsandbytes:INT8, or student.shape to such widths",
         )
+
+
+def _require_sayable(recipe: Recipe, planned: Plan) -> None:
+    """A student that its family's config cannot say, or that llama.cpp would run differently. UserError."""
+    if recipe.teacher.model is None or planned.start == "pretrained" or not planned.student.layer_tensors:
+        return
+    teacher = open_model(recipe.teacher.model, revision=recipe.teacher.revision, role="teacher")
+    config_of_student(teacher.config, planned.student, {})
 
 
 def _named_models(recipe: Recipe) -> list[tuple[str, str, str | None]]:

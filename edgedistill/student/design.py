@@ -15,9 +15,10 @@ The rule, exactly:
    heads a key/value head), with the query width within an eighth of the exact ratio and a multiple of
    `width_multiple`. Where no whole number of groups of that head size does so, halves of it are tried, down
    to 32; then the head size is kept, heads are rounded, and the grouping is the nearest that divides.
-   In Llama models the heads always divide the hidden width: transformers refuses others.
-5. Vocabulary, positions, family, biases and q/k norms are the teacher's. Embeddings are tied as the teacher's,
-   but where no untied student fits, tied ones are tried before giving up.
+   In Llama and Gemma models the heads always divide the hidden width: transformers refuses others. In GPT-2, OLMo 2
+   and StableLM they make it up as a whole.
+5. Vocabulary, positions, family, biases and norms are the teacher's. Embeddings are tied as the teacher's, but where
+   no untied student fits, tied ones are tried before giving up (not where llama.cpp runs none: OLMo 2, StableLM).
 6. Sizes that the user asks for are taken as they are; multiples, proportions and the teacher's size do not bind
    them, the budget does.
 7. A student that is cut out of its teacher (`from_teacher`) has no width above the teacher's, its head size, at most
@@ -35,6 +36,7 @@ from typing import Literal
 
 from edgedistill.config.recipe import ShapeAsk
 from edgedistill.errors import UserError
+from edgedistill.models.families import DECODERS, Family
 from edgedistill.records.shape import Shape
 
 FILL = 0.8
@@ -69,7 +71,8 @@ def design_student(
     by_compression = int(teacher.parameters / compression)
     budget = by_compression if max_parameters is None else min(by_compression, max_parameters)
     deepest = ask.num_hidden_layers or teacher.num_hidden_layers
-    for tied in dict.fromkeys((teacher.tie_word_embeddings, from_teacher is None or teacher.tie_word_embeddings)):
+    may_tie = from_teacher is None and not family_of(teacher).needs_head
+    for tied in dict.fromkeys((teacher.tie_word_embeddings, teacher.tie_word_embeddings or may_tie)):
         blocks = list(_single_layer_shapes(teacher, ask, width_multiple, tied, from_teacher))
         if not blocks:
             raise _no_width(teacher, ask, width_multiple, from_teacher)
@@ -88,10 +91,11 @@ def fill_of(student: Shape, budget: int) -> float:
 
 def _choose(blocks: list[Shape], deepest: int, shallowest: int, budget: int) -> Shape | None:
     half = max(shallowest, (deepest + 1) // 2)
+    counted = [(block.parameters, block.layer_parameters, block) for block in blocks]
     for depths in (range(deepest, half - 1, -1), range(half - 1, shallowest - 1, -1)):
         most: tuple[int, Shape, int] | None = None
         for depth in depths:
-            sized = ((block.parameters + (depth - 1) * block.layer_parameters, block) for block in blocks)
+            sized = ((one + (depth - 1) * layer, block) for one, layer, block in counted)
             fitting = [(parameters, block) for parameters, block in sized if parameters <= budget]
             if not fitting:
                 continue
@@ -162,13 +166,14 @@ def _feed_forward_widths(teacher: Shape, ask: ShapeAsk, width: int, multiple: in
 
 def _attention(teacher: Shape, ask: ShapeAsk, width: int, multiple: int) -> tuple[int, int, int] | None:
     """Query heads, key/value heads, head size for a hidden width; None where the asks leave none."""
+    fit = family_of(teacher).heads
     group = teacher.num_attention_heads // teacher.num_key_value_heads
     query_width = width * teacher.num_attention_heads * teacher.head_dim / teacher.hidden_size
     if ask.num_attention_heads is not None:
         heads = ask.num_attention_heads
-        if not heads_divide(teacher.family, width, heads):
-            return None
         head_dim = ask.head_dim or _even_head_dim(query_width / heads, teacher.head_dim)
+        if not heads_fit(fit, width, heads, head_dim):
+            return None
         return heads, ask.num_key_value_heads or _divisor_near(heads, heads / group), head_dim
     # Heads come in whole groups: as many as share a key/value head, or as many as key/value heads are asked for.
     unit = ask.num_key_value_heads or group
@@ -177,11 +182,11 @@ def _attention(teacher: Shape, ask: ShapeAsk, width: int, multiple: int) -> tupl
         heads = unit * int(query_width / (head_dim * unit) + 0.5)
         near = abs(heads * head_dim - query_width) <= MOST_QUERY_ERROR * query_width
         whole = heads > 0 and (heads * head_dim) % multiple == 0
-        if whole and near and heads_divide(teacher.family, width, heads):
+        if whole and near and heads_fit(fit, width, heads, head_dim):
             return heads, ask.num_key_value_heads or heads // group, head_dim
     head_dim, step = sizes[0], ask.num_key_value_heads or 1
     exact = query_width / head_dim
-    possible = [n for n in range(step, int(2 * exact) + step + 1, step) if heads_divide(teacher.family, width, n)]
+    possible = [n for n in range(step, int(2 * exact) + step + 1, step) if heads_fit(fit, width, n, head_dim)]
     if not possible:
         return None
     heads = min(possible, key=lambda n: (abs(n - exact), n))
@@ -193,12 +198,13 @@ def _cut_attention(teacher: Shape, ask: ShapeAsk, width: int, multiple: int) -> 
     size, most = teacher.head_dim, teacher.num_attention_heads
     group = most // teacher.num_key_value_heads
     exact = width * most / teacher.hidden_size
+    fit = family_of(teacher).heads
     possible = [
         (heads, kv_heads)
         for heads in ([ask.num_attention_heads] if ask.num_attention_heads else range(1, most + 1))
         for kv_heads in ([ask.num_key_value_heads] if ask.num_key_value_heads else range(1, heads + 1))
         if heads % kv_heads == 0 and heads // kv_heads <= group and kv_heads <= teacher.num_key_value_heads
-        and heads_divide(teacher.family, width, heads)
+        and heads_fit(fit, width, heads, size)
     ]  # fmt: skip
     if not possible:
         return None
@@ -235,9 +241,14 @@ def _cut_ask(teacher: Shape, ask: ShapeAsk, cut: Cut) -> ShapeAsk:
     return ShapeAsk(**{**asked, **{name: getattr(teacher, name) for name in fixed_sizes}})
 
 
-def heads_divide(family: str, hidden_size: int, heads: int) -> bool:
-    """Whether transformers takes so many heads: Llama wants them to divide the hidden size, whatever head_dim is."""
-    return family != "llama" or hidden_size % heads == 0
+def family_of(shape: Shape) -> Family:
+    return DECODERS[shape.family]
+
+
+def heads_fit(fit: str, hidden_size: int, heads: int, head_dim: int) -> bool:
+    """Whether a family takes so many heads of that size (`Family.heads`): Llama's divide the hidden size, whatever
+    head_dim is, GPT-2's make it up."""
+    return heads * head_dim == hidden_size if fit == "whole" else fit == "any" or hidden_size % heads == 0
 
 
 def _head_dims(head_dim: int) -> list[int]:
@@ -287,7 +298,7 @@ def _no_width(teacher: Shape, ask: ShapeAsk, multiple: int, cut: Cut | None) -> 
     heads = ask.num_attention_heads or ask.num_key_value_heads
     width = ask.hidden_size or f"up to {teacher.hidden_size} in steps of {multiple}"
     return UserError(
-        f"student.shape: no hidden size ({width}) is a multiple of {heads} heads, which Llama models need",
+        f"student.shape: no hidden size ({width}) is a multiple of {heads} heads, which {teacher.family} models need",
         "ask for heads that divide the hidden size, or leave one of them open",
     )
 

@@ -6,7 +6,7 @@ Which axis of a parameter means what stands in `axes`; a family whose parameters
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch  # noqa: TID253  this module is imported by training alone
@@ -52,8 +52,32 @@ def uniform_layers(teacher_layers: int, student_layers: int) -> list[int]:
 def chosen_layers(model: nn.Module, count: int, choice: str, sample: Tensor | None) -> list[int]:
     """Which layers a student of `count` keeps, ascending: "uniform", "first", "last", or "importance".
 
-    Importance is the rise of the loss on the sample when the layer alone is skipped.
+    Importance is the rise of the loss on the sample when the layer alone is skipped. In a family with layers without
+    rotary embeddings these stay in their places.
     """
+    kept = _wished_layers(model, count, choice, sample)
+    rotary = getattr(model.config, "no_rope_layers", None)
+    return kept if not rotary else _in_rotation(kept, rotary)
+
+
+def _in_rotation(kept: list[int], rotary: Sequence[int]) -> list[int]:
+    """The layers nearest to `kept` that have a rotary embedding, or none, where the family's pattern wants it.
+
+    SmolLM 3: every fourth layer has none, in the student as in the teacher; llama.cpp runs no other pattern.
+    """
+    cost: dict[int, tuple[int, list[int]]] = {-1: (0, [])}
+    for place, wish in enumerate(kept):
+        longer: dict[int, tuple[int, list[int]]] = {}
+        for layer, kind in enumerate(rotary):
+            before = [found for last, found in cost.items() if last < layer]
+            if kind == rotary[place] and before:
+                least, chosen = min(before)
+                longer[layer] = (least + abs(layer - wish), [*chosen, layer])
+        cost = longer
+    return min(cost.values())[1]
+
+
+def _wished_layers(model: nn.Module, count: int, choice: str, sample: Tensor | None) -> list[int]:
     total = sizes_of(model.config).layers
     even = uniform_layers(total, count)  # refuses a count that is out of range
     if choice == "uniform" or count == total:

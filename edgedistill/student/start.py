@@ -9,7 +9,7 @@ from edgedistill.config.recipe import Student
 from edgedistill.errors import UserError
 from edgedistill.models.folder import ModelFolder, check_folder
 from edgedistill.models.loading import LOADING
-from edgedistill.models.shapes import config_from_shape
+from edgedistill.models.shapes import config_from_shape, config_of_student
 from edgedistill.records.shape import Shape
 from edgedistill.strict import read_json
 
@@ -48,6 +48,10 @@ def start_student(
     if ask.start != "fresh":
         return _cut(ask, shape, source, teacher, sample, trimmed)
     special = source.config if trimmed is None else read_json(trimmed / "config.json", what="config.json")
+    if shape.layer_tensors:
+        config = AutoConfig.for_model(**config_of_student(source.config, shape, special))
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).float(), {}
     rope = source.config.get("rope_parameters") or {}
     base = rope.get("rope_theta") or source.config.get("rope_theta") or 10000.0
     config_dict = config_from_shape(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgedistill.config.recipe import GROUP_TOKENS
+from edgedistill.config.recipe import group_windows
 from edgedistill.errors import UserError
 from edgedistill.models.folder import open_for_text, vocabulary
 from edgedistill.strict import read_json
@@ -199,12 +199,12 @@ def scoring_windows(
     return windows
 
 
-def groups(windows: list[Window]) -> Iterator[list[Window]]:
-    """Windows of one length together, so that nothing is padded."""
+def groups(windows: list[Window], vocabulary: int) -> Iterator[list[Window]]:
+    """Windows of one length together, so that nothing is padded; fewer where each token has more logits."""
     by_length: dict[int, list[Window]] = {}
     for window in windows:
         by_length.setdefault(len(window.ids), []).append(window)
     for length, group in sorted(by_length.items()):
-        size = max(1, GROUP_TOKENS // length)
+        size = group_windows(length, vocabulary)
         for start in range(0, len(group), size):
             yield group[start : start + size]

@@ -39,6 +39,8 @@ TRACED_TOKENS = 64  # of a window, where a runtime's tensors are compared with t
 class Text:
     """What is scored: windows of token ids, the unit of each document, and what of the vocabulary counts.
 
+    `vocab` tokens are compared; `logits` is how many the teacher or the student has for a token, at most.
+
     `unit_of`: document → the unit that intervals resample, from 0; near copies share one. `duplicates`: how many
     documents are no unit of their own.
     """
@@ -48,6 +50,7 @@ class Text:
     duplicates: int
     bos: bool
     vocab: int
+    logits: int
     teacher_tokens: int
     numbering: _Numbering | None
 
@@ -80,6 +83,7 @@ def text_of(teacher: TeacherResult, student: StudentResult, held_out: list[list[
         duplicates=duplicates,
         bos=tokenizer.bos is not None,
         vocab=min(tokenizer.vocab, teacher.shape.vocab_size, student.shape.vocab_size),
+        logits=max(teacher.shape.vocab_size, student.shape.vocab_size),
         teacher_tokens=tokenizer.vocab if numbering is None else numbering.tokens,
         numbering=numbering,
     )
@@ -126,7 +130,7 @@ def score(text: Text, scorers: Mapping[RungName, Scorer], progress: Progress) ->
     targets_seen: list[NDArray[np.int64]] = []
     owner: list[NDArray[np.int64]] = []
     total, done = sum(window.scored for window in text.windows), 0
-    for group in groups(text.windows):
+    for group in groups(text.windows, text.logits):
         ids = np.stack([w.ids for w in group]).astype(np.int64)
         keep = torch.from_numpy(np.concatenate([np.arange(ids.shape[1] - 1) >= window.first for window in group]))
         targets = torch.from_numpy(ids[:, 1:].reshape(-1))[keep]

@@ -154,3 +154,37 @@ def embedding(folder: Path, tokens_T: NDArray[Any], pooling: str) -> NDArray[np.
     with torch.inference_mode():
         states_TH = model(input_ids=torch.from_numpy(np.asarray(tokens_T, dtype=np.int64)[None])).last_hidden_state[0]
     return np.asarray((states_TH.mean(0) if pooling == "mean" else states_TH[0]).numpy())
+
+
+# model_type → what its teacher has beside COMMON: what is odd about the real ones, and layers enough to cut
+TEACHERS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {**GEMMA, "num_hidden_layers": 3, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+    "gemma2": {**GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0},
+    "granite": {
+        "embedding_multiplier": 6.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_scaling": 2.0,
+    },
+    "olmo2": {},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
+    "smollm3": {"num_hidden_layers": 4, "tie_word_embeddings": True},
+    "stablelm": {"use_qkv_bias": True},
+    "gpt2": {"n_inner": 96},
+}  # fmt: skip
+
+
+def teacher(folder: Path, model_type: str, *, steps: int = 80, **changes: Any) -> Path:
+    """A model of a family that learnt `tiny_text` beyond counts of its words."""
+    import torch
+    from command import tiny_text
+    from gate_models import learn
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {**COMMON, "initializer_range": 0.05, **TEACHERS[model_type], **changes}
+    if model_type == "gpt2":
+        settings = {k: v for k, v in settings.items() if k not in ("num_key_value_heads", "intermediate_size")}
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=torch.float32)
+    byte_level_bpe(folder)
+    learn(model, folder, tiny_text(80, seed=1).split("\n\n"), steps=steps)
+    model.save_pretrained(folder)
+    return folder

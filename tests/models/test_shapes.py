@@ -8,11 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from family_models import COMMON, DECODERS
 
 from edgedistill.errors import UserError
-from edgedistill.models.shapes import ARCHITECTURES, FAMILIES, config_from_shape, shape_from_config
+from edgedistill.models.families import FAMILIES as ALL
+from edgedistill.models.shapes import (
+    ARCHITECTURES,
+    FAMILIES,
+    config_from_shape,
+    config_of_student,
+    refuse_family,
+    shape_from_config,
+)
 from edgedistill.records.shape import Shape
 
+TABLE = {each.model_type: name for name, each in ALL.items() if each.task == "causal-lm"}
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "hidden_act": "silu",
@@ -100,7 +110,7 @@ def test_mistral_reads_as_llama_up_to_its_window() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "x: architecture 'gpt2' is not supported\n.*llama, mistral, qwen2, qwen3"),
+        ({"model_type": "falcon"}, "x: architecture 'falcon' is not supported\n.*llama, mistral, qwen2, qwen3, gemma2"),
         ({"model_type": "qwen2_moe"}, "'qwen2_moe' is not supported"),
         ({"model_type": None}, "architecture None"),
         ({"model_type": ["llama"]}, "not supported"),
@@ -124,6 +134,50 @@ def test_mistral_reads_as_llama_up_to_its_window() -> None:
 def test_what_cannot_be_said_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         shape_from_config(LLAMA | change, where="x")
+
+
+def _family_config(case: str) -> Any:
+    transformers = pytest.importorskip("transformers")
+    model_type, changes = DECODERS[case]
+    settings = COMMON | changes
+    if model_type == "gpt2":
+        settings = {k: v for k, v in settings.items() if k not in ("num_key_value_heads", "intermediate_size")}
+    config = transformers.AutoConfig.for_model(model_type, **settings)
+    config.architectures = [TABLE[model_type]]
+    return config
+
+
+@pytest.mark.parametrize("case", [case for case, (family, _) in DECODERS.items() if family not in FAMILIES])
+def test_every_family_of_the_table_is_counted_exactly_and_has_students(case: str) -> None:
+    """The teacher's parameters are transformers' own count, and so are those of a smaller model of its family."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = _family_config(case)
+    shape = shape_from_config(config.to_dict(), where="test")
+    layers = 2 if case.startswith(("smollm3", "gemma3")) else 1
+    smaller = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 2}
+    smaller |= {"num_key_value_heads": 2 if shape.family == "gpt2" else 1, "vocab_size": 100}
+    student = config_of_student(config.to_dict(), shape.model_copy(update=smaller), {"eos_token_id": 7})
+    assert student["eos_token_id"] == 7
+    for made in (config, transformers.AutoConfig.for_model(**student)):
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(made)
+        found = shape_from_config(made.to_dict() | {"architectures": config.architectures}, where="test")
+        assert found.parameters == sum(p.numel() for p in model.parameters())
+        assert type(found).model_validate_json(found.model_dump_json()) == found
+
+
+def test_every_family_of_the_table_is_tried() -> None:
+    assert {family for family, _ in DECODERS.values()} == set(TABLE)
+
+
+def test_sizes_that_a_family_cannot_have_are_refused() -> None:
+    config = _family_config("gpt2").to_dict()
+    shape = shape_from_config(config, where="x")
+    with pytest.raises(UserError, match="gpt2 model cannot have num_key_value_heads 2"):
+        config_of_student(config, shape.model_copy(update={"num_key_value_heads": 2}), {})
+    with pytest.raises(UserError, match="onnx"):
+        refuse_family(shape, "onnx", where="x")
 
 
 def test_unknown_family_has_no_config() -> None:

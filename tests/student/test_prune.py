@@ -486,3 +486,17 @@ def test_gpt2_that_scales_attention_by_the_layer_keeps_its_layers():
 def test_importance_needs_text():
     with pytest.raises(ValueError, match="a sample is needed"):
         cut(teacher("llama"), changed(ffn=40))
+
+
+@pytest.mark.parametrize("choice", ["uniform", "first", "last"])
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 9])
+def test_layers_without_rotary_embeddings_stay_in_their_places(choice: str, count: int) -> None:
+    """SmolLM 3: llama.cpp leaves the rotary embedding out of every fourth layer, whatever the file says."""
+    from types import SimpleNamespace
+
+    rotary = [int((layer + 1) % 4 != 0) for layer in range(12)]
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "vocab_size": 10, "intermediate_size": 8}
+    config = SimpleNamespace(model_type="smollm3", num_hidden_layers=12, no_rope_layers=rotary, **sizes)
+    kept = chosen_layers(SimpleNamespace(config=config), count, choice, None)  # type: ignore[arg-type]
+    assert [rotary[layer] for layer in kept] == rotary[:count]
+    assert kept == sorted(set(kept))
