@@ -30,7 +30,6 @@ TORCHRUN = (
 ACCELERATE = ("accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0")
 LAUNCHERS = {
     "torchrun": TORCHRUN,
-    "accelerate": (*ACCELERATE, "--multi_gpu"),
     "accelerate-fsdp": (*ACCELERATE, "--use_fsdp", "--fsdp_version", "2"),
     "deepspeed": (*ACCELERATE, "--use_deepspeed", "--zero_stage", "3"),
 }
@@ -101,7 +100,6 @@ def close(ours: dict[str, Any], reference: dict[str, Any]) -> None:
     "launcher",
     [
         "torchrun",
-        "accelerate",
         "accelerate-fsdp",
         pytest.param("deepspeed", marks=needs_deepspeed),
     ],
