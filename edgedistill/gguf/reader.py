@@ -47,7 +47,8 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.header: GgufHeader = check_gguf(path)
-        self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
+        # A plain array on the mapping: every slice of a memmap is one, made in Python, and dequantizing makes 100,000s.
+        self._bytes: NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
         self._arrays: dict[str, list[Any]] = {}
 
     @property

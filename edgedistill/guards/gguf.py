@@ -182,15 +182,15 @@ class _Reader:
 
     def strings(self, name: str, count: int) -> None:
         """Step over them; the sum of their lengths is bounded as well as each."""
-        data, at, end = self.data, self.at, len(self.data)
+        data, at, end, most = self.data, self.at, len(self.data), MAX_STRING_BYTES
         length_at = struct.Struct("<Q").unpack_from
         started = at
         for _ in range(count):
             (length,) = length_at(data, at)
             at += 8 + length
-            if length > MAX_STRING_BYTES:
-                raise self.refused(f"{name} holds a text of {length:,} bytes")
-            if at > end:
+            if length > most or at > end:
+                if length > most:
+                    raise self.refused(f"{name} holds a text of {length:,} bytes")
                 raise self.refused(f"it is cut short within {name}")
         self.string_bytes += at - started
         if self.string_bytes > MAX_STRINGS_BYTES:
