@@ -29,6 +29,7 @@ from edgedistill.progress import QUIET, Progress
 from edgedistill.quantization.options import ExportOptions
 from edgedistill.records.artifact import Artifact
 from edgedistill.records.latency import Latency
+from edgedistill.records.manifest import MANIFEST
 from edgedistill.records.reading import first_fault
 from edgedistill.records.retention import Retention
 from edgedistill.store import Store, Stored, combined_sha256, fsync_folder, fsync_tree, sha256_of
@@ -169,7 +170,10 @@ def open_artifact(folder: Path) -> Stored[Artifact]:
     """An exported folder, its record read and its bytes hashed again. UserError where they differ."""
     path = folder / RECORD
     if not path.is_file():
-        raise UserError(f"{folder} has no {RECORD}", "name a folder that `edgedistill export` wrote")
+        for bundle in (folder, folder.parent):
+            if (bundle / MANIFEST).is_file():
+                return _of_bundle(bundle, folder)
+        raise UserError(f"{folder} has no {RECORD}", "name a folder that `edgedistill export` wrote, or a bundle")
     try:
         raw = read_bytes(path, what=RECORD, max_bytes=MAX_RECORD_BYTES)
         parse_json(raw)  # which refuses what pydantic's reader takes: keys that stand twice
@@ -193,6 +197,27 @@ def open_artifact(folder: Path) -> Stored[Artifact]:
             f"{path} names {artifact.entry!r} as the file to run, which is not one of its files", "export it again"
         )
     return Stored(stage="export", key=artifact.sha256[:32], directory=folder, result=artifact, reused=True)
+
+
+def _of_bundle(bundle: Path, asked: Path) -> Stored[Artifact]:
+    """An artifact of a bundle, which is checked first, all but its golden vectors. UserError.
+
+    `asked` is the bundle, where it has one artifact, or the folder of one of its artifacts.
+    """
+    from edgedistill.bundle.check import check_sealed
+
+    artifacts = check_sealed(bundle).manifest.artifacts
+    chosen = [one for one in artifacts if asked != bundle and bundle / one.folder == asked]
+    if asked == bundle and len(artifacts) == 1:
+        chosen = artifacts
+    if not chosen:
+        folders = ", ".join(str(bundle / one.folder) for one in artifacts)
+        raise UserError(f"{asked} does not say which artifact of the bundle", f"name one of {folders}")
+    known = chosen[0].model_dump(include=set(Artifact.model_fields) - {"inputs", "outputs", "tool_versions"})
+    artifact = Artifact.model_validate(known)
+    return Stored(
+        stage="export", key=artifact.sha256[:32], directory=bundle / chosen[0].folder, result=artifact, reused=True
+    )
 
 
 def verify(

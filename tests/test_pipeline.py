@@ -73,6 +73,21 @@ def test_a_second_target_reuses_the_student_and_everything_can_be_reused(built):
     assert changed.stderr.count("(from the store)") == 4  # data, student, export, verify; bench is new
 
 
+def test_bench_takes_a_bundle_and_checks_it_first(built, tmp_path):
+    bundle = bundle_of(built)
+    for named in (bundle, bundle / "model"):
+        found = built.json("bench", str(named), "-t", "phone", "--set", "bench.repeats=1")
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        assert found["artifact_sha256"] == manifest["artifacts"][0]["sha256"]
+    changed = tmp_path / "changed"
+    shutil.copytree(bundle, changed)
+    with (changed / "model" / "model.gguf").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"?")
+    refused(built("bench", str(changed), "-t", "phone"), "model/model.gguf")
+    refused(built("bench", str(bundle / "preprocess"), "-t", "phone"), "does not say which artifact")
+
+
 def test_the_store_lists_what_each_thing_is(built):
     rows = built.json("store", "list")
     assert {row["stage"] for row in rows} == {"data", "teacher", "student", "export", "verify", "bench"}

@@ -143,7 +143,9 @@ def plan(
     data: DataOption = None,
     eval_data: EvalData = None,
     document_separator: Separator = None,
+    min_retention: MinRetention = None,
     as_json: Json = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """What build would do, without doing it: sizes, memory, disk, the most speed that a device allows."""
@@ -152,9 +154,9 @@ def plan(
 
     asked = asked_recipe(
         recipe, sets, teacher=teacher, student=student, data=data, eval_data=eval_data,
-        document_separator=document_separator,
+        document_separator=document_separator, min_retention=min_retention,
     )  # fmt: skip
-    result = pipeline.preflight(asked, chosen_targets(target), store=the_store())
+    result = pipeline.preflight(asked, chosen_targets(target), store=the_store(), progress=progress_of(quiet, verbose))
     emit(as_json, result.model_dump(mode="json"), show.plan_text(result, parts=verbose))
 
 
@@ -446,6 +448,7 @@ def store_prune(
     """Remove damaged records and what the options choose, except what is being built."""
     from edgedistill.cli import store_commands as module
 
+    module.require_stage(stage)
     removed = module.store_prune(the_store(), stage=stage, older_than_days=older_than_days, everything=everything)
     emit(as_json, {"removed": removed}, "\n".join(removed) or "nothing to remove")
 

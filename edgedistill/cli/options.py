@@ -18,7 +18,9 @@ from edgedistill.progress import Progress
 
 RecipeArgument = Annotated[
     str | None,
-    typer.Argument(metavar="RECIPE", help="built-in or YAML file; default: quickstart, or own with --teacher, --data"),
+    typer.Argument(
+        metavar="RECIPE", help="built-in or YAML file; default: quickstart, or own with --teacher, --student, --data"
+    ),
 ]
 Targets = Annotated[list[str], typer.Option("--target", "-t", help="device profile; may be given several times")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="set a field of the recipe: key.path=value")]

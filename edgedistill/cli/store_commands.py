@@ -11,8 +11,9 @@ from typing import Any
 
 from filelock import Timeout
 
-from edgedistill.errors import UserError
+from edgedistill.errors import UserError, did_you_mean
 from edgedistill.store import Damaged, Store, files_under, key_of, read_record, sha256_of, versions
+from edgedistill.strict import shown
 
 ADOPTABLE = ("teacher", "student")
 STAGE = "[a-z][a-z-]*"
@@ -90,6 +91,8 @@ def about(stage: str, result: dict[str, Any]) -> str:
         return ""
 
 
+# Those whose results the store keeps.
+STAGES = ("data", "vocabulary", "teacher", "signals", "student", "qad", "export", "verify", "bench")
 ABOUT: dict[str, Callable[[dict[str, Any]], str]] = {
     "data": lambda r: f"{r['source']}: {r['parts']['train']['documents']:,} documents to train on",
     "teacher": lambda r: f"{r['name']}, {r['parameters']:,} parameters",
@@ -97,8 +100,16 @@ ABOUT: dict[str, Callable[[dict[str, Any]], str]] = {
     "export": lambda r: f"{r['format']}:{r['quantization']}, context {r['context_tokens']:,} tokens",
     "verify": lambda r: f"retention {r['retention']['value']:.3f}",
     "bench": lambda r: f"{r['target']}: {r['decode_tokens_per_s']:,.0f} tokens/s ({r['basis']})",
+    "vocabulary": lambda r: f"{r['tokens']:,} of the teacher's {r['teacher_tokens']:,} tokens",
+    "signals": lambda r: f"{r['kind']}, {r['tokens']:,} tokens",
     "qad": lambda r: f"{r['training']['tokens']:,} tokens under the rounding",
 }
+
+
+def require_stage(stage: str | None) -> None:
+    """UserError for a stage that leaves nothing in the store."""
+    if stage is not None and stage not in STAGES:
+        raise UserError(f"no stage {shown(stage)} in the store", did_you_mean(stage, STAGES))
 
 
 def store_verify(store: Store) -> list[str]:

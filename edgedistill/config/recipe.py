@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -42,7 +43,7 @@ class Section(BaseModel):
 
 
 class ShapeAsk(Section):
-    """Sizes of a decoder to build. Sizes that are left out are designed (student), or the quickstart's (teacher)."""
+    """Sizes of a decoder to build. Sizes that are left out are designed (student), or those of a small Llama (teacher)."""
 
     hidden_size: int | None = Field(None, ge=8, le=65536, description="width of the residual stream")
     intermediate_size: int | None = Field(None, ge=8, le=262144, description="width of the feed-forward layers")
@@ -259,6 +260,12 @@ class LossWeights(Section):
     total_variation: float = Field(0.0, ge=0, description="weight of half the L1 distance of the probabilities")
     cross_entropy: float = Field(0.0, ge=0, description="weight of the next token's cross-entropy")
 
+    @model_validator(mode="after")
+    def _learns_something(self) -> LossWeights:
+        if not any(weight > 0 for weight in self.losses.values()):
+            raise ValueError(f"no loss has a weight: set one of {', '.join(LossWeights.model_fields)} above 0")
+        return self
+
     @property
     def losses(self) -> dict[str, float]:
         """Name → weight, zeros too."""
@@ -413,9 +420,16 @@ def recipe_text(name_or_path: str) -> str:
         near = [path.with_suffix(ending) for ending in endings if path.with_suffix(ending).is_file()]
         raise UserError(
             f"no recipe {shown(name_or_path)}: not a built-in one and no such file",
-            f"did you mean {shown(str(near[0]))}?" if near else did_you_mean(name_or_path, builtin_recipes()),
+            f"did you mean {shown(str(near[0]))}?" if near else _recipe_remedy(name_or_path, path),
         )
     return read_text(path, what="recipe", max_bytes=MAX_YAML_BYTES)
+
+
+def _recipe_remedy(name: str, path: Path) -> str:
+    """Where no recipe is found: of a path, to check it; of a name, the built-in one that it is near."""
+    if path.suffix or "/" in name:
+        return f"check the path, or take a built-in one: {', '.join(builtin_recipes())}"
+    return did_you_mean(name, builtin_recipes())
 
 
 def parse_recipe(

@@ -46,7 +46,11 @@ def refuse_unknown(tree: dict[str, Any], recipe: type[BaseModel], source: str) -
     paths = ", ".join(f"'{path}'" for path, _ in found[:MOST_SHOWN])
     more = f" and {len(found) - MOST_SHOWN} more" if len(found) > MOST_SHOWN else ""
     if len(found) == 1:
-        raise UserError(f"{source}: unknown key {paths}", found[0][1])
+        path, meant = found[0]
+        section = path.rpartition(".")[0]
+        if source.startswith("--set") and section and "." not in meant:  # where a whole path is written, a whole one
+            meant = meant.replace("did you mean '", f"did you mean '{section}.")
+        raise UserError(f"{source}: unknown key {paths}", meant)
     remedies = "; ".join(f"'{path}': {remedy}" for path, remedy in found[:MOST_SHOWN])
     raise UserError(f"{source}: unknown keys {paths}{more}", remedies)
 

@@ -230,7 +230,7 @@ def load_target(name_or_path: str) -> Target:
     if any(word in name_or_path.lower() for word in NO_PROFILE_YET):
         raise UserError(
             f"no target '{name_or_path}': no profile of it ships with edgedistill yet",
-            "write one as a file (`edgedistill targets show phone` has every field),"
+            "write one as a file, with a name of its own (`edgedistill targets show phone` has every field),"
             f" or take one of {', '.join(known)}",
         )
     raise UserError(f"no target '{name_or_path}'", did_you_mean(name_or_path, known))

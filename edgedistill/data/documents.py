@@ -34,6 +34,9 @@ STREAMED = ("jsonl", "csv", "parquet")  # a .tsv is read twice, a list in .json 
 STREAM_BUFFER_BYTES = 1 << 20
 
 
+IN_RECIPE = {"--data": " or data.source", "--eval-data": " or data.eval_data"}
+
+
 @dataclass(frozen=True)
 class Group:
     """The documents of one file. `running`: lines or paragraphs of a text, whose neighbours belong together."""
@@ -80,7 +83,7 @@ def read_source(source: str, data: Data, *, option: str = "--data") -> Documents
     elif "://" in name:
         made = _read_url(name, data)
     elif path.suffix or name.startswith((".", "/", "~")):
-        raise UserError(f"no data file {name}", f"check the path given with {option}")
+        raise UserError(f"no data file {name}", f"check the path given with {option}{IN_RECIPE.get(option, '')}")
     else:
         made = _load(name, data)
     if not any(group.texts for group in made.groups):

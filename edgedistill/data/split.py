@@ -13,7 +13,7 @@ split. Rows of a table are blocks of one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgedistill.config.recipe import Data
@@ -55,22 +55,7 @@ def split_documents(documents: Sequence[Group], data: Data, held_out: Sequence[G
     Exact duplicates are dropped first (the first stays), and what is held out is left out of the training. Raises
     UserError where a part would be empty, or most of a held-out text of its own is in the training part all the same.
     """
-    unique = _unique(documents)
-    count = sum(len(group.texts) for group in unique)
-    dropped = sum(len(group.texts) for group in documents) - count
-    unique, left_out = _without(unique, held_out or ())
-    count -= left_out
-    if left_out and count < MIN_DOCUMENTS:
-        raise UserError(
-            f"{left_out:,} of {count + left_out:,} documents of the data are held out in --eval-data: {count} are left"
-            " to train on",
-            "give held-out text that is not the training text, or leave --eval-data out to hold out a part of the data",
-        )
-    if count < MIN_DOCUMENTS:
-        raise UserError(
-            f"the data holds {count} document(s); {MIN_DOCUMENTS} are needed to train, calibrate and hold out",
-            "give more text, or say what ends a document with --document-separator",
-        )
+    unique, count, dropped, left_out = _enough(documents, held_out)
     train, calibration, tail = _cut(unique, data, held_out)
     parts = {"train": train, "calibration": calibration, "held_out": tail}
     shared = overlap([t for block in train for t in block], [t for block in tail for t in block])
@@ -88,13 +73,45 @@ def split_documents(documents: Sequence[Group], data: Data, held_out: Sequence[G
             name: [["\n".join(block)] for block in blocks_of([t for b in part for t in b], data.min_document_chars)]
             for name, part in parts.items()
         }
+    _require_filled(parts, count)
+    return Split(parts=parts, duplicates_dropped=dropped, overlap=shared)
+
+
+def require_parts(documents: Sequence[Group], data: Data, held_out: Sequence[Group] | None = None) -> None:
+    """What `split_documents` would refuse for want of documents, without comparing their texts. UserError."""
+    unique, count, _, _ = _enough(documents, held_out)
+    train, calibration, tail = _cut(unique, data, held_out)
+    _require_filled({"train": train, "calibration": calibration, "held_out": tail}, count)
+
+
+def _enough(documents: Sequence[Group], held_out: Sequence[Group] | None) -> tuple[list[Group], int, int, int]:
+    """The documents to split, how many they are, how many duplicates were dropped and how many are held out."""
+    unique = _unique(documents)
+    count = sum(len(group.texts) for group in unique)
+    dropped = sum(len(group.texts) for group in documents) - count
+    unique, left_out = _without(unique, held_out or ())
+    count -= left_out
+    if left_out and count < MIN_DOCUMENTS:
+        raise UserError(
+            f"{left_out:,} of {count + left_out:,} documents of the data are held out in --eval-data: {count} are left"
+            " to train on",
+            "give held-out text that is not the training text, or leave --eval-data out to hold out a part of the data",
+        )
+    if count < MIN_DOCUMENTS:
+        raise UserError(
+            f"the data holds {count} document(s); {MIN_DOCUMENTS} are needed to train, calibrate and hold out",
+            "give more text, or say what ends a document with --document-separator",
+        )
+    return unique, count, dropped, left_out
+
+
+def _require_filled(parts: Mapping[str, Sequence[Block]], count: int) -> None:
     for name, texts in parts.items():
         if len(texts) < (MIN_HELD_OUT_DOCUMENTS if name == "held_out" else 1):
             raise UserError(
                 f"the {name.replace('_', '-')} part got {len(texts)} document(s) of {count}",
-                "give more text, a smaller data.min_document_chars, or --eval-data a file of its own",
+                "give more text, a larger data.eval_share, a smaller data.min_document_chars, or --eval-data a file of its own",
             )
-    return Split(parts=parts, duplicates_dropped=dropped, overlap=shared)
 
 
 def held_out_chars(documents: Sequence[Group], data: Data, held_out: Sequence[Group] | None = None) -> list[int]:

@@ -106,10 +106,23 @@ def human_bytes(value: float) -> str:
 
 
 def breaches_of(shape: Shape, wanted: list[Wanted], recipe: Recipe) -> list[Breach]:
-    return [breach for entry in wanted for breach in _breaches_of_one(artifact_plan(shape, recipe, *entry), entry[0])]
+    smaller = _smaller(recipe)
+    return [
+        breach
+        for entry in wanted
+        for breach in _breaches_of_one(artifact_plan(shape, recipe, *entry), entry[0], smaller)
+    ]
 
 
-def _breaches_of_one(planned: ArtifactPlan, target: Target) -> list[Breach]:
+def _smaller(recipe: Recipe) -> str:
+    """What makes the student of this recipe smaller: nothing designs one whose sizes are given."""
+    if recipe.student.start == "pretrained":
+        return "name a smaller student (--student)"
+    asked = [name for name, value in recipe.student.shape if value is not None]
+    return f"lower student.shape.{', '.join(asked)}" if asked else "raise student.compression"
+
+
+def _breaches_of_one(planned: ArtifactPlan, target: Target, smaller: str) -> list[Breach]:
     limits = target.limits
     size, memory = planned.artifact_bytes.value, planned.memory_bytes.value
     speed, least = planned.decode_ceiling_tokens_per_s.value, limits.min_decode_tokens_per_s
@@ -123,7 +136,7 @@ def _breaches_of_one(planned: ArtifactPlan, target: Target) -> list[Breach]:
                 target.name,
                 f"{where}: the artifact has {human_bytes(size)}, {human_bytes(size - limits.max_artifact_bytes)} over "
                 f"the limit of {human_bytes(limits.max_artifact_bytes)}",
-                f"{fits.format(scale)}: raise student.compression, or choose fewer bits in export.artifacts",
+                f"{fits.format(scale)}: {smaller}, or choose fewer bits in export.artifacts",
                 scale,
             )
         )
@@ -136,7 +149,7 @@ def _breaches_of_one(planned: ArtifactPlan, target: Target) -> list[Breach]:
                 f"{where}: it needs {human_bytes(memory)} of memory ({human_bytes(planned.kv_cache_bytes.value)} of it "
                 f"KV cache at {planned.context_tokens:,} tokens), {human_bytes(memory - limits.max_memory_bytes)} over "
                 f"the limit of {human_bytes(limits.max_memory_bytes)}",
-                f"{fits.format(scale)}: raise student.compression, or lower export.context_tokens",
+                f"{fits.format(scale)}: {smaller}, or lower export.context_tokens",
                 scale,
             )
         )
@@ -147,7 +160,7 @@ def _breaches_of_one(planned: ArtifactPlan, target: Target) -> list[Breach]:
                 target.name,
                 f"{where}: memory bandwidth allows at most {speed:.3g} tokens/s, {least - speed:.3g} below the "
                 f"limit of {least:g}",
-                f"{fits.format(scale)}: raise student.compression, or choose fewer bits in export.artifacts",
+                f"{fits.format(scale)}: {smaller}, or choose fewer bits in export.artifacts",
                 scale,
             )
         )

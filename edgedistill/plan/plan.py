@@ -237,7 +237,9 @@ def plan_rows(plan: Plan, *, parts: bool = True) -> list[tuple[str, str, str, st
     ]
     rows += memory if parts else [(what, value, basis, "its parts: -v") for what, value, basis, _ in memory]
     rows.append(row("disk needed", plan.disk_bytes, human_bytes))
-    rows += [(f"store: {stage}", "ready" if hit else "to be made", "", "") for stage, hit in plan.store_hits.items()]
+    given = {"teacher"} if plan.asked is not None and plan.asked.teacher_steps is None else set()
+    for stage, hit in plan.store_hits.items():
+        rows.append((f"store: {stage}", "given" if stage in given else "ready" if hit else "to be made", "", ""))
     return rows
 
 
@@ -306,8 +308,10 @@ def _fit(recipe: Recipe, wanted: list[Wanted], teacher: Shape, multiple: int, cu
         except UserError as error:
             if blamed is None:
                 raise
+            # It was made smaller already, as far as this teacher's proportions go: compression asks for nothing new.
             raise UserError(
-                f"no student of this teacher fits {blamed.target}: {blamed.cause}", blamed.remedy
+                f"no student of this teacher fits {blamed.target}: {blamed.cause}",
+                blamed.remedy.replace("raise student.compression, or ", ""),
             ) from error
         breaches = breaches_of(shape, wanted, recipe)
         if not breaches:

@@ -10,7 +10,7 @@ from edgedistill.config.recipe import Recipe
 from edgedistill.config.refusals import refuse_no_text, refuse_trimming
 from edgedistill.config.targets import Target, parse_artifact
 from edgedistill.data.prepare import Texts, find_data, prepare_data, read_part, read_texts
-from edgedistill.data.split import held_out_chars
+from edgedistill.data.split import held_out_chars, require_parts
 from edgedistill.errors import UserError
 from edgedistill.fit.artifact import artifacts_of
 from edgedistill.machine import facts
@@ -61,6 +61,9 @@ def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store, progre
     _require_widths(sizes_only)
     _require_sayable(recipe, sizes_only)
     texts = read_texts(recipe.data)
+    if texts.documents is not None:
+        held_out = None if texts.held_out is None else texts.held_out.groups
+        require_parts(texts.documents.groups, recipe.data, held_out)
     data = find_data(recipe.data, store=store, texts=texts)
     require_usable_cache(recipe, store, data)
     planned = plan(

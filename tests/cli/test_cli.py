@@ -287,6 +287,30 @@ def test_a_held_out_part_too_small_for_the_gate_is_said_before_the_work(command)
     assert "documents are held out, the weight of" in done.stdout + done.stderr
 
 
+def test_plan_refuses_what_the_training_would(command, tmp_path):
+    losses = {"forward_kl": 0, "cross_entropy": 0}
+    nothing = [word for name, value in losses.items() for word in ("--set", f"distill.{name}={value}")]
+    refused(command("plan", command.recipe(), "-t", "phone", *nothing), "no loss has a weight")
+    for count in (1, 2):
+        text = tmp_path / f"{count}.jsonl"
+        text.write_text("".join(json.dumps({"text": f"document {n} " * 100}) + "\n" for n in range(count)))
+        asked = ("plan", command.recipe(), "-t", "phone", "--data", str(text))
+        refused(command(*asked), f"the data holds {count} document(s); 3 are needed")
+    asked = ("plan", command.recipe(), "-t", "phone", "--set", "data.eval_share=0.0001")
+    refused(command(*asked), "the held-out part got", "data.eval_share")
+
+
+def test_a_remedy_does_not_ask_for_what_changes_nothing(command, teacher):
+    """Sizes that are given are not made smaller by compression."""
+    large = [f"student.shape.{name}={size}" for name, size in (("hidden_size", 4096), ("num_hidden_layers", 60))]
+    sizes = [f"teacher.train.{said.removeprefix('student.')}" for said in large]
+    asked = [word for said in (*large, *sizes, "student.compression=1") for word in ("--set", said)]
+    done = command("plan", "-t", "phone", *asked)
+    refused(done, "student.shape.hidden_size")
+    assert "raise student.compression" not in done.stderr
+    refused(command("store", "prune", "--stage", "teachr"), "no stage 'teachr'", "did you mean 'teacher'?")
+
+
 def test_a_missing_calibration_text_is_named_with_its_option(command, teacher):
     asked = ("export", "--student", str(teacher), "--format", "gguf", "--quantization", "Q4_0", "--out", "small")
     refused(command(*asked, "--calibration", "./nope.txt"), "no data file ./nope.txt", "given with --calibration")
