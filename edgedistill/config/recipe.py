@@ -43,7 +43,7 @@ class Section(BaseModel):
 
 
 class ShapeAsk(Section):
-    """Sizes of a decoder to build. Sizes that are left out are designed (student), or those of a small Llama (teacher)."""
+    """Sizes of a decoder to build. What is left out is designed (student), or that of a small Llama (teacher)."""
 
     hidden_size: int | None = Field(None, ge=8, le=65536, description="width of the residual stream")
     intermediate_size: int | None = Field(None, ge=8, le=262144, description="width of the feed-forward layers")
