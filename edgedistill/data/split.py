@@ -110,8 +110,8 @@ def _require_filled(parts: Mapping[str, Sequence[Block]], count: int) -> None:
         if len(texts) < (MIN_HELD_OUT_DOCUMENTS if name == "held_out" else 1):
             raise UserError(
                 f"the {name.replace('_', '-')} part got {len(texts)} document(s) of {count}",
-                "give more text, a larger data.eval_share, a smaller data.min_document_chars, or --eval-data a file of its"
-                " own",
+                "give more text, a larger data.eval_share, a smaller data.min_document_chars, or --eval-data a file of"
+                " its own",
             )
 
 
