@@ -137,7 +137,6 @@ def _facts(artifact: BundleArtifact, retention: Retention, latency: Latency | No
 def _golden(artifact: BundleArtifact) -> list[str]:
     golden = artifact.golden
     case = golden.cases[0]
-    compared = sum(each.greedy_compared for each in golden.cases)
     return [
         f"`golden/` holds {len(golden.cases)} prompts and what {golden.runtime} gave for them. The files are NumPy"
         " arrays, little-endian. Of the first prompt:",
@@ -147,8 +146,6 @@ def _golden(artifact: BundleArtifact) -> list[str]:
         f"- `{case.logits}`: float32 [{golden.vocab_size}], the scores after the prompt's last token.",
         f"- `{case.greedy}`: int32 [{golden.new_tokens}], the likeliest tokens one after another.",
         "",
-        f"Of the likeliest tokens {compared} are compared: those that no tolerated difference could turn."
-        if compared
-        else "Likeliest tokens: none is compared, since a tolerated difference could turn each of them.",
-        "`manifest.json` has the tolerance of each output.",
+        "`greedy_compared` in `manifest.json` says of each prompt how many of the likeliest tokens are compared: those"
+        " that no tolerated difference could turn. Where it is 0, none is. The tolerance of each output is there too.",
     ]

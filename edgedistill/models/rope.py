@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgedistill.errors import UserError
 from edgedistill.models.config import positive
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 DEFAULT_THETA = 10000.0
 FULL_ATTENTION = "full_attention"
@@ -179,6 +180,8 @@ def _llama3(model: _Model) -> Rope:
             f"{model.where}: high_freq_factor {high} is not above low_freq_factor {low}", "Llama 3.1 has 4.0 and 1.0"
         )
     theta = float(str(model.common["freq_base"]))
+    import numpy as np  # plan reads families, and waits for no numpy
+
     pairs = np.arange(0, model.rotated, 2, dtype=np.float64) / model.rotated
     wavelengths = 2 * math.pi * theta**pairs
     kept_share = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
@@ -188,6 +191,8 @@ def _llama3(model: _Model) -> Rope:
 
 def _longrope(model: _Model) -> Rope:
     """LongRoPE (arXiv 2402.13753): a factor for each pair, one set up to the original length and one beyond it."""
+    import numpy as np
+
     tensors = {}
     for key, name in (("long_factor", LONG_FACTORS), ("short_factor", SHORT_FACTORS)):
         values = model.written.get(key)

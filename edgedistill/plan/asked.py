@@ -5,9 +5,13 @@ Derived from the recipe and the text that was read.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from edgedistill.config.recipe import Recipe, Training
-from edgedistill.data.prepare import Texts
 from edgedistill.records.base import Count, Record
+
+if TYPE_CHECKING:
+    from edgedistill.data.prepare import Texts
 
 
 class Asked(Record):

@@ -48,13 +48,13 @@ def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store, progre
     refuse_trimming(recipe)
     teacher, parameters = _teacher_sizes(recipe)
     require_sound_models(recipe, store)
+    _require_exportable(recipe, targets)
     refuse_no_text(recipe)
     room = store.root
     while not room.exists():
         room = room.parent
     tokens = _trimmed_tokens(recipe, store, progress)
     student = _given_student_shape(recipe)
-    _require_exportable(recipe, targets)
     sizes_only = plan(
         recipe, targets, teacher=teacher, teacher_parameters=parameters, student=student, trimmed_tokens=tokens
     )

@@ -197,7 +197,7 @@ class Branching(torch.nn.Module):
         (Two(), (torch.zeros(1, 3, 8, 8), torch.zeros(1, 2)), "training mode"),
         (Branching().eval(), (torch.zeros(2, 2),), "torch cannot trace Outputs"),
         (Two().eval(), {"image": 3, "offset": 4}, "not all tensors"),
-        ("model", (torch.zeros(1),), "no torch.nn.Module"),
+        ("model", (torch.zeros(1),), "is not a torch.nn.Module"),
     ],
     ids=["training", "untraceable", "no tensors", "no module"],
 )

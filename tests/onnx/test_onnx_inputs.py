@@ -260,8 +260,8 @@ def test_the_longest_text_that_is_promised_is_compared_or_less_is_promised(
     model = tiny("Bert", "ForMaskedLM", **{**BERT, "max_position_embeddings": 4096})
     model.save_pretrained(folder)
     opened = open_task(folder)
-    monkeypatch.setattr(inputs.machine, "available_bytes", lambda: 1 << 40)
+    monkeypatch.setattr(inputs.facts, "available_bytes", lambda: 1 << 40)
     assert longest_compared(opened, None) == (4096, []) and longest_compared(opened, 300) == (300, [])
-    monkeypatch.setattr(inputs.machine, "available_bytes", lambda: 200 << 20)
+    monkeypatch.setattr(inputs.facts, "available_bytes", lambda: 200 << 20)
     longest, notes = longest_compared(opened, None)
     assert longest < 4096 and "4,096" in notes[0] and f"{longest:,}" in notes[0]

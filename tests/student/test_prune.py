@@ -215,7 +215,10 @@ def test_layers_are_kept_bit_for_bit(family, choice):
     """The student is the teacher with the other layers taken out of its stack."""
     model = teacher(family)
     student, kept = cut(model, changed(layers=2, **own_heads(family)), layer_choice=choice)
-    assert kept["layers"] == {"uniform": [0, 3], "first": [0, 1], "last": [2, 3]}[choice]
+    wished = {"uniform": [0, 3], "first": [0, 1], "last": [2, 3]}[choice]
+    if family == "smollm3":  # its fourth layer has no rotary embedding, which no student's second may lack
+        wished = {"uniform": [0, 2], "first": [0, 1], "last": [1, 2]}[choice]
+    assert kept["layers"] == wished
     skipped = [layer for number, layer in enumerate(layers_of(model)) if number not in kept["layers"]]
     handles = [
         layer.register_forward_hook(lambda m, given, out: (given[0], *out[1:]) if isinstance(out, tuple) else given[0])

@@ -280,9 +280,9 @@ def chain(tmp_path_factory) -> tuple[Command, tuple[str, ...]]:
     )  # fmt: skip
     # from more than the data, so that tokens which these do not use stand between those that they do
     folder.mkdir()
-    train_tokenizer([*tiny_text().split("\n\n"), (ROOT / "README.md").read_text()], TOKENS, folder)
+    train_tokenizer([*tiny_text().split("\n\n"), (ROOT / "LICENSE").read_text()], TOKENS, folder)
     model.config.save_pretrained(folder)
-    learn(model, folder, tiny_text().split("\n\n"))
+    learn(model, folder, tiny_text().split("\n\n"), steps=300)
     model.get_input_embeddings().weight.data[TOKENS:] = 0  # padding is no model's choice
     model.save_pretrained(folder)
     return command, (command.recipe(), "--teacher", str(folder), *ASKED)
