@@ -126,4 +126,4 @@ def test_a_record_that_is_not_of_its_files_is_refused(built, tmp_path):
     record["entry"] = "artifact.json"
     (out / "artifact.json").write_text(json.dumps(record))
     named = built(*words, *fast)
-    assert named.returncode == 2 and "none of its files" in named.stderr
+    assert named.returncode == 2 and "not one of its files" in named.stderr
