@@ -61,9 +61,6 @@ def preflight(recipe: Recipe, targets: Sequence[Target], *, store: Store, progre
     _require_widths(sizes_only)
     _require_sayable(recipe, sizes_only)
     texts = read_texts(recipe.data)
-    if texts.documents is not None:
-        held_out = None if texts.held_out is None else texts.held_out.groups
-        require_parts(texts.documents.groups, recipe.data, held_out)
     data = find_data(recipe.data, store=store, texts=texts)
     require_usable_cache(recipe, store, data)
     planned = plan(
@@ -99,6 +96,11 @@ def _too_little_held_out(recipe: Recipe, texts: Texts) -> Iterator[str]:
     if texts.documents is None:
         return
     held_out = texts.held_out.groups if texts.held_out is not None else None
+    try:
+        require_parts(texts.documents.groups, recipe.data, held_out)
+    except UserError as error:
+        yield f"build refuses this text: {error.cause}; {error.remedy}"
+        return
     chars = held_out_chars(texts.documents.groups, recipe.data, held_out)
     weight = effective_units(chars) if chars else 0.0
     if weight < MIN_UNITS:
